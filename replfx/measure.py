@@ -1,0 +1,270 @@
+"""What a training step costs: time, peak memory, bytes saved for backward, trainable parameters.
+
+The demo and the benchmarks measure with these functions alone, so their figures mean the same thing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.benchmark import timer
+
+__all__ = [
+    "Sample",
+    "environment",
+    "interleaved_times",
+    "pairwise_ratios",
+    "peak_training_bytes",
+    "saved_activation_bytes",
+    "saving_kept",
+    "trainable_parameters",
+    "training_tensors",
+    "unique_storage_bytes",
+]
+
+
+_MEASURED = "replfx.measure: measured step"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one quantity, in the order they were taken."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the values."""
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third quartile; of a single value, that value twice."""
+        if len(self.values) == 1:
+            return self.values[0], self.values[0]
+        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
+        return first, third
+
+    def to_dict(self) -> dict[str, object]:
+        """Median, quartiles and the raw values, ready for JSON."""
+        lower, upper = self.quartiles
+        return {"median": self.median, "quartiles": [lower, upper], "raw": list(self.values)}
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the scalars that an optimizer would train; a tied parameter counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def unique_storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Add up the bytes of the storages behind the tensors; views of one storage count it once, in full."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
+    """Count the bytes that autograd keeps for the backward pass of ``forward()``.
+
+    Counted are the unique storages handed to ``torch.autograd.graph.saved_tensors_hooks``: activations,
+    masks, statistics, synthesised weights, and the input batch where a layer saves it. Parameters and
+    buffers of ``model``, and views of them, are there anyway and are left out. What an autograd function
+    keeps without ``save_for_backward`` is not seen.
+
+    Args:
+        forward: runs the model on a batch with gradients enabled; its result may be dropped.
+        model: the module whose parameters and buffers are left out.
+
+    """
+    owned = {t.untyped_storage()._cdata for t in chain(model.parameters(), model.buffers())}
+    # Held until the count is done: a freed storage's address would otherwise be given to another.
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return unique_storage_bytes(t for t in saved if t.untyped_storage()._cdata not in owned)
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield what training holds between steps: parameters, gradients, buffers and optimizer state."""
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def peak_training_bytes(
+    step: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> int:
+    """Peak bytes of tensor memory on ``device`` during a training step, what the step stands on included.
+
+    The figure is the bytes of `training_tensors` when the step starts + the highest point, over the step, of
+    bytes allocated minus bytes freed since. So it holds parameters, buffers, gradients and optimizer state,
+    activations, gradients of activations and every temporary; it does not hold the batch, nor whatever else
+    lives in the process, such as other models.
+
+    On the CPU the allocations are those of PyTorch's own allocator, by way of its profiler; scratch space
+    that a vendor library takes for itself is not in it. On CUDA they come from
+    ``torch.cuda.max_memory_allocated``, which rounds each block up to 512 bytes.
+
+    Args:
+        step: one training step of ``model`` with ``optimizer``, from clearing the gradients to the update.
+            It runs twice; the second run counts, so that all state exists when it starts.
+        model: the module that the step trains; its gradients are cleared first.
+        optimizer: the optimizer that the step uses.
+        device: where the step runs.
+
+    """
+    # The profiler cannot tell the size of blocks that are older than itself: let the step free none of them.
+    optimizer.zero_grad()
+    peak_rise = _peak_rise_cuda if device.type == "cuda" else _peak_rise_cpu
+    base = 0
+
+    def settled() -> None:
+        nonlocal base
+        base = unique_storage_bytes(
+            t for t in training_tensors(model, optimizer) if t.device.type == device.type
+        )
+
+    return peak_rise(step, settled) + base
+
+
+def _peak_rise_cuda(step: Callable[[], object], settled: Callable[[], object]) -> int:
+    step()
+    settled()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_rise_cpu(step: Callable[[], object], settled: Callable[[], object]) -> int:
+    # The profiler, not a TorchDispatchMode: it also sees temporaries inside operators, and compiled code.
+    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+        settled()
+        with record_function(_MEASURED):
+            step()
+    results = recorded.profiler.kineto_results if recorded.profiler else None
+    assert results is not None, "the profiler was entered, so it has results"
+    events = sorted(results.events(), key=lambda e: e.start_ns())
+    start = next(e.start_ns() for e in events if e.name() == _MEASURED)
+    changes = (int(e.nbytes()) for e in events if e.name() == "[memory]" and e.start_ns() >= start)
+    return max(accumulate(changes, initial=0))
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep the profiler's own log, such as a missing CUDA driver, off a user's terminal."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def interleaved_times(
+    steps: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 2,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, Sample]:
+    """Time the steps in turn, A B C A B C …, so that a slow spell of the machine meets all of them.
+
+    Args:
+        steps: name → one training step. They run on whatever device they use; the clock is
+            ``torch.utils.benchmark.timer``, which waits for the accelerator where there is one.
+        repeats: how often each is timed.
+        warmup: how often each runs untimed before.
+        on_round: called after every round, timed or not; for a progress bar.
+
+    Returns:
+        name → seconds a step.
+
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats has to be at least 1, not {repeats}")
+    for _ in range(warmup):
+        for step in steps.values():
+            step()
+        on_round()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            seconds[name].append(_seconds(step))
+        on_round()
+    return {name: Sample(tuple(values)) for name, values in seconds.items()}
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    collecting = gc.isenabled()
+    gc.disable()  # a collection that one step happens to trigger is not that step's cost
+    try:
+        start = timer()
+        step()
+        return timer() - start
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def pairwise_ratios(samples: Mapping[str, Sample], base: str) -> dict[str, Sample]:
+    """Divide each sample by the base's, round by round: noise that both share cancels.
+
+    Args:
+        samples: name → measurements, all of one length, as `interleaved_times` returns them.
+        base: the name to divide by.
+
+    """
+    divisors = samples[base].values
+    return {
+        name: Sample(tuple(a / b for a, b in zip(sample.values, divisors, strict=True)))
+        for name, sample in samples.items()
+    }
+
+
+def saving_kept(full: float, replaced: float, removed: float) -> float | None:
+    """η = (full − replaced) / (full − removed): the share of the possible saving that is realised.
+
+    1 is the limit, what deleting the blocks saves; 0 is no saving at all; below 0 the replaced model costs
+    more than the full one. Where deleting the blocks saves nothing (removed ≥ full) there is nothing to keep
+    a share of, and the answer is None.
+    """
+    if removed >= full:
+        return None
+    return (full - replaced) / (full - removed)
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Describe what a measurement depends on: versions, threads and the device's model."""
+    return {
+        "replfx": version("replfx"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
