@@ -22,7 +22,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import timer
 
 __all__ = [
+    "Cost",
     "Sample",
+    "Training",
     "environment",
     "interleaved_times",
     "pairwise_ratios",
@@ -30,6 +32,7 @@ __all__ = [
     "saved_activation_bytes",
     "saving_kept",
     "trainable_parameters",
+    "training_costs",
     "training_tensors",
     "unique_storage_bytes",
 ]
@@ -61,6 +64,67 @@ class Sample:
         """Median, quartiles and the raw values, ready for JSON."""
         lower, upper = self.quartiles
         return {"median": self.median, "quartiles": [lower, upper], "raw": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model in training: what a step needs, and the step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[], Tensor]
+    """Runs the model forward on a batch, to the loss."""
+    device: torch.device
+
+    def step(self) -> None:
+        """Take one step: clear the gradients, forward, backward, update."""
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training one model costs."""
+
+    trainable_parameters: int
+    saved_bytes: int
+    """See `saved_activation_bytes`; the loss is part of the forward."""
+    peak_bytes: int
+    """See `peak_training_bytes`."""
+    step_seconds: Sample
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures, ready for JSON."""
+        return {
+            "trainable_parameters": self.trainable_parameters,
+            "saved_activation_bytes": self.saved_bytes,
+            "peak_training_bytes": self.peak_bytes,
+            "step_seconds": self.step_seconds.to_dict(),
+        }
+
+
+def training_costs(
+    trainings: Mapping[str, Training],
+    repeats: int,
+    *,
+    warmup: int = 2,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, Cost]:
+    """Measure what a training step of each costs; the step times interleaved.
+
+    Every training takes ``repeats + warmup + 2`` steps, so its weights are not what they were.
+    """
+    saved = {name: saved_activation_bytes(t.loss, t.model) for name, t in trainings.items()}
+    peaks = {
+        name: peak_training_bytes(t.step, t.model, t.optimizer, t.device) for name, t in trainings.items()
+    }
+    steps = {name: t.step for name, t in trainings.items()}
+    times = interleaved_times(steps, repeats, warmup=warmup, on_round=on_round)
+    return {
+        name: Cost(trainable_parameters(t.model), saved[name], peaks[name], times[name])
+        for name, t in trainings.items()
+    }
 
 
 def trainable_parameters(model: nn.Module) -> int:

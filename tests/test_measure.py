@@ -201,3 +201,20 @@ def test_saving_kept_is_the_share(removed: float, saving: float, share: float) -
 def test_saving_kept_of_nothing_is_none() -> None:
     assert measure.saving_kept(1.0, 1.0, 1.0) is None
     assert measure.saving_kept(1.0, 0.5, 2.0) is None
+
+
+def test_costs_of_a_training() -> None:
+    def training(width: int) -> measure.Training:
+        model = Squares(width)
+        x = torch.ones(2, width)
+        return measure.Training(model, torch.optim.SGD(model.parameters()), lambda: model(x).sum(), CPU)
+
+    rounds: list[None] = []
+    trainings = {"narrow": training(100), "wide": training(300)}
+    costs = measure.training_costs(trainings, 3, warmup=1, on_round=lambda: rounds.append(None))
+    assert len(rounds) == 4
+    assert [c.trainable_parameters for c in costs.values()] == [100, 300]
+    assert [c.saved_bytes for c in costs.values()] == [3 * 2 * 100 * FLOAT, 3 * 2 * 300 * FLOAT]
+    assert costs["narrow"].peak_bytes < costs["wide"].peak_bytes
+    assert len(costs["wide"].step_seconds.values) == 3
+    assert all(set(c.to_dict()) >= {"step_seconds", "peak_training_bytes"} for c in costs.values())
