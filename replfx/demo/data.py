@@ -12,8 +12,6 @@ from torch import Tensor
 
 from replfx import ReplfxError
 
-DATASETS = ("digits", "cifar10")
-
 
 @dataclass(frozen=True)
 class Images:
@@ -24,8 +22,8 @@ class Images:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    flips: bool
-    """Whether an image mirrored left to right keeps its label: an object's does, a digit's does not."""
+    augment: bool
+    """Whether training shifts and mirrors the images: photographs, not digits of eight pixels."""
 
     @property
     def classes(self) -> int:
@@ -36,6 +34,11 @@ class Images:
     def channels(self) -> int:
         """Channels of an image."""
         return self.train_images.shape[1]
+
+    def to(self, device: torch.device) -> Images:
+        """Move everything to a device."""
+        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        return Images(self.name, *(t.to(device) for t in tensors), self.augment)
 
     @property
     def size(self) -> int:
@@ -50,7 +53,7 @@ class Images:
             self.train_labels[:train],
             self.test_images[:test],
             self.test_labels[:test],
-            self.flips,
+            self.augment,
         )
 
 
@@ -75,7 +78,7 @@ def _digits() -> Images:
         random_state=0,
         stratify=bunch.target,
     )
-    return _normalised("digits", *(torch.from_numpy(part) for part in split), flips=False)
+    return _normalised("digits", *(torch.from_numpy(part) for part in split), augment=False)
 
 
 def _cifar10(root: Path) -> Images:
@@ -87,8 +90,10 @@ def _cifar10(root: Path) -> Images:
         train = _pickled([batches / f"data_batch_{i}" for i in range(1, 6)])
         test = _pickled([batches / "test_batch"])
     else:
-        raise ReplfxError(f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}")
-    return _normalised("cifar10", train[0], test[0], train[1], test[1], flips=True)
+        raise ReplfxError(
+            f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}"
+        )
+    return _normalised("cifar10", train[0], test[0], train[1], test[1], augment=True)
 
 
 def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
@@ -108,7 +113,7 @@ def _pickled(files: list[Path]) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(
-    name: str, train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, *, flips: bool
+    name: str, train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, *, augment: bool
 ) -> Images:
     """Shift and scale both parts by the training images' mean and deviation a channel."""
     mean = train.mean(dim=(0, 2, 3), keepdim=True)
@@ -119,20 +124,20 @@ def _normalised(
         train_labels.long(),
         (test - mean) / deviation,
         test_labels.long(),
-        flips,
+        augment,
     )
 
 
-def augmented(images: Tensor, *, flips: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its width, and mirror half of them where labels allow it."""
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its width, and mirror half of them left to right."""
     count, _, size, _ = images.shape
     reach = size // 8
     padded = torch.nn.functional.pad(images, [reach] * 4)
     offsets = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
-    rows, columns = (offsets + torch.arange(size)).to(images.device)
-    if flips:
-        mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
-        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = offsets + torch.arange(size)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
     index = torch.arange(count, device=images.device)[:, None, None]
+    rows, columns = rows.to(images.device), columns.to(images.device)
     # Indices around a slice: the channels come out last.
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from replfx import ReplfxError
 from replfx.demo.data import Images, augmented
 from replfx.measure import Training
 
@@ -19,7 +20,7 @@ class Recipe:
 
     epochs: int
     batch: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
 
 
@@ -38,9 +39,7 @@ def training_of(model: nn.Module, data: Images, recipe: Recipe) -> Training:
     )
 
 
-def train(
-    model: nn.Module, data: Images, recipe: Recipe, seed: int, on_epoch: Callable[[], object]
-) -> float:
+def train(model: nn.Module, data: Images, recipe: Recipe, seed: int, on_epoch: Callable[[], object]) -> float:
     """Train the model; the seed fixes the order of the images and how they are augmented.
 
     Returns:
@@ -50,6 +49,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimizer = optimizer_of(model, recipe)
     batches = len(data.train_images) // recipe.batch
+    if not batches:
+        raise ReplfxError(f"{len(data.train_images)} training images do not fill one batch of {recipe.batch}")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.epochs * batches
     )
@@ -57,7 +58,9 @@ def train(
         model.train()
         order = torch.randperm(len(data.train_images), generator=generator)
         for chosen in order[: batches * recipe.batch].split(recipe.batch):
-            images = augmented(data.train_images[chosen], flips=data.flips, generator=generator)
+            images = data.train_images[chosen]
+            if data.augment:
+                images = augmented(images, generator)
             optimizer.zero_grad()
             F.cross_entropy(model(images), data.train_labels[chosen]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
