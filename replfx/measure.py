@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import timer
 
 __all__ = [
+    "MIB",
     "Cost",
     "Sample",
     "Training",
@@ -37,6 +38,9 @@ __all__ = [
     "unique_storage_bytes",
 ]
 
+
+MIB = 2**20
+"""Bytes in a mebibyte."""
 
 _MEASURED = "replfx.measure: measured step"
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
-from replfx.measure import Cost
-
-MIB = 2**20
+from replfx.measure import MIB, Cost
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,24 @@ class Row:
 
 def table(rows: Sequence[Row], dataset: str, seeds: int) -> Table:
     """Lay the rows out for the terminal, the models apart."""
+    # Narrow enough for a terminal of 80 columns.
     result = Table(
         title=f"{dataset}, {seeds} seed{'s' if seeds > 1 else ''}",
-        caption="step time: median of interleaved steps, optimizer included; accuracy: mean ± sd, held out",
+        caption="Step: median of interleaved steps, optimizer included. Accuracy: held out, mean ± sd.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     result.add_column("model")
     result.add_column("variant", no_wrap=True)
     for head in (
-        "trainable parameters",
-        "step time, ms",
-        "peak training memory, MiB",
-        "saved activations, MiB",
-        "accuracy, %",
+        "trainable\nparameters",
+        "step\ntime,\nms",
+        "peak\ntraining\nmemory, MiB",
+        "saved\nactivations,\nMiB",
+        "accuracy,\n%",
     ):
-        result.add_column(head, justify="right")
+        result.add_column(head, justify="right", no_wrap=True)
     for model, group in groupby(rows, key=lambda row: row.model):
         for row in group:
             cost = row.cost

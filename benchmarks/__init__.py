@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks COMMAND``, one command a question."""

@@ -1,0 +1,96 @@
+"""What every command shares: options, devices, variants, and a training made of a model and a batch."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import replfx
+from benchmarks.models import SUBJECTS
+from replfx import ReplfxError
+from replfx.measure import Training
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the blocks are replaced; without an operator the model is left whole."""
+
+    name: str
+    operator: str | None = None
+    fusion: str = "scalar"
+
+
+FULL = Variant("full")
+REMOVED = Variant("removed", "identity")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Declare the options that all commands take."""
+    parser.add_argument(
+        "--models",
+        type=_names,
+        default=list(SUBJECTS),
+        metavar="NAME,…",
+        help=f"which models, of {', '.join(SUBJECTS)} (default: all)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--bf16", action="store_true", help="run forward under bfloat16 autocast")
+    parser.add_argument("--every", type=int, default=2, metavar="K", help="replace every K-th block")
+    parser.add_argument("--batch", type=int, metavar="N", help="batch size (default: the model's own)")
+    parser.add_argument("--quick", action="store_true", help="two examples a batch: does it run at all?")
+    parser.add_argument("--out", type=Path, default=Path("replfx-benchmarks", out), metavar="DIR")
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SUBJECTS]:
+        raise argparse.ArgumentTypeError(f"no model {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+    return names
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Find the device that was asked for, or the best there is."""
+    available = torch.cuda.is_available()
+    if args.device == "cuda" and not available:
+        raise ReplfxError("--device cuda: PyTorch finds no CUDA device here")
+    return torch.device(args.device or ("cuda" if available else "cpu"))
+
+
+def batch_size(args: argparse.Namespace, name: str, device: torch.device) -> int:
+    """Choose the batch size of a model: asked for, tiny when quick, else the model's own."""
+    return args.batch or (2 if args.quick else SUBJECTS[name].sizes[device.type])
+
+
+def training_of(
+    name: str, variant: Variant, *, every: int, batch: int, device: torch.device, bf16: bool
+) -> Training:
+    """Build a model from seed 0, replace its blocks and put it into training with AdamW.
+
+    Raises:
+        ReplfxError: the model's blocks do not have the variant's operator.
+
+    """
+    torch.manual_seed(0)
+    subject = SUBJECTS[name]
+    model: nn.Module = subject.build(device.type).train().to(device)
+    inputs, targets = (t.to(device) for t in subject.batch(device.type, batch))
+    if variant.operator is not None:
+        model = replfx.transform(
+            model, inputs[:2], every=every, fusion=variant.fusion, operator=variant.operator
+        )
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def loss() -> Tensor:
+        with autocast():
+            logits = model(inputs)
+            return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    return Training(model, torch.optim.AdamW(model.parameters(), fused=True), loss, device)

@@ -1,0 +1,107 @@
+"""The models that are benchmarked, with random weights, and random batches that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 1000
+VOCABULARY = 256
+CONTEXT = {"cpu": 128, "cuda": 1024}
+PIXELS = {"cpu": 96, "cuda": 224}
+
+
+class CausalBlock(nn.Module):
+    """A pre-norm transformer block with causal attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend to what came before, then pass through the MLP."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A small causal language model: (batch, length) token ids to (batch, length, vocabulary) logits."""
+
+    def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(context, width))
+        self.blocks = nn.Sequential(*(CausalBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Predict the token after each."""
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, and how to feed it on a kind of device ("cpu" or "cuda")."""
+
+    build: Callable[[str], nn.Module]
+    batch: Callable[[str, int], tuple[Tensor, Tensor]]
+    """(kind of device, batch size) → inputs and targets, on the CPU."""
+    sizes: dict[str, int]
+    """Kind of device → default batch size."""
+
+
+def _images(kind: str, count: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 3, PIXELS[kind], PIXELS[kind]), torch.randint(CLASSES, (count,))
+
+
+def _text(kind: str, count: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(VOCABULARY, (count, CONTEXT[kind] + 1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def _vit_s(kind: str) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model("vit_small_patch16_224", img_size=PIXELS[kind], num_classes=CLASSES)
+    return model
+
+
+def _resnet50(kind: str) -> nn.Module:
+    import torchvision
+
+    model: nn.Module = torchvision.models.resnet50()
+    return model
+
+
+def _convnext_t(kind: str) -> nn.Module:
+    import torchvision
+
+    model: nn.Module = torchvision.models.convnext_tiny()
+    return model
+
+
+def _gpt(kind: str) -> nn.Module:
+    return GPT(VOCABULARY, CONTEXT[kind], width=384, depth=12, heads=6)
+
+
+SUBJECTS = {
+    "vit_s": Subject(_vit_s, _images, {"cpu": 16, "cuda": 128}),
+    "resnet50": Subject(_resnet50, _images, {"cpu": 16, "cuda": 128}),
+    "convnext_t": Subject(_convnext_t, _images, {"cpu": 8, "cuda": 128}),
+    "gpt": Subject(_gpt, _text, {"cpu": 8, "cuda": 32}),
+}
