@@ -20,10 +20,11 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     args = parser.parse_args(argv)
     try:
-        return COMMANDS[args.command].run(args)
+        status: int = COMMANDS[args.command].run(args)
     except ReplfxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from replfx.measure import MIB, Cost, Sample
@@ -17,12 +18,12 @@ HEADS = (
     "model",
     "variant",
     "trainable parameters",
-    "step time, ms",
-    "step / full [quartiles]",
+    "step, ms",
+    "step/full [quartiles]",
     "η time",
-    "peak memory, MiB",
+    "peak, MiB",
     "η peak",
-    "saved activations, MiB",
+    "saved, MiB",
     "η saved",
 )
 
@@ -82,22 +83,20 @@ def _share(eta: float | None) -> str:
     return "–" if eta is None else f"{eta:.2f}"
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Lay the rows out for the terminal, the models apart; reasons come below the table's figures."""
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, head in enumerate(HEADS):
-        result.add_column(head, justify="left" if index < 2 else "right", no_wrap=index == 1)
-    missing = []
-    for _, group in groupby(rows, key=lambda row: row.model):
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """Lay the rows out for the terminal, a table a model; what does not exist is listed below the figures."""
+    for model, group in groupby(rows, key=lambda row: row.model):
+        result = Table(title=model, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for index, head in enumerate(HEADS[1:]):
+            result.add_column(head.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
+        missing = []
         for row in group:
             if row.cost is None:
-                missing.append(f"{row.model} {row.variant}: n/a: {row.reason}")
+                missing.append(f"{row.variant}: n/a: {row.reason}")
             else:
-                # Brackets are markup to rich.
-                result.add_row(*(cell.replace("[", r"\[") for cell in cells(row)))
-        result.add_section()
-    result.caption = "\n".join(missing) or None
-    return result
+                result.add_row(*map(escape, cells(row)[1:]))
+        result.caption = escape("\n".join(missing)) or None
+        yield result
 
 
 def write(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common import FULL, REMOVED, Variant, add_common_arguments, batch_size, device_of, training_of
-from benchmarks.output import Row, table, write
+from benchmarks.output import Row, tables, write
 from replfx import ReplfxError
 from replfx.measure import Cost, Training, environment, pairwise_ratios, saving_kept, training_costs
 
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         "repeats": repeats,
         "batch": {name: batch_size(args, name, device) for name in args.models},
     }
-    console.print(table(rows))
+    for table in tables(rows):
+        console.print(table)
     for path in write(rows, config, environment(device), args.out):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0

@@ -37,8 +37,14 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """Move everything to a device."""
-        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return Images(self.name, *(t.to(device) for t in tensors), self.augment)
+        return Images(
+            self.name,
+            self.train_images.to(device),
+            self.train_labels.to(device),
+            self.test_images.to(device),
+            self.test_labels.to(device),
+            self.augment,
+        )
 
     @property
     def size(self) -> int:

@@ -74,8 +74,6 @@ def train(model: nn.Module, data: Images, recipe: Recipe, seed: int, on_epoch: C
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of the images that the model classifies as labelled."""
     model.eval()
-    right = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(images.split(500), labels.split(500), strict=True)
-    )
+    batches = zip(images.split(500), labels.split(500), strict=True)
+    right = sum(int((model(x).argmax(1) == y).sum().item()) for x, y in batches)
     return right / len(labels)
