@@ -1,0 +1,25 @@
+"""The passes, one a file: from a captured graph to a transformed model.
+
+`find_chains` → `select_blocks` → `insert_fusion` → `verify`. Each is a frozen dataclass whose fields are its
+options, on `torch.fx.passes.infra`; only `insert_fusion` changes the model.
+"""
+
+from replfx.passes.find_chains import Chain, Chains, FindChains, chains_of
+from replfx.passes.insert_fusion import InsertFusion, build_layers, insert
+from replfx.passes.pipeline import run_passes
+from replfx.passes.select_blocks import SelectBlocks, plan_of
+from replfx.passes.verify import Verify
+
+__all__ = [
+    "Chain",
+    "Chains",
+    "FindChains",
+    "InsertFusion",
+    "SelectBlocks",
+    "Verify",
+    "build_layers",
+    "chains_of",
+    "insert",
+    "plan_of",
+    "run_passes",
+]

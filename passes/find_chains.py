@@ -1,0 +1,335 @@
+"""find_chains: the chains of like blocks in a captured graph, and why not where not."""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from replfx.fusion.interface import Interface
+from replfx.structure import Signature, first_difference, signature, unfit_to_replace, unfit_to_share
+from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
+from replfx.tracing.symbolic import is_leaf
+
+__all__ = ["Chain", "Chains", "FindChains", "chains_of"]
+
+SHORTEST = 3  # a replaced block and a kept one on each side
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of one kind, each taking the one before's output.
+
+    Attributes:
+        calls: the call of each block.
+        interfaces: how each is called.
+        shape: shape of the main activation; None if no example inputs were given.
+    """
+
+    calls: tuple[ModuleCall, ...]
+    interfaces: tuple[Interface, ...]
+    shape: tuple[int, ...] | None
+
+    @property
+    def paths(self) -> list[str]:
+        """The blocks' paths, in the order in which they run."""
+        return [call.path for call in self.calls]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The findings of the pass, kept at `graph_module.meta["replfx_chains"]`.
+
+    Attributes:
+        chains: all chains of three blocks and more, in the order in which they run.
+        fixed: blocks of a chain that must stay, with the reason; their neighbours may still read them.
+        refused: blocks that are in no chain, with the reason.
+    """
+
+    chains: list[Chain]
+    fixed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def chains_of(graph_module: fx.GraphModule) -> Chains:
+    """What `FindChains` found in this graph."""
+    found = graph_module.meta["replfx_chains"]
+    assert isinstance(found, Chains)
+    return found
+
+
+@dataclass(frozen=True)
+class FindChains(PassBase):
+    """Find maximal chains of blocks that have the same structure; changes nothing.
+
+    Two blocks are of one kind when their parameter trees are alike (`replfx.structure.signature`) and their
+    activations have the same shape. Where chains nest (stages of blocks), the level is taken that lets most
+    parameters be replaced, the inner one if it is a tie.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Put `Chains` into the graph's meta."""
+        graph_module.meta["replfx_chains"] = _Search(info_of(graph_module), graph_module.graph).run()
+        return PassResult(graph_module, False)
+
+
+class _Search:
+    """The state of one search."""
+
+    def __init__(self, info: CaptureInfo, graph: fx.Graph) -> None:
+        self.info = info
+        self.root = info.root
+        self.modules = dict(self.root.named_modules(remove_duplicate=False))
+        self.counts = Counter(call.path for call in info.calls)
+        self.refused: dict[str, str] = {}
+        self.flow = nx.DiGraph()
+        self.flow.add_nodes_from(graph.nodes)
+        self.flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+        self.signatures: dict[str, Signature] = {}
+
+    def run(self) -> Chains:
+        candidates = [call for call in self.info.calls if self._is_candidate(call)]
+        chains = _outermost_worth_it(self._links_to_chains(candidates), self.modules)
+        chains.sort(key=lambda chain: chain.calls[0].start)
+        owners = _owners(self.root)
+        in_chain = {path for chain in chains for path in chain.paths}
+        fixed = {p: why for p in sorted(in_chain) if (why := unfit_to_replace(p, self.modules[p], owners))}
+        return Chains(chains, fixed, _why_not(self, in_chain))
+
+    # ---- candidates
+
+    def _is_candidate(self, call: ModuleCall) -> bool:
+        """A block has parameters, runs once, and gives its result through its output alone."""
+        module = self.modules.get(call.path)
+        if module is None or not call.path or next(module.parameters(), None) is None:
+            return False
+        reason = self._unfit(call, module)
+        if reason is not None:
+            self.refused[call.path] = reason
+        return reason is None
+
+    def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
+        if self.counts[call.path] > 1:
+            return f"it is called {self.counts[call.path]} times in one forward pass"
+        return unfit_to_share(module) or self._leak(call)
+
+    def _leak(self, call: ModuleCall) -> str | None:
+        """Why the call's nodes are no region with its arguments as entry and its output as exit."""
+        region = set(self.info.nodes[call.start : call.stop])
+        outputs, arguments = set(nodes_in(call.output)), set(nodes_in((call.args, call.kwargs)))
+        for inner, _ in nx.edge_boundary(self.flow, region):
+            if inner not in outputs and inner.op != "get_attr" and not _is_flag(inner):
+                return f"an intermediate result of it (`{inner.name}`) is used outside of it"
+        for node in region:
+            for outer in self.flow.predecessors(node):
+                if outer not in region and outer not in arguments and outer.op != "get_attr" and not _is_flag(outer):
+                    return f"it reads `{outer.name}`, which is not among its arguments"
+        return None
+
+    # ---- chains
+
+    def _links_to_chains(self, candidates: list[ModuleCall]) -> list[Chain]:
+        """Longest paths among calls of one kind whose links join the same slots."""
+        producers: dict[fx.Node, list[tuple[int, str]]] = defaultdict(list)
+        networks: dict[Hashable, nx.DiGraph] = defaultdict(nx.DiGraph)
+        kinds = {call.path: tuple(self.signature(call.path).items()) for call in candidates}
+        numbers: dict[Hashable, int] = {}
+        kind_of = [numbers.setdefault(kinds[call.path], len(numbers)) for call in candidates]
+        by_start = sorted(range(len(candidates)), key=lambda i: (candidates[i].start, -candidates[i].stop))
+        for index in by_start:
+            for slot, node in _output_slots(candidates[index]).items():
+                producers[node].append((index, slot))
+        for index in by_start:
+            links: dict[int, list[tuple[str, str]]] = defaultdict(list)
+            for slot, node in _input_slots(candidates[index]).items():
+                for source, out in producers.get(node, ()):
+                    if kind_of[source] == kind_of[index] and candidates[source].stop <= candidates[index].start:
+                        links[source].append((out, slot))
+            for source, joined in links.items():
+                networks[(kind_of[index], tuple(joined))].add_edge(source, index)
+        chains = []
+        for (_, joined), network in networks.items():  # type: ignore[misc]
+            for path in _longest_paths(network):
+                calls = tuple(candidates[i] for i in path)
+                chains += self._same_shape_runs(calls, joined)  # type: ignore[has-type]
+        return chains
+
+    def _same_shape_runs(self, calls: tuple[ModuleCall, ...], joined: tuple[tuple[str, str], ...]) -> Iterator[Chain]:
+        """Split a path where the shape of the activation changes, and build each part's interfaces."""
+        run: list[ModuleCall] = []
+        shape: tuple[int, ...] | None = None
+        out, slot = joined[0]
+        for call in (*calls, None):
+            before = None if call is None else _shape(_input_slots(call)[slot])
+            after = None if call is None else _shape(_output_slots(call)[out])
+            if run and (call is None or before != shape or after != shape):
+                yield Chain(tuple(run), tuple(_interface(c, joined) for c in run), shape)
+                run = []
+            if call is not None and before == after:
+                run.append(call)
+                shape = before
+
+    def signature(self, path: str) -> Signature:
+        """The signature of the module at `path`, computed once."""
+        if path not in self.signatures:
+            self.signatures[path] = signature(self.modules[path])
+        return self.signatures[path]
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    return node.meta.get("shape")
+
+
+def _is_flag(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).endswith("training_flag")
+
+
+def _owners(root: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    return owners
+
+
+def _longest_paths(network: nx.DiGraph) -> Iterator[list[int]]:
+    """Disjoint longest paths, longest first, of each connected part."""
+    for part in nx.weakly_connected_components(network):
+        rest = network.subgraph(sorted(part)).copy()
+        while len(rest) > 1:
+            path = nx.dag_longest_path(rest)
+            if len(path) < 2:
+                break
+            yield path
+            rest.remove_nodes_from(path)
+
+
+# ---- slots: which node sits where in a call
+
+
+def _input_slots(call: ModuleCall) -> dict[str, fx.Node]:
+    slots: dict[str, fx.Node] = {}
+    for position, value in enumerate(call.args):
+        _walk(str(position), value, slots)
+    for name, value in call.kwargs.items():
+        _walk(name, value, slots)
+    return slots
+
+
+def _output_slots(call: ModuleCall) -> dict[str, fx.Node]:
+    slots: dict[str, fx.Node] = {}
+    if isinstance(call.output, fx.Node):
+        slots[""] = call.output
+        nested = call.output.meta.get("shape")
+        if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
+            for user in call.output.users:
+                if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int):
+                    slots[str(user.args[1])] = user
+    else:
+        _walk("", call.output, slots)
+    return slots
+
+
+def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
+    if isinstance(value, fx.Node):
+        slots[slot] = value
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            _walk(f"{slot}.{index}".lstrip("."), item, slots)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str) and key.isidentifier():
+                _walk(f"{slot}.{key}".lstrip("."), item, slots)
+
+
+def _interface(call: ModuleCall, joined: tuple[tuple[str, str], ...]) -> Interface:
+    """How a call of a chain is made; `joined` pairs its output slots with the next one's input slots."""
+    carried = {_output_slots(call)[out]: slot for out, slot in joined}
+    handed = {node: slot for slot, node in _input_slots(call).items()}
+
+    def template(value: object) -> object:
+        if isinstance(value, fx.Node):
+            slot = carried.get(value, handed.get(value))
+            return {"computed": True} if slot is None else {"input": slot}
+        if isinstance(value, tuple):
+            return {"tuple": [template(item) for item in value]}
+        if isinstance(value, list):
+            return {"list": [template(item) for item in value]}
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {"dict": {key: template(item) for key, item in value.items()}}
+        return value if value is None or isinstance(value, bool | int | float | str) else {"computed": True}
+
+    return Interface(tuple(slot for _, slot in joined), template(call.output))
+
+
+# ---- nesting
+
+
+def _outermost_worth_it(chains: Iterable[Chain], modules: dict[str, nn.Module]) -> list[Chain]:
+    """Of chains that lie inside each other's blocks, keep the level that lets most be replaced."""
+    kept: dict[str, tuple[Chain, int]] = {}  # by the path of the first block
+    inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept within it
+    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.calls[0].start)):
+        if len(chain.calls) < SHORTEST:
+            continue
+        size = sum(p.numel() for p in modules[chain.paths[0]].parameters())
+        worth = size * ((len(chain.calls) - 1) // 2)
+        inner = {key for path in chain.paths for key in inside[path] if key in kept}
+        if inner and worth <= sum(kept[key][1] for key in inner):
+            continue
+        for key in inner:
+            del kept[key]
+        name = chain.paths[0]
+        kept[name] = (chain, worth)
+        for path in chain.paths:
+            for ancestor in _ancestors(path):
+                inside[ancestor].add(name)
+    return [chain for chain, _ in kept.values()]
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+# ---- why not
+
+
+def _why_not(search: _Search, in_chain: set[str]) -> dict[str, str]:
+    """For every block-like module outside all chains, the rule that kept it out."""
+    blocks = _block_like(search, in_chain, composite=True)
+    if not blocks and not in_chain:
+        blocks = _block_like(search, in_chain, composite=False)
+    return {path: search.refused.get(path) or _unlike(search, path, blocks) for path in blocks}
+
+
+def _unlike(search: _Search, path: str, blocks: list[str]) -> str:
+    """What sets a block apart from the next one (or, for the last, from the one before)."""
+    if search.counts[path] == 0:
+        return "it is not called in a forward pass"
+    position = blocks.index(path)
+    twin = next((p for p in (*blocks[position + 1 :], *reversed(blocks[:position])) if search.counts[p]), None)
+    if twin is None:
+        return "no other block is like it"
+    difference = first_difference(search.signature(path), search.signature(twin))
+    if difference is None:
+        return f"no three like it in a row: it is like `{twin}`, but a block must be kept on each side of it"
+    return f"no three like it in a row: it is not like `{twin}`: {difference}"
+
+
+def _block_like(search: _Search, in_chain: set[str], *, composite: bool) -> list[str]:
+    """Outermost modules with parameters whose class occurs more than once, containers not counted."""
+    above = {ancestor for path in in_chain for ancestor in _ancestors(path)}
+    found: list[str] = []
+    for path, module in search.modules.items():
+        within = path in in_chain or any(ancestor in in_chain for ancestor in _ancestors(path))
+        container = type(module).__module__ == nn.Sequential.__module__
+        if not path or container or within or path in above or is_leaf(module) is composite:
+            continue
+        if next(module.parameters(), None) is not None:
+            found.append(path)
+    kinds = Counter(type(search.modules[path]) for path in found)
+    repeated = {path for path in found if kinds[type(search.modules[path])] > 1}
+    return [p for p in found if p in repeated and not any(a in repeated for a in _ancestors(p))]

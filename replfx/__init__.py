@@ -1,0 +1,74 @@
+"""replfx: train deep networks with fewer of their blocks (Replacement Learning, on torch.fx).
+
+    model = replfx.transform(model)
+
+replaces some blocks of a model by fusion layers, which synthesise their weights from the blocks before and
+after them and own almost none; then train as before.
+"""
+
+from importlib.metadata import version
+
+from replfx.api import apply, inspect, plan, report, transform
+from replfx.errors import (
+    CaptureError,
+    FusionError,
+    NoChainError,
+    PlanError,
+    ReplfxError,
+    StateDictError,
+    VerifyError,
+)
+from replfx.fusion import (
+    Choice,
+    Fusion,
+    FusionLayer,
+    Interface,
+    Match,
+    Operator,
+    Site,
+    Source,
+    register_fusion,
+    register_operator,
+)
+from replfx.plans import Plan, Replacement
+from replfx.reports import BlockReport, Report, Totals
+from replfx.tracing import CaptureInfo, Cost, capture
+from replfx.unrolling import materialize, unroll
+
+__version__ = version("replfx")
+
+__all__ = [
+    "BlockReport",
+    "CaptureError",
+    "CaptureInfo",
+    "Choice",
+    "Cost",
+    "Fusion",
+    "FusionError",
+    "FusionLayer",
+    "Interface",
+    "Match",
+    "NoChainError",
+    "Operator",
+    "Plan",
+    "PlanError",
+    "Replacement",
+    "ReplfxError",
+    "Report",
+    "Site",
+    "Source",
+    "StateDictError",
+    "Totals",
+    "VerifyError",
+    "__version__",
+    "apply",
+    "capture",
+    "inspect",
+    "materialize",
+    "plan",
+    "register_fusion",
+    "register_operator",
+    "report",
+    "transform",
+    "unroll",
+]

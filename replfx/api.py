@@ -1,0 +1,245 @@
+"""The public face: transform, inspect, report, plan, apply."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from torch import nn
+
+from replfx.describe import describe_chains, describe_plan, totals_of, trainable, with_layers
+from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
+from replfx.fusion import Choice
+from replfx.passes import (
+    FindChains,
+    InsertFusion,
+    SelectBlocks,
+    Verify,
+    build_layers,
+    insert,
+    plan_of,
+    run_passes,
+)
+from replfx.plans import Plan
+from replfx.reports import Report
+from replfx.state import fusion_layers, mark, state_of
+from replfx.structure import structural_copy
+from replfx.tracing import ExampleInputs, Inputs, capture
+
+__all__ = ["apply", "inspect", "plan", "report", "transform"]
+
+Choosable: TypeAlias = str | Mapping[str, object] | Choice
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    every: int | None = None,
+    fraction: float | None = None,
+    select: str | Sequence[str] | None = None,
+    fusion: Choosable = "scalar",
+    operator: Choosable = "block",
+    neighbour_gradient: float = 1.0,
+    detach_neighbours: bool = False,
+    plan: Plan | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Replace some of a model's blocks by fusion layers, which own almost no parameters.
+
+    Args:
+        model: any module with a chain of at least three blocks of one kind.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Needed only where
+            symbolic tracing fails; with them shapes are checked, and the report knows costs.
+        every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. The default policy, with k = 2.
+        fraction: replaces this part of each chain instead, spread evenly; at most ½.
+        select: replaces the blocks with these paths or globs instead ("blocks.1", "layer3.*").
+        fusion: how parameters are made from the neighbours': "scalar", "scalar_layer", "channel", a
+            registered name, or a dict with its options, `{"name": "channel", "initial": 0.7}`.
+        operator: what runs with them: "block" (the block's own computation: any block, saves parameters, no
+            time), "light" (one residual map: residual blocks, saves time and memory too), "identity" (the
+            block is gone), a registered name, or a dict with its options.
+        neighbour_gradient: factor λ, 0 to 1, on the gradient through fusion layers into their neighbours.
+        detach_neighbours: the same as `neighbour_gradient=0`.
+        plan: a plan made before, instead of a policy.
+        inplace: change `model` itself rather than a copy.
+
+    Returns:
+        A model of the same class. `replfx.report(model)` says what was done.
+
+    Raises:
+        NoChainError: there is nothing to replace; the message says why.
+        CaptureError: the model cannot be captured, or needs `example_inputs`.
+        PlanError: an impossible selection, a plan for another model, a model that is transformed already.
+        FusionError: an unknown fusion or operator, one that does not fit, or weights that are not finite.
+        The model is left as it was, also with `inplace=True`.
+
+    Example:
+        >>> model = replfx.transform(timm.create_model("vit_tiny_patch16_224"))
+        >>> replfx.report(model).replaced
+        ['blocks.1', 'blocks.3', 'blocks.5', 'blocks.7', 'blocks.9']
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+    """
+    given = {"every": every, "fraction": fraction, "select": select}
+    if plan is not None:
+        named = [name for name, value in given.items() if value is not None]
+        if named:
+            raise PlanError(f"give plan= or {named[0]}=, not both")
+        return apply(model, plan, inplace=inplace)
+    policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
+    _refuse_transformed(model)
+    inputs = Inputs.of(example_inputs, model)
+    target = model if inplace else _copy(model)
+    graph = capture(target, example_inputs)
+    run_passes(graph, [FindChains(), policy])
+    planned, draft, original = plan_of(graph), describe_chains(graph, target), structural_copy(target)
+    blocks = {r.path: target.get_submodule(r.path) for r in planned.replacements}
+    try:
+        run_passes(graph, [InsertFusion(target), Verify(target, original, inputs)])
+    except ReplfxError:
+        insert(target, blocks)  # with inplace=True the model is the user's
+        raise
+    mark(target, planned, with_layers(draft, planned, fusion_layers(target), trainable(target)))
+    return target
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    every: int | None = None,
+    fraction: float | None = None,
+    select: str | Sequence[str] | None = None,
+    fusion: Choosable = "scalar",
+    operator: Choosable = "block",
+) -> Report:
+    """Say what `transform` with the same options would do, and why not where not. Changes nothing.
+
+    Returns:
+        A Report; where nothing can be replaced it has no `replaced`, and `refused` and `notes` say why. With
+        example inputs it also has FLOPs and saved bytes of each block, and of the model before and after.
+
+    Raises:
+        CaptureError: the model cannot be captured, or needs `example_inputs`.
+
+    Example:
+        >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
+    """
+    policy = _policy(every, fraction, select, fusion, operator, 1.0, False)
+    _refuse_transformed(model)
+    graph = capture(model, example_inputs)
+    run_passes(graph, [FindChains()])
+    try:
+        run_passes(graph, [policy])
+    except NoChainError as error:
+        draft = describe_chains(graph, model)
+        return replace(draft, notes=[*draft.notes, str(error)])
+    twin = structural_copy(model)
+    layers = build_layers(twin, plan_of(graph))
+    insert(twin, layers)
+    found = with_layers(describe_chains(graph, model), plan_of(graph), layers, trainable(twin))
+    if example_inputs is None:
+        return found
+    return replace(found, before=totals_of(graph), after=totals_of(capture(twin, example_inputs)))
+
+
+def report(model: nn.Module) -> Report:
+    """What a transformed model has had done to it.
+
+    Raises:
+        PlanError: the model is not transformed.
+    """
+    return state_of(model).report
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    every: int | None = None,
+    fraction: float | None = None,
+    select: str | Sequence[str] | None = None,
+    fusion: Choosable = "scalar",
+    operator: Choosable = "block",
+    neighbour_gradient: float = 1.0,
+    detach_neighbours: bool = False,
+) -> Plan:
+    """The plan that `transform` with the same options would carry out. Changes nothing.
+
+    Raises:
+        As `transform` does.
+
+    Example:
+        >>> plan = replfx.plan(model, every=3)
+        >>> replfx.apply(model, plan)
+    """
+    policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
+    _refuse_transformed(model)
+    graph = capture(model, example_inputs)
+    run_passes(graph, [FindChains(), policy])
+    return plan_of(graph)
+
+
+def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Carry out a plan. Needs no inputs and captures nothing; the same plan always gives the same model.
+
+    Args:
+        model: a fresh model of the kind that the plan was made for.
+        plan: from `replfx.plan`, `Plan.from_json`, or empty: that changes nothing.
+        inplace: change `model` itself rather than a copy.
+
+    Raises:
+        PlanError: the plan was made for another model, or the model is transformed already.
+        FusionError: an unknown fusion or operator, or weights that are not finite.
+
+    Example:
+        >>> model = replfx.apply(build_model(), Plan.from_json(text))
+        >>> model.load_state_dict(torch.load("weights.pt"))
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a replfx.Plan, not {type(plan).__name__}; JSON text goes through Plan.from_json")
+    target = model if inplace else _copy(model)
+    layers = build_layers(target, plan)
+    draft = describe_plan(target, plan)
+    insert(target, layers)
+    mark(target, plan, with_layers(draft, plan, layers, trainable(target)))
+    return target
+
+
+# ---- the pieces
+
+
+def _policy(
+    every: int | None,
+    fraction: float | None,
+    select: str | Sequence[str] | None,
+    fusion: Choosable,
+    operator: Choosable,
+    neighbour_gradient: float,
+    detach_neighbours: bool,
+) -> SelectBlocks:
+    if every is None and fraction is None and select is None:
+        every = 2
+    return SelectBlocks(
+        every=every,
+        fraction=fraction,
+        select=(select,) if isinstance(select, str) else None if select is None else tuple(select),
+        fusion=Choice.of(fusion, "fusion"),
+        operator=Choice.of(operator, "operator"),
+        neighbour_gradient=0.0 if detach_neighbours else float(neighbour_gradient),
+    )
+
+
+def _refuse_transformed(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    build_layers(model, Plan(type(model).__name__))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} could not be copied ({type(error).__name__}: {error}); pass inplace=True"
+        ) from error

@@ -1,0 +1,81 @@
+"""Making reports: from a captured graph, a plan, and the fusion layers that carry it out."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import fx, nn
+
+from replfx.fusion import FusionLayer
+from replfx.passes import chains_of
+from replfx.plans import Plan
+from replfx.reports import BlockReport, Report, Totals
+from replfx.tracing import Cost, info_of
+
+__all__ = ["describe_chains", "describe_plan", "totals_of", "trainable", "with_layers"]
+
+
+def trainable(module: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def totals_of(graph_module: fx.GraphModule) -> Totals:
+    """FLOPs and saved bytes of a whole measured graph."""
+    flops, saved = _sum_costs(graph_module.graph.nodes)
+    return Totals(flops or 0, saved or 0)
+
+
+def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
+    """What was found in `model`: its chains, each block's cost, and what is in none and why."""
+    info, found = info_of(graph_module), chains_of(graph_module)
+    blocks = []
+    for index, chain in enumerate(found.chains):
+        for call in chain.calls:
+            flops, saved = _sum_costs(info.nodes[call.start : call.stop])
+            blocks.append(BlockReport(call.path, index, trainable(model.get_submodule(call.path)), flops, saved))
+    count = trainable(model)
+    return Report(
+        model=type(model).__name__,
+        capture=info.rung,
+        chains=[chain.paths for chain in found.chains],
+        blocks=blocks,
+        refused={**found.fixed, **found.refused},
+        parameters_before=count,
+        parameters_after=count,
+        notes=list(info.notes),
+    )
+
+
+def describe_plan(model: nn.Module, plan: Plan) -> Report:
+    """What a plan alone says of `model`, where nothing was captured."""
+    blocks = [
+        BlockReport(r.path, index, trainable(model.get_submodule(r.path))) for index, r in enumerate(plan.replacements)
+    ]
+    count = trainable(model)
+    return Report(model=type(model).__name__, blocks=blocks, parameters_before=count, parameters_after=count)
+
+
+def with_layers(report: Report, plan: Plan, layers: Mapping[str, FusionLayer], after: int) -> Report:
+    """The report with what takes the replaced blocks' places, and the parameters that are left."""
+    planned = {replacement.path: replacement for replacement in plan.replacements}
+    blocks = []
+    for block in report.blocks:
+        if block.path in planned:
+            replacement, layer = planned[block.path], layers[block.path]
+            block = replace(
+                block,
+                previous=replacement.previous,
+                next=replacement.next,
+                fusion=replacement.fusion.name if layer.fusion is not None else None,
+                operator=replacement.operator.name,
+                parameters_after=trainable(layer),
+            )
+        blocks.append(block)
+    return replace(report, blocks=blocks, parameters_after=after)
+
+
+def _sum_costs(nodes: object) -> tuple[int | None, int | None]:
+    costs = [node.meta["replfx"] for node in nodes if isinstance(node.meta.get("replfx"), Cost)]  # type: ignore[attr-defined]
+    if not costs or any(cost.flops is None for cost in costs):
+        return None, None
+    return sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs)

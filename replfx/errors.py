@@ -1,0 +1,42 @@
+"""Everything replfx raises on bad input: one base class, one subclass a stage.
+
+A message says what was wrong, where (a module path wherever there is one) and what to do about it.
+"""
+
+__all__ = [
+    "CaptureError",
+    "FusionError",
+    "NoChainError",
+    "PlanError",
+    "ReplfxError",
+    "StateDictError",
+    "VerifyError",
+]
+
+
+class ReplfxError(Exception):
+    """Base of all errors that replfx raises on purpose; the user's model is left as it was."""
+
+
+class CaptureError(ReplfxError):
+    """The model could not be turned into a graph: it does not run, or it needs example inputs."""
+
+
+class NoChainError(ReplfxError):
+    """Nothing in the model can be replaced; the message gives the reason for the nearest candidates."""
+
+
+class PlanError(ReplfxError):
+    """A plan or a selection of blocks is malformed, impossible, or made for another model."""
+
+
+class FusionError(ReplfxError):
+    """A fusion or an operator is unknown, or does not fit the block that it was asked for."""
+
+
+class StateDictError(ReplfxError):
+    """A state_dict belongs to the untransformed model, or to another plan."""
+
+
+class VerifyError(ReplfxError):
+    """The transformed model is not sound: a shape changed, or a parameter gets no gradient."""

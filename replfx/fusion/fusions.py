@@ -1,0 +1,139 @@
+"""Fusions: learnable maps (θ_prev, θ_next) → θ, one for all synthesised parameters of a block."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from replfx.errors import FusionError
+from replfx.fusion.registry import Registry
+
+__all__ = ["ChannelFusion", "Fusion", "LayerScalarFusion", "ScalarFusion", "fusions", "register_fusion"]
+
+fusions: Registry["Fusion"] = Registry("fusion")
+register_fusion = fusions.register
+
+
+class Fusion(nn.Module):
+    """Base of all fusions. A subclass defines `combine`, and its parameters if it has any.
+
+    Args:
+        shapes: shape of each synthesised parameter, by name; both neighbours' have the same.
+        dtype, device: where coefficients are to live.
+        **options: the fusion's own options, plain JSON values.
+
+    Example:
+        >>> @replfx.register_fusion("mean")
+        ... class Mean(replfx.Fusion):
+        ...     def combine(self, name, previous, next):
+        ...         return (previous + next) / 2
+        >>> model = replfx.transform(model, fusion="mean")
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+
+    def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
+        """θ for the parameter `name`, of the shape that both neighbours' θ have."""
+        raise NotImplementedError
+
+    def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All synthesised parameters of the block, by name."""
+        return {name: self.combine(name, theta, next[name]) for name, theta in previous.items()}
+
+
+class _Linear(Fusion):
+    """θ = a·θ_prev + b·θ_next with coefficients that subclasses lay out.
+
+    All a of a block are one vector and all b another: few parameters for an optimizer to loop over, of one
+    dimension, so that neither FSDP (which refuses scalars) nor channels_last (which refuses five
+    dimensions) stumbles over them.
+
+    Args:
+        initial: start of all a and b. At ½ a block starts as the mean of its neighbours (ours; the paper
+            names no start).
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        initial: float = 0.5,
+    ) -> None:
+        super().__init__(shapes, dtype=dtype, device=device)
+        if not isinstance(initial, int | float) or not math.isfinite(initial):
+            raise FusionError(f"option `initial` must be a finite number, not {initial!r}")
+        self.initial = float(initial)
+        self.sizes = {name: self.coefficients(shape) for name, shape in shapes.items()}
+        total = self.total(list(self.sizes.values()))
+        self.previous = nn.Parameter(torch.full((total,), self.initial, dtype=dtype, device=device))
+        self.next = nn.Parameter(torch.full((total,), self.initial, dtype=dtype, device=device))
+
+    def coefficients(self, shape: torch.Size) -> int:
+        """How many a (and as many b) a parameter of this shape has: one, or one an output channel."""
+        raise NotImplementedError
+
+    def total(self, sizes: list[int]) -> int:
+        """Length of the vector of all a."""
+        return sum(sizes)
+
+    def parts(self, vector: Tensor) -> dict[str, Tensor]:
+        """The coefficients of each parameter."""
+        return dict(zip(self.sizes, vector.split(list(self.sizes.values())), strict=True))
+
+    def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        a, b = self.parts(self.previous), self.parts(self.next)
+        return {
+            name: _along_first(a[name], theta) * theta + _along_first(b[name], theta) * next[name]
+            for name, theta in previous.items()
+        }
+
+    def extra_repr(self) -> str:
+        return f"coefficients={2 * self.previous.numel()}, initial={self.initial}"
+
+
+def _along_first(coefficients: Tensor, theta: Tensor) -> Tensor:
+    """Shape coefficients to multiply `theta` along its first dimension."""
+    return coefficients.view(-1, *[1] * (theta.dim() - 1))
+
+
+@fusions.register("scalar")
+class ScalarFusion(_Linear):
+    """θ = a·θ_prev + b·θ_next, two learnable scalars a parameter tensor.
+
+    The 2024 rule (arXiv 2410.01239), there with two a layer; a block has several layers.
+    """
+
+    def coefficients(self, shape: torch.Size) -> int:
+        return 1
+
+
+@fusions.register("scalar_layer")
+class LayerScalarFusion(_Linear):
+    """θ = a·θ_prev + b·θ_next, two learnable scalars for the whole block.
+
+    The 2024 rule (arXiv 2410.01239) to the letter, if the replaced layer is the block.
+    """
+
+    def coefficients(self, shape: torch.Size) -> int:
+        return 1
+
+    def total(self, sizes: list[int]) -> int:
+        return 1
+
+    def parts(self, vector: Tensor) -> dict[str, Tensor]:
+        return dict.fromkeys(self.sizes, vector)
+
+
+@fusions.register("channel")
+class ChannelFusion(_Linear):
+    """θ[c] = a[c]·θ_prev[c] + b[c]·θ_next[c], two learnables an output channel c (ours).
+
+    The output channel is the first dimension, as `nn.Linear` and the convolutions store it.
+    """
+
+    def coefficients(self, shape: torch.Size) -> int:
+        return shape[0]

@@ -1,0 +1,73 @@
+"""How a block is called: where its activation comes in, and what it gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from replfx.errors import PlanError
+
+__all__ = ["Interface", "read_slot"]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Of a block in a chain.
+
+    A *slot* names an input: "0" the first positional one, "hidden_states" one by keyword, "0.1" an item of
+    a tuple in the first.
+
+    Attributes:
+        inputs: the slots that the previous block of the chain fills; the first is the main activation.
+        output: what the block gives, as plain JSON: `{"input": slot}` where an activation is carried or an
+            input is handed through, `{"computed": true}` what only the block itself knows,
+            `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}` and constants.
+    """
+
+    inputs: tuple[str, ...]
+    output: object
+
+    @property
+    def main(self) -> str:
+        """The slot of the main activation."""
+        return self.inputs[0]
+
+    def computed(self) -> bool:
+        """Whether the block gives something besides its activations that a light operator cannot know."""
+        return _any_computed(self.output)
+
+    def result(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
+        """The block's output with `main` for the main activation and the other inputs handed through."""
+        return _build(self.output, args, kwargs, self.main, main)
+
+
+def read_slot(slot: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The value of an input slot in a call."""
+    first, *rest = slot.split(".")
+    value = args[int(first)] if first.isdigit() else kwargs[first]
+    for key in rest:
+        value = value[int(key)] if key.isdigit() else value[key]
+    return value
+
+
+def _any_computed(template: object) -> bool:
+    if isinstance(template, Mapping):
+        if "computed" in template:
+            return True
+        (inner,) = template.values()
+        parts = inner.values() if isinstance(inner, Mapping) else inner
+        return not isinstance(parts, str) and any(_any_computed(part) for part in parts)
+    return False
+
+
+def _build(template: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: str, main: Any) -> Any:
+    if not isinstance(template, Mapping):
+        return template
+    if "input" in template:
+        return main if template["input"] == slot else read_slot(template["input"], args, kwargs)
+    if "tuple" in template:
+        return tuple(_build(part, args, kwargs, slot, main) for part in template["tuple"])
+    if "list" in template:
+        return [_build(part, args, kwargs, slot, main) for part in template["list"]]
+    if "dict" in template:
+        return {key: _build(part, args, kwargs, slot, main) for key, part in template["dict"].items()}
+    raise PlanError(f"the plan's output template has {template!r}, which no operator can give")

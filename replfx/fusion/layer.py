@@ -1,0 +1,119 @@
+"""The fusion layer: the module that stands in a replaced block's place."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from replfx.errors import FusionError
+from replfx.fusion.fusions import Fusion
+from replfx.fusion.operators import Operator, Source
+from replfx.fusion.sharded import any_sharded, gathered, replicated
+from replfx.structure import move_hooks
+
+__all__ = ["FusionLayer"]
+
+
+class FusionLayer(nn.Module):
+    """Synthesises an operator from two neighbouring blocks and applies it.
+
+    The neighbours are held as plain references, not as submodules, and their parameters are read at each
+    call: so they appear once in `state_dict`, follow `.to()` and `deepcopy`, and take part in
+    `torch.func.functional_call` and FSDP.
+
+    Args:
+        operator: what runs with the synthesised parameters.
+        fusion: how they are made, or None if the operator has none.
+        neighbours: the kept block before and the one after; None if the operator has no parameters.
+        neighbour_gradient: factor λ on the gradient that flows through this layer into the neighbours;
+            1 is the paper's, 0 detaches them.
+        replaced: the block that this layer replaces, for its simple attributes (a model may ask a block for
+            its `shift_size`); the block itself is not kept.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        fusion: Fusion | None,
+        neighbours: tuple[nn.Module, nn.Module] | None,
+        *,
+        neighbour_gradient: float = 1.0,
+        replaced: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.operator = operator
+        self.fusion = fusion
+        self._neighbours = neighbours
+        self.neighbour_gradient = neighbour_gradient
+        self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
+        move_hooks(replaced, self)
+        self.train(replaced.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            attributes = self.__dict__.get("_attributes", {})
+            if name in attributes:
+                return attributes[name]
+            block = self.__dict__.get("_modules", {}).get("operator")
+            block = None if block is None else block._modules.get("block")
+            if block is None or name.startswith("_"):
+                raise
+            return getattr(block, name)
+
+    def synthesized(self) -> dict[str, Tensor]:
+        """The operator's weights as they stand: parameter name in the block → tensor.
+
+        Of a fused query-key-value projection the light operator takes the value rows alone. Empty for an
+        operator without weights. Gradients flow from these tensors into coefficients and neighbours.
+        """
+        if self.fusion is None or self._neighbours is None:
+            return {}
+        previous, next = (self._read(block) for block in self._neighbours)
+        if any_sharded(previous) or any_sharded(next):
+            made = torch.func.functional_call(
+                self.fusion, replicated(self.fusion, previous), (previous, next), tie_weights=False
+            )
+            return gathered(made)
+        result: dict[str, Tensor] = self.fusion(previous, next)
+        return result
+
+    def _read(self, block: nn.Module) -> dict[str, Tensor]:
+        return {
+            name: _scale_gradient(_read_source(block, source), self.neighbour_gradient)
+            for name, source in self.operator.sources.items()
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the replaced block would have been called with, and what it would have given."""
+        return self.operator(self.synthesized(), args, kwargs)
+
+    def extra_repr(self) -> str:
+        return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"
+
+
+def _read_source(block: nn.Module, source: Source) -> Tensor:
+    *path, leaf = source.path.split(".")
+    for name in path:
+        block = getattr(block, name)
+    theta = getattr(block, leaf)
+    if not isinstance(theta, Tensor):
+        raise FusionError(f"the neighbour's parameter `{source.path}` is gone: it is no tensor but {theta!r}")
+    return theta if source.rows is None else theta[source.rows[0] : source.rows[1]]
+
+
+def _scale_gradient(theta: Tensor, factor: float) -> Tensor:
+    """`theta` itself in the forward pass (lerp(t, t, λ) = t exactly), λ times its gradient in the backward."""
+    if factor == 1.0:
+        return theta
+    return theta.detach() if factor == 0.0 else torch.lerp(theta.detach(), theta, factor)
+
+
+def _is_simple(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_simple(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_simple(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,235 @@
+"""The light operator: one residual synthesised map in place of a whole residual block. All formulas are ours.
+
+Which map is read off the block's structure, not its class:
+
+- `depthwise` (ConvNeXt): the block has a depthwise kernel D on its activation's own d channels;
+  y = x + N(D ∗ x).
+- `conv` (basic ResNet block): the residual branch ends in a k×k convolution K from d to d channels;
+  y = φ(x + N(K ∗ x)).
+- `product` (pre-norm transformer blocks, bottleneck and inverted residual blocks): a map W_in of d to h
+  channels, later followed by W_out back to d. In an attention these are W_V and W_O, the path that a token
+  takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. The pair
+  with the smallest h is taken. Where the block's normalisation follows its maps, y = φ(x + N(W_out W_in x));
+  where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c).
+
+N is the block's own normalisation, φ its own activation after the sum (nothing where it has none), g and c
+are own vectors of length d, and D, K, W are synthesised from both neighbours. Where 2h > d, W_out W_in is
+formed once a call as one d×d matrix: for more tokens than channels that is fewer operations than two maps.
+A block with LayerScale loses it: g takes its place.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from replfx.errors import FusionError
+from replfx.fusion.anatomy import Anatomy, activation_of, dissect
+from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.operators import Match, Operator, Site, Source, operators
+from replfx.fusion.plain import plain_module
+from replfx.structure import structural_copy
+from replfx.tracing.symbolic import is_leaf
+
+__all__ = ["LightOperator"]
+
+_KINDS = ("depthwise", "conv", "product")
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a light operator is made of; plain data that travels in a plan.
+
+    Attributes:
+        kind: which of the three formulas.
+        maps: names of the synthesised parameters: (kernel,) or (W_in, W_out).
+        rows: rows of W_in that are taken: the value part of a fused query-key-value projection.
+        norm: path of the normalisation N in the block, or None.
+        norm_first: N comes before the map.
+        norm_last_dim: N wants channels last although the activation has them second.
+        activation: φ, as `Anatomy.activation` names it.
+    """
+
+    kind: str
+    maps: tuple[str, ...]
+    rows: tuple[int, int] | None
+    norm: str | None
+    norm_first: bool
+    norm_last_dim: bool
+    activation: str | None
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> "Recipe":
+        """From a plan's JSON.
+
+        Raises:
+            FusionError: it is not a recipe.
+        """
+        try:
+            rows = options["rows"]
+            recipe = cls(**{**options, "maps": tuple(options["maps"]), "rows": None if rows is None else tuple(rows)})
+        except (KeyError, TypeError) as error:
+            raise FusionError(f"the light operator's options are malformed: {error!r}") from error
+        if recipe.kind not in _KINDS or len(recipe.maps) != 1 + (recipe.kind == "product"):
+            raise FusionError(f"the light operator has no kind {recipe.kind!r} with {len(recipe.maps)} maps")
+        return recipe
+
+    @classmethod
+    def choose(cls, anatomy: Anatomy, block: nn.Module) -> "Recipe | str":
+        """The formula for a block, or why there is none."""
+        norm = anatomy.norm
+        rest = (
+            norm.path if norm else None,
+            norm.first if norm else False,
+            norm.last_dim if norm else False,
+            anatomy.activation,
+        )
+        if anatomy.depthwise is not None:
+            return cls("depthwise", (anatomy.depthwise,), None, *rest)
+        assert anatomy.pair is not None  # dissect gives one or the other
+        first, last = anatomy.pair.first, anatomy.pair.last
+        if _taps(block, last) > 1:
+            square = block.get_parameter(last).shape[:2] == (anatomy.width, anatomy.width)
+            return cls("conv", (last,), None, *rest) if square else f"its map `{last}` is grouped"
+        return cls("product", (first, last), anatomy.pair.rows, *rest)
+
+
+def _taps(block: nn.Module, name: str) -> int:
+    return block.get_parameter(name)[0, 0].numel()
+
+
+@operators.register("light")
+class LightOperator(Operator):
+    """One residual synthesised map; the module's docstring has the formulas.
+
+    Args:
+        block, interface: as for every operator.
+        initial_gain: start of all g, where there is a g.
+        **options: the fields of `Recipe`, found by `match`.
+    """
+
+    def __init__(self, block: nn.Module, interface: Interface, *, initial_gain: float = 1.0, **options: Any) -> None:
+        super().__init__(block, interface)
+        self.recipe = recipe = Recipe.read(options)
+        first, *rest = recipe.maps
+        self.sources = {first: Source(first, recipe.rows), **{name: Source(name) for name in rest}}
+        weight = block.get_parameter(recipe.maps[-1])
+        self.linear = weight.dim() == 2
+        self.norm = None if recipe.norm is None else structural_copy(block.get_submodule(recipe.norm))
+        self.activation: Any = activation_of(block, recipe.activation)
+        self.map = None if recipe.kind == "product" else self._bare_map(block)
+        own = recipe.kind == "product" and (recipe.norm_first or self.norm is None)
+        start = torch.full((weight.shape[0],), float(initial_gain), dtype=weight.dtype, device=weight.device)
+        self.gain = nn.Parameter(start) if own else None
+        self.bias = nn.Parameter(torch.zeros_like(start)) if own else None
+
+    def _bare_map(self, block: nn.Module) -> nn.Module:
+        """The convolution without its kernel: stride, padding, dilation and bias are its own."""
+        path, _, leaf = self.recipe.maps[0].rpartition(".")
+        bare = structural_copy(block.get_submodule(path))
+        bare._parameters[leaf] = None
+        return bare
+
+    @classmethod
+    def match(cls, site: Site) -> Match:
+        anatomy = dissect(site)
+        if isinstance(anatomy, str):
+            return Match(reason=anatomy)
+        if site.interface.computed() or len(site.interface.inputs) != 1:
+            return Match(reason="it gives more than one activation")
+        recipe = Recipe.choose(anatomy, site.block)
+        return Match(reason=recipe) if isinstance(recipe, str) else Match(asdict(recipe))
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = read_slot(self.interface.main, args, kwargs)
+        y = _residual(x, self.recipe, self.norm, lambda h: self._apply_maps(h, theta), self.activation)
+        return self.interface.result(args, kwargs, y)
+
+    def _apply_maps(self, h: Tensor, theta: dict[str, Tensor]) -> Tensor:
+        if self.map is not None:
+            leaf = self.recipe.maps[0].rpartition(".")[2]
+            mapped: Tensor = torch.func.functional_call(
+                self.map, {leaf: theta[self.recipe.maps[0]]}, (h,), tie_weights=False
+            )
+            return mapped
+        *before, last = self._matrices(theta)
+        for matrix in before:
+            h = self._apply_matrix(h, matrix, None)
+        return self._apply_matrix(h, last, self.bias)
+
+    def _matrices(self, theta: dict[str, Tensor]) -> list[Tensor]:
+        """The maps as they are applied in turn: the product as one d×d matrix if 2h > d, else both."""
+        inward, outward = (theta[name].flatten(1) for name in self.recipe.maps)
+        if self.gain is not None:
+            outward = self.gain.unsqueeze(1) * outward
+        return [outward @ inward] if 2 * inward.shape[0] > inward.shape[1] else [inward, outward]
+
+    def _apply_matrix(self, h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        if self.linear:
+            return F.linear(h, matrix, bias)
+        return _CONVOLUTIONS[h.dim()](h, matrix.view(*matrix.shape, *[1] * (h.dim() - 2)), bias)
+
+    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
+        if self.map is not None:
+            self.map._parameters[self.recipe.maps[0].rpartition(".")[2]] = nn.Parameter(theta[self.recipe.maps[0]])
+            maps: list[nn.Module] = [self.map]
+        else:
+            *before, last = self._matrices(theta)
+            dims = theta[self.recipe.maps[-1]].dim()
+            maps = [*(_plain_map(matrix, None, dims) for matrix in before), _plain_map(last, self.bias, dims)]
+        body = _Body(self.recipe, self.norm, nn.Sequential(*maps), self.activation)
+        return plain_module(fx.GraphModule(body, _LeafTracer().trace(body), "Light"), self.interface)
+
+
+def _residual(
+    x: Tensor,
+    recipe: Recipe,
+    norm: nn.Module | None,
+    maps: Callable[[Tensor], Tensor],
+    activation: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """y = φ(x + maps(N(x))) or φ(x + N(maps(x)))."""
+    h = maps(_normalise(x, recipe, norm)) if recipe.norm_first else _normalise(maps(x), recipe, norm)
+    return x + h if activation is None else activation(x + h)
+
+
+def _normalise(x: Tensor, recipe: Recipe, norm: nn.Module | None) -> Tensor:
+    if norm is None:
+        return x
+    normed: Tensor = norm(x.movedim(1, -1)).movedim(-1, 1) if recipe.norm_last_dim else norm(x)
+    return normed
+
+
+def _plain_map(matrix: Tensor, bias: Tensor | None, dims: int) -> nn.Module:
+    """A 1×1 map of torch.nn with these weights."""
+    rows, columns = matrix.shape
+    made: nn.Module
+    if dims == 2:
+        made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    else:
+        conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[dims]
+        made = conv(columns, rows, 1, bias=bias is not None, device="meta")
+    made._parameters["weight"] = nn.Parameter(matrix.view(*matrix.shape, *[1] * (dims - 2)))
+    if bias is not None:
+        made._parameters["bias"] = nn.Parameter(bias.detach())
+    return made
+
+
+class _Body(nn.Module):
+    """A light operator with weights of its own, to be traced into a plain GraphModule."""
+
+    def __init__(self, recipe: Recipe, norm: nn.Module | None, maps: nn.Module, activation: Any) -> None:
+        super().__init__()
+        self.recipe, self.norm, self.maps, self.activation = recipe, norm, maps, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _residual(x, self.recipe, self.norm, self.maps, self.activation)
+
+
+class _LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)

@@ -1,0 +1,167 @@
+"""Operators: what runs with the synthesised parameters, in the place of a replaced block."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.plain import plain_module
+from replfx.fusion.registry import Registry
+from replfx.structure import drop_hooks, structural_copy
+
+__all__ = [
+    "BlockOperator",
+    "IdentityOperator",
+    "Match",
+    "Operator",
+    "Site",
+    "Source",
+    "operators",
+    "register_operator",
+]
+
+operators: Registry["Operator"] = Registry("operator")
+register_operator = operators.register
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which parameter of a neighbour a synthesised parameter is fused from.
+
+    Attributes:
+        path: the parameter's name inside the block.
+        rows: the part of the first dimension that is taken, as (start, stop); None takes all.
+    """
+
+    path: str
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block that may be replaced, with what is known of it when a plan is made.
+
+    Attributes:
+        path: where the block is in the model.
+        block: the module.
+        interface: how it is called.
+        shape: shape of its main activation; None if no example inputs were given.
+        nodes: the nodes of its region in the captured graph.
+        input, output: the nodes of its main activation, before and after.
+    """
+
+    path: str
+    block: nn.Module
+    interface: Interface
+    shape: tuple[int, ...] | None
+    nodes: tuple[fx.Node, ...]
+    input: fx.Node
+    output: fx.Node
+
+
+@dataclass(frozen=True)
+class Match:
+    """Whether an operator fits a site: truthy with the options to build it, or falsy with the reason."""
+
+    options: Mapping[str, object] = field(default_factory=dict)
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is None
+
+
+class Operator(nn.Module):
+    """Base of all operators.
+
+    Args:
+        block: the block to replace; an operator copies what it keeps of it, and never changes it.
+        interface: how the block is called.
+        **options: what `match` found, plain JSON values.
+
+    Attributes:
+        sources: which parameters are synthesised, by the names that `forward` gets them under.
+        needs_neighbours: whether a replaced block needs a kept block on each side.
+        unrolls: whether `plain` gives the replaced block itself, at full depth.
+    """
+
+    needs_neighbours: ClassVar[bool] = True
+    unrolls: ClassVar[bool] = False
+    sources: dict[str, Source]
+
+    def __init__(self, block: nn.Module, interface: Interface) -> None:
+        super().__init__()
+        self.interface = interface
+        self.sources = {}
+
+    @classmethod
+    def match(cls, site: Site) -> Match:
+        """Whether this operator can stand for the block at `site`."""
+        raise NotImplementedError
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block would have given for `args` and `kwargs`, with `theta` synthesised."""
+        raise NotImplementedError
+
+    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
+        """A module without replfx that computes the same with `theta` as its own weights."""
+        raise NotImplementedError
+
+
+@operators.register("block")
+class BlockOperator(Operator):
+    """The block's own computation with synthesised parameters: f(x; θ, own).
+
+    θ are the parameters of two dimensions and up; norms, biases, other vectors and running statistics stay
+    the block's own (the 2024 rule, arXiv 2410.01239, for a whole block). Saves parameters, gradients and
+    optimizer state, and next to no time. Fits any block.
+    """
+
+    unrolls = True
+
+    def __init__(self, block: nn.Module, interface: Interface) -> None:
+        super().__init__(block, interface)
+        self.block = structural_copy(block, hooks=True)
+        drop_hooks(self.block)  # those on the block itself are the fusion layer's now
+        self.sources = {name: Source(name) for name, p in block.named_parameters() if p.dim() >= 2}
+        for name in self.sources:
+            self._own(name, None)
+
+    def _own(self, name: str, value: nn.Parameter | None) -> None:
+        path, _, leaf = name.rpartition(".")
+        self.block.get_submodule(path)._parameters[leaf] = value
+
+    @classmethod
+    def match(cls, site: Site) -> Match:
+        if not any(p.dim() >= 2 for p in site.block.parameters()):
+            return Match(reason="it has no parameter of two dimensions or more to synthesise")
+        return Match()
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
+
+    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
+        for name, value in theta.items():
+            self._own(name, nn.Parameter(value))
+        return self.block
+
+
+@operators.register("identity")
+class IdentityOperator(Operator):
+    """y = x: the block is gone. The bound that replacing can save, and depth pruning for who wants that."""
+
+    needs_neighbours = False
+
+    @classmethod
+    def match(cls, site: Site) -> Match:
+        if site.interface.computed():
+            return Match(reason="it gives more than its activation, which only the block itself can compute")
+        return Match()
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.interface.result(args, kwargs, read_slot(self.interface.main, args, kwargs))
+
+    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
+        return plain_module(nn.Identity(), self.interface)

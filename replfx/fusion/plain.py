@@ -1,0 +1,70 @@
+"""Plain modules for what is left of a replaced block once its weights are materialized."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from replfx.fusion.interface import Interface
+
+__all__ = ["plain_module"]
+
+
+def plain_module(body: nn.Module, interface: Interface) -> nn.Module:
+    """Wrap `body`, a module from activation to activation, so that it is called as the block was.
+
+    The wrapper is a `torch.fx.GraphModule`: it needs no replfx to run, to pickle or to be copied.
+    """
+    graph = fx.Graph()
+    args: list[fx.Node] = []
+    kwargs: dict[str, fx.Node] = {}
+    names = {slot.split(".")[0] for slot in _slots(interface)}
+    for position in range(max([int(n) for n in names if n.isdigit()], default=-1) + 1):
+        args.append(graph.placeholder(f"arg_{position}"))
+    graph.placeholder("*args")
+    for name in sorted(n for n in names if not n.isdigit()):
+        kwargs[name] = graph.placeholder(name)
+    graph.placeholder("**kwargs")
+    main = _node_of_slot(graph, interface.main, args, kwargs)
+    result = graph.call_module("body", (main,))
+    graph.output(_emit(graph, interface.output, interface.main, result, args, kwargs))
+    return fx.GraphModule({"body": body}, graph, "Plain")
+
+
+def _slots(interface: Interface) -> set[str]:
+    found = set(interface.inputs)
+
+    def visit(template: object) -> None:
+        if isinstance(template, Mapping):
+            ((key, inner),) = template.items()
+            if key == "input":
+                found.add(str(inner))
+            elif key != "computed":
+                for part in inner.values() if isinstance(inner, Mapping) else inner:
+                    visit(part)
+
+    visit(interface.output)
+    return found
+
+
+def _node_of_slot(graph: fx.Graph, slot: str, args: list[fx.Node], kwargs: dict[str, fx.Node]) -> fx.Node:
+    first, *rest = slot.split(".")
+    node = args[int(first)] if first.isdigit() else kwargs[first]
+    for key in rest:
+        node = graph.call_function(operator.getitem, (node, int(key) if key.isdigit() else key))
+    return node
+
+
+def _emit(
+    graph: fx.Graph, template: Any, slot: str, main: fx.Node, args: list[fx.Node], kwargs: dict[str, fx.Node]
+) -> Any:
+    if not isinstance(template, Mapping):
+        return template
+    ((key, inner),) = template.items()
+    if key == "input":
+        return main if inner == slot else _node_of_slot(graph, inner, args, kwargs)
+    if key == "dict":
+        return {k: _emit(graph, part, slot, main, args, kwargs) for k, part in inner.items()}
+    parts = [_emit(graph, part, slot, main, args, kwargs) for part in inner]
+    return tuple(parts) if key == "tuple" else parts

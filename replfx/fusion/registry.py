@@ -1,0 +1,77 @@
+"""Names for fusions and operators: one registry each, so that a user adds one in a few lines."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from replfx.errors import FusionError
+
+__all__ = ["Choice", "Registry"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A name out of a registry with its options: `Choice("channel", {"initial": 0.7})`."""
+
+    name: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: "str | Mapping[str, object] | Choice", what: str) -> "Choice":
+        """Read a name, a `{"name": ..., **options}` dict, or a Choice.
+
+        Raises:
+            FusionError: none of the three, or options that JSON cannot hold.
+        """
+        if isinstance(given, Choice):
+            return given
+        if isinstance(given, str):
+            return cls(given)
+        if isinstance(given, Mapping) and isinstance(given.get("name"), str):
+            options = {key: value for key, value in given.items() if key != "name"}
+            try:
+                json.dumps(options)
+            except TypeError as error:
+                raise FusionError(f"the options of {what} {given['name']!r} must be plain JSON: {error}") from error
+            return cls(str(given["name"]), options)
+        raise FusionError(f"{what} must be a name or a dict with a 'name', not {given!r}")
+
+
+class Registry(Generic[T]):
+    """Classes by name.
+
+    Args:
+        what: what is registered, for messages: "fusion" or "operator".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._entries: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: `@register_fusion("mean")`.
+
+        Raises:
+            FusionError: the name is taken by another class.
+        """
+
+        def enter(cls: type[T]) -> type[T]:
+            taken = self._entries.get(name)
+            if taken is not None and taken.__qualname__ != cls.__qualname__:
+                raise FusionError(f"the {self.what} name {name!r} is taken by {taken.__qualname__}")
+            self._entries[name] = cls
+            return cls
+
+        return enter
+
+    def __getitem__(self, name: str) -> type[T]:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise FusionError(f"unknown {self.what} {name!r}; there are: {', '.join(self)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))

@@ -1,0 +1,194 @@
+"""Plans: which blocks are replaced, and how. Frozen, deterministic data, JSON both ways."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from replfx.errors import FusionError, PlanError
+from replfx.fusion.interface import Interface
+from replfx.fusion.registry import Choice
+
+__all__ = ["Plan", "Replacement"]
+
+_FORMAT, _VERSION = "replfx-plan", 1
+_LARGEST = 64 * 1024 * 1024  # characters; a plan of 100,000 blocks is about half of it
+_DEEPEST = 32
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One block to be replaced.
+
+    Attributes:
+        path: the block.
+        previous, next: its kept neighbours; None for an operator that needs none.
+        fusion, operator: what takes its place.
+        interface: how the block is called.
+        kind: digest of the block's structure, by which `apply` knows a plan that was made for another model.
+        neighbour_gradient: factor on the gradient into the neighbours.
+    """
+
+    path: str
+    previous: str | None
+    next: str | None
+    fusion: Choice
+    operator: Choice
+    interface: Interface
+    kind: str
+    neighbour_gradient: float = 1.0
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain JSON values."""
+        return {
+            "path": self.path,
+            "previous": self.previous,
+            "next": self.next,
+            "fusion": {"name": self.fusion.name, "options": dict(self.fusion.options)},
+            "operator": {"name": self.operator.name, "options": dict(self.operator.options)},
+            "interface": {"inputs": list(self.interface.inputs), "output": self.interface.output},
+            "kind": self.kind,
+            "neighbour_gradient": self.neighbour_gradient,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks of a model are replaced.
+
+    Attributes:
+        model: name of the model's class, for people.
+        replacements: in the order in which the blocks run.
+
+    Example:
+        >>> plan = replfx.plan(model, every=2)
+        >>> Path("plan.json").write_text(plan.to_json())
+        >>> model = replfx.apply(build_model(), Plan.from_json(Path("plan.json").read_text()))
+    """
+
+    model: str
+    replacements: tuple[Replacement, ...] = ()
+
+    def to_json(self) -> str:
+        """A JSON document with a format name and a version; the same plan always gives the same text."""
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": self.model,
+            "replacements": [replacement.to_dict() for replacement in self.replacements],
+        }
+        return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read what `to_json` wrote. Nothing in a plan is executed: it is checked field by field.
+
+        Raises:
+            PlanError: truncated, malformed, of another format or version, or with unknown fields.
+        """
+        document = _parse(text)
+        top = _Fields(document, "the plan", ("format", "version", "model", "replacements"))
+        if top.take("format", str) != _FORMAT:
+            raise PlanError(f"this is not a replfx plan: its format is {document['format']!r}, not {_FORMAT!r}")
+        if (version := top.take("version", int)) != _VERSION:
+            raise PlanError(f"the plan is of version {version}, this replfx reads version {_VERSION}; make it anew")
+        replacements = tuple(
+            _read_replacement(entry, f"replacement {index}")
+            for index, entry in enumerate(top.take("replacements", list))
+        )
+        paths = [replacement.path for replacement in replacements]
+        if len(set(paths)) != len(paths):
+            raise PlanError("the plan replaces a block twice")
+        return cls(top.take("model", str), replacements)
+
+
+def _parse(text: str) -> object:
+    if not isinstance(text, str):
+        raise PlanError(f"a plan is JSON text, not {type(text).__name__}")
+    if len(text) > _LARGEST:
+        raise PlanError(f"the plan has {len(text):,} characters, more than any plan needs")
+
+    def refuse(token: str) -> object:
+        raise PlanError(f"the plan has the number {token}")
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            raise PlanError(f"the plan has a field twice: {max(keys, key=keys.count)!r}")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"the plan is not whole JSON ({error}); was the file cut short?") from error
+
+
+class _Fields:
+    """The fields of one JSON object, each taken with its type."""
+
+    def __init__(self, value: object, where: str, names: tuple[str, ...]) -> None:
+        if not isinstance(value, dict):
+            raise PlanError(f"{where} must be a JSON object, not {type(value).__name__}")
+        for name in (*names, *value):
+            if name not in value:
+                raise PlanError(f"{where} has no field {name!r}")
+            if name not in names:
+                raise PlanError(f"{where} has an unknown field {name!r}")
+        self.value, self.where = value, where
+
+    def take(self, name: str, *kinds: type) -> Any:
+        value = self.value[name]
+        if type(value) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise PlanError(f"{self.where}: field {name!r} must be {wanted}, not {type(value).__name__}")
+        return value
+
+
+_REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", "kind", "neighbour_gradient")
+
+
+def _read_replacement(entry: object, where: str) -> Replacement:
+    fields = _Fields(entry, where, _REPLACEMENT)
+    interface = _Fields(fields.take("interface", dict), f"{where}, interface", ("inputs", "output"))
+    inputs = interface.take("inputs", list)
+    if not inputs or not all(isinstance(slot, str) and slot for slot in inputs):
+        raise PlanError(f"{where}: 'inputs' must be a list of slot names")
+    output = interface.value["output"]
+    _check_template(output, where)
+    gradient = float(fields.take("neighbour_gradient", int, float))
+    return Replacement(
+        path=fields.take("path", str),
+        previous=fields.take("previous", str, type(None)),
+        next=fields.take("next", str, type(None)),
+        fusion=_read_choice(fields.take("fusion", dict), f"{where}, fusion"),
+        operator=_read_choice(fields.take("operator", dict), f"{where}, operator"),
+        interface=Interface(tuple(inputs), output),
+        kind=fields.take("kind", str),
+        neighbour_gradient=gradient,
+    )
+
+
+def _read_choice(value: object, where: str) -> Choice:
+    fields = _Fields(value, where, ("name", "options"))
+    try:
+        return Choice.of({"name": fields.take("name", str), **fields.take("options", dict)}, where)
+    except FusionError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def _check_template(template: object, where: str, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise PlanError(f"{where}: its output is nested deeper than {_DEEPEST}")
+    if not isinstance(template, Mapping):
+        if template is not None and not isinstance(template, bool | int | float | str):
+            raise PlanError(f"{where}: its output holds a {type(template).__name__}")
+        return
+    if len(template) != 1:
+        raise PlanError(f"{where}: each part of its output must have one key")
+    ((key, inner),) = template.items()
+    wanted = {"input": str, "computed": bool, "tuple": list, "list": list, "dict": dict}.get(key)
+    if wanted is None or type(inner) is not wanted:
+        raise PlanError(f"{where}: its output has {key!r}: {type(inner).__name__}")
+    parts = inner if isinstance(inner, list) else inner.values() if isinstance(inner, dict) else ()
+    for part in parts:
+        _check_template(part, where, depth + 1)

@@ -1,0 +1,77 @@
+"""What a transformed model remembers: its plan and report, and a guard on the state_dicts it is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from replfx.errors import PlanError, StateDictError
+from replfx.fusion import FusionLayer
+from replfx.plans import Plan
+from replfx.reports import Report
+
+__all__ = ["Transformed", "fusion_layers", "mark", "state_of", "unmark"]
+
+_ATTRIBUTE = "_replfx"
+
+
+@dataclass
+class Transformed:
+    """Kept on a transformed model as a plain attribute: it is copied and pickled with the model."""
+
+    plan: Plan
+    report: Report
+    guard: RemovableHandle
+
+
+def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
+    """The fusion layers of a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
+
+
+def mark(model: nn.Module, plan: Plan, report: Report) -> None:
+    """Let a model that was just transformed remember how."""
+    setattr(model, _ATTRIBUTE, Transformed(plan, report, model.register_load_state_dict_pre_hook(_guard)))
+
+
+def unmark(model: nn.Module) -> None:
+    """Forget it again."""
+    state_of(model).guard.remove()
+    delattr(model, _ATTRIBUTE)
+
+
+def state_of(model: nn.Module) -> Transformed:
+    """What a transformed model remembers.
+
+    Raises:
+        PlanError: the model is not transformed.
+    """
+    state = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(state, Transformed):
+        raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")
+    return state
+
+
+def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
+    expected = {prefix + key for key in module.state_dict()}
+    for path in fusion_layers(module):
+        base = f"{prefix}{path}."
+        given = {key for key in state_dict if key.startswith(base)}
+        if any(_of_plain_block(key.removeprefix(base)) for key in given):
+            raise StateDictError(
+                f"`{path}` is a fusion layer, and the state_dict has the weights of the block that it replaced: it is "
+                "of the untransformed model. Load it before replfx.transform, or into replfx.unroll(model)"
+            )
+    foreign = sorted(k for k in state_dict if k not in expected and (".fusion." in k or ".operator." in k))
+    if foreign:
+        raise StateDictError(
+            f"the state_dict has `{foreign[0]}`, this model has not: it was saved under another plan. Save "
+            "replfx.report(model) or the plan's to_json() beside the weights, and use replfx.apply"
+        )
+
+
+def _of_plain_block(name: str) -> bool:
+    return name.split(".")[0] not in ("operator", "fusion")

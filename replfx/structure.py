@@ -1,0 +1,201 @@
+"""Questions about modules that need no graph: what kind a block is, how to copy structure, how to reach in.
+
+A block's *kind* is its parameter tree: the classes of the submodules that own parameters, and every
+parameter's name, shape and dtype. Submodules without parameters (activations, dropout, drop-path) do not
+decide, because nothing of theirs is fused: two ViT blocks that differ in their drop-path rate are one kind.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from replfx.errors import CaptureError
+
+__all__ = [
+    "Signature",
+    "attribute_at",
+    "block_digest",
+    "drop_hooks",
+    "first_difference",
+    "move_hooks",
+    "set_submodule",
+    "signature",
+    "structural_copy",
+    "unfit_to_replace",
+    "unfit_to_share",
+]
+
+Signature: TypeAlias = Mapping[str, object]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def attribute_at(module: nn.Module, path: str) -> object:
+    """Follow a dotted path of attributes from `module`; the empty path is the module itself."""
+    return reduce(getattr, path.split("."), module) if path else module
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`, keeping its place among its siblings."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    owner._modules[name] = module
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Register on `target` all forward and backward hooks that `source` itself has (not its submodules')."""
+    for name in _HOOKS:
+        getattr(target, name).update(getattr(source, name))
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Remove all forward and backward hooks of `module` itself."""
+    for name in _HOOKS:
+        getattr(module, name).clear()
+
+
+def structural_copy(
+    model: nn.Module, replace: Callable[[Tensor], Tensor] | None = None, *, hooks: bool = False
+) -> nn.Module:
+    """Copy the modules of `model` but not its tensors.
+
+    Args:
+        model: any module.
+        replace: gives the tensor to put for each parameter and buffer (tied ones stay tied); without it
+            the copy shares the tensors of `model`.
+        hooks: keep the user's forward and backward hooks. Off by default: a capture must not fire them.
+
+    Raises:
+        CaptureError: the model holds something that `copy.deepcopy` cannot copy.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, object] = {key: replace(t) if replace else t for key, t in tensors.items()}
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} could not be copied ({type(error).__name__}: {error}); "
+            "make it work with copy.deepcopy first"
+        ) from error
+    if not hooks:
+        for module in twin.modules():
+            drop_hooks(module)
+    return twin
+
+
+def signature(module: nn.Module) -> Signature:
+    """Describe the kind of `module`: two blocks are of one kind when their signatures are equal.
+
+    Includes, of childless submodules, the integer and string settings that the class itself declares in
+    `__constants__` (a convolution's stride, padding, groups), never floats (drop rates, epsilons).
+    """
+    facts: dict[str, object] = {}
+    for path, sub in module.named_modules(remove_duplicate=False):
+        if next(sub.parameters(), None) is None:
+            continue
+        facts[_join(path, "class")] = type(sub)
+        for name, parameter in sub._parameters.items():
+            shape = None if parameter is None else (tuple(parameter.shape), parameter.dtype)
+            facts[_join(path, name)] = shape
+        if not sub._modules:
+            for name in getattr(sub, "__constants__", ()):
+                value = getattr(sub, name, None)
+                if _is_setting(value):
+                    facts[_join(path, name)] = value
+    return facts
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_setting(item) for item in value)
+    return isinstance(value, int | str) or value is None
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def first_difference(one: Signature, other: Signature) -> str | None:
+    """Name the first fact in which two signatures differ, as "`attn.qkv.weight`: (9, 3) ≠ (12, 4)"."""
+    for key in (*one, *(k for k in other if k not in one)):
+        if one.get(key) != other.get(key):
+            return f"`{key}`: {_show(one.get(key))} ≠ {_show(other.get(key))}"
+    return None
+
+
+def _show(fact: object) -> str:
+    if isinstance(fact, type):
+        return fact.__qualname__
+    if isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[1], torch.dtype):
+        return f"{fact[0]} {str(fact[1]).removeprefix('torch.')}"
+    return "absent" if fact is None else str(fact)
+
+
+def block_digest(module: nn.Module) -> str:
+    """A short stable hash of a block's kind, free of dtype, for plans that travel between processes."""
+    facts = []
+    for key, fact in signature(module).items():
+        if isinstance(fact, type):
+            fact = f"{fact.__module__}.{fact.__qualname__}"
+        elif isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[1], torch.dtype):
+            fact = fact[0]  # `.half()` and `.double()` do not make it another model
+        facts.append(f"{key}={fact}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def unfit_to_share(block: nn.Module) -> str | None:
+    """Why the parameters of `block` cannot be read by a fusion, or None."""
+    for path, sub in block.named_modules():
+        where = f"its submodule `{path}`" if path else "it"
+        if isinstance(sub, torch.jit.ScriptModule):
+            return f"{where} is scripted (TorchScript): its parameters cannot be swapped"
+        if parametrize.is_parametrized(sub):
+            return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
+    for name, parameter in block.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            return f"its parameter `{name}` is not initialised yet: run the model once first"
+        if not parameter.dtype.is_floating_point:
+            return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
+        if _is_wrapped(parameter):
+            return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
+    return None
+
+
+def _is_wrapped(parameter: Tensor) -> bool:
+    """A tensor subclass that stands for other data (torchao's quantised weights); DTensors are fine."""
+    kind = type(parameter.data)
+    return kind not in (Tensor, nn.Parameter) and kind.__module__.split(".")[0] != "torch"
+
+
+def unfit_to_replace(path: str, block: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
+    """Why `block` must stay although a neighbour may read it, or None.
+
+    Args:
+        path: where the block is in the model.
+        owners: for each parameter (by id) all the names that it has in the model.
+    """
+    if not any(p.requires_grad for p in block.parameters()):
+        return "all its parameters are frozen: replacing it would save no training"
+    for parameter in block.parameters():
+        names = owners[id(parameter)]
+        outside = [n for n in names if not n.startswith(path + ".")]
+        if outside:
+            inside = next(n for n in names if n.startswith(path + "."))
+            return f"its parameter `{inside}` is shared with `{outside[0]}`"
+        if not parameter.requires_grad:
+            return f"its parameter `{names[0]}` is frozen and the others are not"
+    return None

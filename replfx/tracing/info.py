@@ -1,0 +1,100 @@
+"""What a capture knows besides its graph: every module call, and what each node costs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx, nn
+
+__all__ = ["CaptureInfo", "Cost", "ModuleCall", "info_of", "nodes_in"]
+
+META_KEY = "replfx"
+
+
+@dataclass
+class ModuleCall:
+    """One call of one module during the capture.
+
+    Attributes:
+        path: the module's path in the model.
+        args, kwargs, output: as the call had them, with a `torch.fx.Node` for every tensor.
+        start, stop: the nodes recorded during the call are `CaptureInfo.nodes[start:stop]`.
+    """
+
+    path: str
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    start: int
+    stop: int = -1
+    output: object = None
+
+
+@dataclass
+class CaptureInfo:
+    """Kept at `graph_module.meta["replfx"]`.
+
+    Attributes:
+        rung: which rung of the ladder made the graph.
+        root: the model's structure, sharing its parameters and buffers; what the graph's targets refer to.
+        nodes: all nodes in the order in which they were recorded.
+        calls: all module calls in the order in which they ended: a block's parts come before the block.
+        notes: what a reader of the graph should know, such as a branch taken on `training`.
+        measured: the nodes carry shapes and costs (example inputs were given).
+    """
+
+    rung: Literal["symbolic", "recorded"]
+    root: nn.Module
+    nodes: list[fx.Node]
+    calls: list[ModuleCall]
+    notes: list[str] = field(default_factory=list)
+    measured: bool = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
+        """A copied graph has other nodes, so its info keeps only what does not speak of nodes."""
+        return CaptureInfo(self.rung, nn.Module(), [], [], list(self.notes), self.measured)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return CaptureInfo, (self.rung, nn.Module(), [], [], list(self.notes), self.measured)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Kept at `node.meta["replfx"]`.
+
+    Attributes:
+        path: path of the innermost module that the node was recorded in.
+        parameters: number of parameters that the node reads directly.
+        flops: floating-point operations of the forward pass (a multiply-add is two), None if unmeasured.
+        saved_bytes: bytes of storage that autograd keeps for backward because of this node and of none
+            before it, parameters and buffers not counted; None if unmeasured.
+    """
+
+    path: str
+    parameters: int
+    flops: int | None = None
+    saved_bytes: int | None = None
+
+
+def info_of(graph_module: fx.GraphModule) -> CaptureInfo:
+    """The `CaptureInfo` of a graph that `replfx.capture` made."""
+    info = graph_module.meta.get(META_KEY)
+    if not isinstance(info, CaptureInfo):
+        raise TypeError("this GraphModule was not made by replfx.capture")
+    return info
+
+
+def nodes_in(tree: object) -> list[fx.Node]:
+    """All nodes in nested tuples, lists and dicts, left to right."""
+    found: list[fx.Node] = []
+
+    def visit(item: object) -> None:
+        if isinstance(item, fx.Node):
+            found.append(item)
+        elif isinstance(item, tuple | list):
+            for part in item:
+                visit(part)
+        elif isinstance(item, dict):
+            for part in item.values():
+                visit(part)
+
+    visit(tree)
+    return found

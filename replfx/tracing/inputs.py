@@ -1,0 +1,70 @@
+"""Example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from replfx.errors import CaptureError
+
+__all__ = ["ExampleInputs", "Inputs"]
+
+ExampleInputs: TypeAlias = Tensor | tuple[object, ...] | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs as a call has them: `model(*args, **kwargs)`."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+    @classmethod
+    def of(cls, example: ExampleInputs | None, model: nn.Module) -> "Inputs | None":
+        """Read what a user gave as `example_inputs`, and check that it lies where the model does.
+
+        Raises:
+            CaptureError: of another type than the three; on another device than the model.
+        """
+        if example is None:
+            return None
+        if isinstance(example, Tensor):
+            inputs = cls((example,), {})
+        elif isinstance(example, Mapping):
+            inputs = cls((), dict(example))
+        elif isinstance(example, tuple):
+            inputs = cls(example, {})
+        else:
+            raise CaptureError(
+                f"example_inputs is a {type(example).__name__}; give a tensor, a tuple of positional inputs, "
+                "or a dict of keyword inputs (a model that takes one list: `(the_list,)`)"
+            )
+        inputs._check_devices(model)
+        return inputs
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in the inputs, however deep."""
+        return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def _check_devices(self, model: nn.Module) -> None:
+        homes = {t.device for t in (*model.parameters(), *model.buffers())}
+        for tensor in self.tensors():
+            # A zero-dimensional CPU tensor mixes with any device, as in PyTorch itself.
+            if homes and tensor.device not in homes and not (tensor.device.type == "cpu" and tensor.dim() == 0):
+                raise CaptureError(
+                    f"example_inputs has a tensor on {tensor.device}, the model is on "
+                    f"{', '.join(sorted(map(str, homes)))}; move one of them with .to(device)"
+                )
+
+
+def check_on_a_device(model: nn.Module) -> None:
+    """Refuse a model whose weights do not exist yet."""
+    for name, tensor in model.named_parameters():
+        if tensor.device.type == torch.device("meta").type:
+            raise CaptureError(
+                f"the model's parameter `{name}` is on the meta device, so it has no weights; "
+                "give it real ones first (model.to_empty(device=...), then load or initialise them)"
+            )

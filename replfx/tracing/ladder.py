@@ -1,0 +1,142 @@
+"""From any model to one torch.fx.GraphModule: symbolic tracing first, recording where that stops."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
+from replfx.tracing.inputs import ExampleInputs, Inputs, check_on_a_device
+from replfx.tracing.costs import annotate, innermost_path, parameter_count
+from replfx.tracing.recorder import record
+from replfx.tracing.symbolic import trace_symbolically
+from replfx.errors import CaptureError
+from replfx.structure import structural_copy
+
+__all__ = ["capture", "fake_run"]
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+    """Capture `model` as a graph whose nodes know their module path, shapes, parameters and cost.
+
+    Symbolic tracing comes first; it is free of the batch size and needs no inputs. Where the model's Python
+    code stops it, the model is run once on the example inputs, under fake tensors if its control flow
+    allows, and what happens is recorded; such a graph holds for inputs of the same shapes.
+
+    Args:
+        model: any module, in training or evaluation mode; it is not changed, and its hooks do not fire.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Returns:
+        A GraphModule that shares the parameters and buffers of `model`. `node.meta["shape"]` and
+        `["dtype"]` describe each node's result (with example inputs), `node.meta["replfx"]` is its `Cost`,
+        and `graph_module.meta["replfx"]` the `CaptureInfo` with every module call. Dropout, drop-path and
+        BatchNorm keep following `graph_module.train()` and `.eval()`.
+
+    Raises:
+        CaptureError: the model does not run on the inputs; it needs example inputs and has none; its
+            weights are on the meta device.
+
+    Example:
+        >>> graph = replfx.capture(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224))
+        >>> sum(n.meta["replfx"].flops for n in graph.graph.nodes if "replfx" in n.meta)
+        3628146688
+    """
+    check_on_a_device(model)
+    inputs = Inputs.of(example_inputs, model)
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        return _symbolic(model, None)[0] if inputs is None else _measured(model, inputs)
+
+
+def _symbolic(model: nn.Module, inputs: Inputs | None) -> tuple[fx.GraphModule, nn.Module]:
+    root = structural_copy(model)
+    try:
+        graph_module = trace_symbolically(root, inputs)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured without example inputs, because symbolic tracing "
+            f"stops at: {_first_line(error)}. Pass example_inputs=(a tensor, a tuple or a dict)"
+        ) from error
+    for node in graph_module.graph.nodes:
+        node.meta["replfx"] = Cost(innermost_path(node), parameter_count(root, node))
+    return graph_module, root
+
+
+def _measured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    try:
+        graph_module, root = _symbolic(model, inputs)
+        _measure(graph_module, root, model, inputs)
+    except Exception:  # any reason will do: the recorder is the answer to all of them
+        return _recorded(model, inputs)
+    return graph_module
+
+
+def _measure(graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs) -> None:
+    """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output shapes."""
+    expected = fake_run(model, inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ghost = structural_copy(root, mode.from_tensor)
+    fakes = _map_tensors(inputs, mode.from_tensor)
+    with mode, torch.enable_grad():
+        by_name = _bind_to_placeholders(graph_module, model, fakes)
+        output = annotate(graph_module, ghost, by_name)
+    if _shapes(output) != _shapes(expected):
+        raise CaptureError(f"the symbolic graph gives {_shapes(output)}, the model {_shapes(expected)}")
+    info_of(graph_module).measured = True
+
+
+def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
+    """The inputs in the order of the graph's placeholders, which bear the names of forward's parameters."""
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return tuple(bound[name] for name in names)
+
+
+def fake_run(model: nn.Module, inputs: Inputs) -> object:
+    """Run `model` under fake tensors: shapes and dtypes of its output, at no compute and no memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ghost = structural_copy(model, mode.from_tensor)
+    fakes = _map_tensors(inputs, mode.from_tensor)
+    with mode:
+        return ghost(*fakes.args, **fakes.kwargs)
+
+
+def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    root = structural_copy(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ghost = structural_copy(model, mode.from_tensor)
+    try:
+        with mode:
+            return record(root, ghost, _map_tensors(inputs, mode.from_tensor))
+    except Exception:  # values are needed, or an operator has no fake form: run it for real
+        pass
+    root = structural_copy(model)
+    ghost = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.clone())
+    try:
+        return record(root, ghost, _map_tensors(inputs, torch.clone))
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not run on the example inputs in "
+            f"{'training' if model.training else 'evaluation'} mode: {_first_line(error)}"
+        ) from error
+
+
+def _map_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    args, kwargs = pytree.tree_map_only(Tensor, function, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def _shapes(tree: object) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

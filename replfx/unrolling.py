@@ -1,0 +1,108 @@
+"""The ways out of a transformed model: materialize and unroll."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from replfx.errors import FusionError
+from replfx.fusion import FusionLayer
+from replfx.state import fusion_layers, state_of, unmark
+from replfx.structure import move_hooks, set_submodule
+
+__all__ = ["materialize", "unroll"]
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """Turn each fusion layer into a plain module with the weights that it synthesises now.
+
+    Args:
+        model: a transformed model; it is left as it is.
+
+    Returns:
+        A copy that gives the same outputs and holds nothing of replfx: neither modules nor hooks. A replaced
+        block is of its original class again under operator `block`, a `torch.fx.GraphModule` of torch's own
+        operations under the others. Kept blocks no longer share anything with it.
+
+    Raises:
+        PlanError: the model is not transformed.
+
+    Example:
+        >>> plain = replfx.materialize(model.eval())
+        >>> torch.equal(plain(x), model(x))
+        True
+    """
+    state_of(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for path, layer in fusion_layers(twin).items():
+            plain = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
+            _put(twin, path, layer, plain)
+    unmark(twin)
+    return twin
+
+
+def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
+    """Give the replaced blocks back at full depth, starting from what their fusion layers learned.
+
+    Args:
+        model: a model transformed with operator `block`. It is changed in place, so that an optimizer goes on
+            holding the parameters of the kept blocks.
+        optimizer: gets the new parameters, in the group of the coefficients that they take the place of, and
+            forgets those; the state of all other parameters stays.
+
+    Returns:
+        `model` itself, with the outputs that it had and the parameter names of the original.
+
+    Raises:
+        PlanError: the model is not transformed.
+        FusionError: another operator than `block`; the model is left as it was.
+
+    Example:
+        >>> model = replfx.transform(model, every=2)
+        >>> ...                                # most of the training
+        >>> replfx.unroll(model, optimizer)
+        >>> ...                                # the rest at full depth
+    """
+    state_of(model)
+    layers = fusion_layers(model)
+    for path, layer in layers.items():
+        if not layer.operator.unrolls:
+            raise FusionError(
+                f"`{path}` has operator {type(layer.operator).__name__}, which keeps no full block to give back; "
+                "unroll needs operator='block' (or call replfx.materialize)"
+            )
+    with torch.no_grad():
+        thetas = {
+            path: {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
+            for path, layer in layers.items()
+        }
+        for path, layer in layers.items():
+            coefficients = set(layer.parameters())
+            full = layer.operator.plain(thetas[path])
+            _put(model, path, layer, full)
+            if optimizer is not None:
+                _hand_over(optimizer, coefficients, full)
+    unmark(model)
+    return model
+
+
+def _put(model: nn.Module, path: str, layer: FusionLayer, plain: nn.Module) -> None:
+    """Put a plain module in a fusion layer's place, with its hooks and its training mode."""
+    move_hooks(layer, plain)
+    plain.training = layer.training
+    set_submodule(model, path, plain)
+
+
+def _hand_over(optimizer: Optimizer, old: set[nn.Parameter], full: nn.Module) -> None:
+    """Let the parameters of `full` take the place of those of `old` that are gone, in the same group."""
+    kept = set(full.parameters())
+    gone = old - kept
+    new = [p for p in full.parameters() if p not in old]
+    for group in optimizer.param_groups:
+        if any(parameter in gone for parameter in group["params"]):
+            group["params"] = [p for p in group["params"] if p not in gone] + new
+            new = []  # the coefficients may be spread over groups, the new parameters go to the first
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
