@@ -67,9 +67,7 @@ def batch_size(args: argparse.Namespace, name: str, device: torch.device) -> int
     return args.batch or (2 if args.quick else SUBJECTS[name].sizes[device.type])
 
 
-def training_of(
-    name: str, variant: Variant, *, every: int, batch: int, device: torch.device, bf16: bool
-) -> Training:
+def training_of(name: str, variant: Variant, *, every: int, batch: int, device: torch.device, bf16: bool) -> Training:
     """Build a model from seed 0, replace its blocks and put it into training with AdamW.
 
     Raises:
@@ -81,9 +79,7 @@ def training_of(
     model: nn.Module = subject.build(device.type).train().to(device)
     inputs, targets = (t.to(device) for t in subject.batch(device.type, batch))
     if variant.operator is not None:
-        model = replfx.transform(
-            model, inputs[:2], every=every, fusion=variant.fusion, operator=variant.operator
-        )
+        model = replfx.transform(model, inputs[:2], every=every, fusion=variant.fusion, operator=variant.operator)
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trainings(
-    args: argparse.Namespace, name: str, device: torch.device
-) -> tuple[dict[str, Training], dict[str, str]]:
+def _trainings(args: argparse.Namespace, name: str, device: torch.device) -> tuple[dict[str, Training], dict[str, str]]:
     """Set every variant up; a variant that the model's blocks do not have goes to the second dict."""
     trainings: dict[str, Training] = {}
     refused: dict[str, str] = {}

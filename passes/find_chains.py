@@ -3,17 +3,21 @@
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import networkx as nx
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.fusion.interface import Interface
-from replfx.structure import Signature, first_difference, signature, unfit_to_replace, unfit_to_share
+from replfx.passes.slots import input_slots, interface_of, output_slots
+from replfx.passes.why_not import ancestors, why_not
+from replfx.structure import Signature, signature, unfit_to_replace, unfit_to_share
 from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
-from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["Chain", "Chains", "FindChains", "chains_of"]
+
+Joined: TypeAlias = tuple[tuple[str, str], ...]  # (output slot, input slot of the next block), …
 
 SHORTEST = 3  # a replaced block and a kept one on each side
 
@@ -96,7 +100,8 @@ class _Search:
         owners = _owners(self.root)
         in_chain = {path for chain in chains for path in chain.paths}
         fixed = {p: why for p in sorted(in_chain) if (why := unfit_to_replace(p, self.modules[p], owners))}
-        return Chains(chains, fixed, _why_not(self, in_chain))
+        reasons = why_not(self.modules, self.signature, self.counts, self.refused, in_chain)
+        return Chains(chains, fixed, reasons)
 
     # ---- candidates
 
@@ -130,42 +135,38 @@ class _Search:
 
     # ---- chains
 
-    def _links_to_chains(self, candidates: list[ModuleCall]) -> list[Chain]:
+    def _links_to_chains(self, candidates: list[ModuleCall]) -> Iterator[Chain]:
         """Longest paths among calls of one kind whose links join the same slots."""
+        candidates = sorted(candidates, key=lambda call: (call.start, -call.stop))
+        kinds: dict[Hashable, int] = {}
+        kind_of = [kinds.setdefault(tuple(self.signature(c.path).items()), len(kinds)) for c in candidates]
         producers: dict[fx.Node, list[tuple[int, str]]] = defaultdict(list)
-        networks: dict[Hashable, nx.DiGraph] = defaultdict(nx.DiGraph)
-        kinds = {call.path: tuple(self.signature(call.path).items()) for call in candidates}
-        numbers: dict[Hashable, int] = {}
-        kind_of = [numbers.setdefault(kinds[call.path], len(numbers)) for call in candidates]
-        by_start = sorted(range(len(candidates)), key=lambda i: (candidates[i].start, -candidates[i].stop))
-        for index in by_start:
-            for slot, node in _output_slots(candidates[index]).items():
+        for index, call in enumerate(candidates):
+            for slot, node in output_slots(call).items():
                 producers[node].append((index, slot))
-        for index in by_start:
+        networks: dict[tuple[int, Joined], nx.DiGraph] = defaultdict(nx.DiGraph)
+        for index, call in enumerate(candidates):
             links: dict[int, list[tuple[str, str]]] = defaultdict(list)
-            for slot, node in _input_slots(candidates[index]).items():
+            for slot, node in input_slots(call).items():
                 for source, out in producers.get(node, ()):
-                    if kind_of[source] == kind_of[index] and candidates[source].stop <= candidates[index].start:
+                    if kind_of[source] == kind_of[index] and candidates[source].stop <= call.start:
                         links[source].append((out, slot))
             for source, joined in links.items():
                 networks[(kind_of[index], tuple(joined))].add_edge(source, index)
-        chains = []
-        for (_, joined), network in networks.items():  # type: ignore[misc]
+        for (_, joint), network in networks.items():
             for path in _longest_paths(network):
-                calls = tuple(candidates[i] for i in path)
-                chains += self._same_shape_runs(calls, joined)  # type: ignore[has-type]
-        return chains
+                yield from self._same_shape_runs(tuple(candidates[i] for i in path), joint)
 
-    def _same_shape_runs(self, calls: tuple[ModuleCall, ...], joined: tuple[tuple[str, str], ...]) -> Iterator[Chain]:
+    def _same_shape_runs(self, calls: tuple[ModuleCall, ...], joined: Joined) -> Iterator[Chain]:
         """Split a path where the shape of the activation changes, and build each part's interfaces."""
         run: list[ModuleCall] = []
         shape: tuple[int, ...] | None = None
         out, slot = joined[0]
         for call in (*calls, None):
-            before = None if call is None else _shape(_input_slots(call)[slot])
-            after = None if call is None else _shape(_output_slots(call)[out])
+            before = None if call is None else _shape(input_slots(call)[slot])
+            after = None if call is None else _shape(output_slots(call)[out])
             if run and (call is None or before != shape or after != shape):
-                yield Chain(tuple(run), tuple(_interface(c, joined) for c in run), shape)
+                yield Chain(tuple(run), tuple(interface_of(c, joined) for c in run), shape)
                 run = []
             if call is not None and before == after:
                 run.append(call)
@@ -205,64 +206,6 @@ def _longest_paths(network: nx.DiGraph) -> Iterator[list[int]]:
             rest.remove_nodes_from(path)
 
 
-# ---- slots: which node sits where in a call
-
-
-def _input_slots(call: ModuleCall) -> dict[str, fx.Node]:
-    slots: dict[str, fx.Node] = {}
-    for position, value in enumerate(call.args):
-        _walk(str(position), value, slots)
-    for name, value in call.kwargs.items():
-        _walk(name, value, slots)
-    return slots
-
-
-def _output_slots(call: ModuleCall) -> dict[str, fx.Node]:
-    slots: dict[str, fx.Node] = {}
-    if isinstance(call.output, fx.Node):
-        slots[""] = call.output
-        nested = call.output.meta.get("shape")
-        if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
-            for user in call.output.users:
-                if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int):
-                    slots[str(user.args[1])] = user
-    else:
-        _walk("", call.output, slots)
-    return slots
-
-
-def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
-    if isinstance(value, fx.Node):
-        slots[slot] = value
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            _walk(f"{slot}.{index}".lstrip("."), item, slots)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str) and key.isidentifier():
-                _walk(f"{slot}.{key}".lstrip("."), item, slots)
-
-
-def _interface(call: ModuleCall, joined: tuple[tuple[str, str], ...]) -> Interface:
-    """How a call of a chain is made; `joined` pairs its output slots with the next one's input slots."""
-    carried = {_output_slots(call)[out]: slot for out, slot in joined}
-    handed = {node: slot for slot, node in _input_slots(call).items()}
-
-    def template(value: object) -> object:
-        if isinstance(value, fx.Node):
-            slot = carried.get(value, handed.get(value))
-            return {"computed": True} if slot is None else {"input": slot}
-        if isinstance(value, tuple):
-            return {"tuple": [template(item) for item in value]}
-        if isinstance(value, list):
-            return {"list": [template(item) for item in value]}
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {"dict": {key: template(item) for key, item in value.items()}}
-        return value if value is None or isinstance(value, bool | int | float | str) else {"computed": True}
-
-    return Interface(tuple(slot for _, slot in joined), template(call.output))
-
-
 # ---- nesting
 
 
@@ -283,53 +226,6 @@ def _outermost_worth_it(chains: Iterable[Chain], modules: dict[str, nn.Module]) 
         name = chain.paths[0]
         kept[name] = (chain, worth)
         for path in chain.paths:
-            for ancestor in _ancestors(path):
+            for ancestor in ancestors(path):
                 inside[ancestor].add(name)
     return [chain for chain, _ in kept.values()]
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
-
-
-# ---- why not
-
-
-def _why_not(search: _Search, in_chain: set[str]) -> dict[str, str]:
-    """For every block-like module outside all chains, the rule that kept it out."""
-    blocks = _block_like(search, in_chain, composite=True)
-    if not blocks and not in_chain:
-        blocks = _block_like(search, in_chain, composite=False)
-    return {path: search.refused.get(path) or _unlike(search, path, blocks) for path in blocks}
-
-
-def _unlike(search: _Search, path: str, blocks: list[str]) -> str:
-    """What sets a block apart from the next one (or, for the last, from the one before)."""
-    if search.counts[path] == 0:
-        return "it is not called in a forward pass"
-    position = blocks.index(path)
-    twin = next((p for p in (*blocks[position + 1 :], *reversed(blocks[:position])) if search.counts[p]), None)
-    if twin is None:
-        return "no other block is like it"
-    difference = first_difference(search.signature(path), search.signature(twin))
-    if difference is None:
-        return f"no three like it in a row: it is like `{twin}`, but a block must be kept on each side of it"
-    return f"no three like it in a row: it is not like `{twin}`: {difference}"
-
-
-def _block_like(search: _Search, in_chain: set[str], *, composite: bool) -> list[str]:
-    """Outermost modules with parameters whose class occurs more than once, containers not counted."""
-    above = {ancestor for path in in_chain for ancestor in _ancestors(path)}
-    found: list[str] = []
-    for path, module in search.modules.items():
-        within = path in in_chain or any(ancestor in in_chain for ancestor in _ancestors(path))
-        container = type(module).__module__ == nn.Sequential.__module__
-        if not path or container or within or path in above or is_leaf(module) is composite:
-            continue
-        if next(module.parameters(), None) is not None:
-            found.append(path)
-    kinds = Counter(type(search.modules[path]) for path in found)
-    repeated = {path for path in found if kinds[type(search.modules[path])] > 1}
-    return [p for p in found if p in repeated and not any(a in repeated for a in _ancestors(p))]

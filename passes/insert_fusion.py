@@ -38,7 +38,7 @@ def build_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
     return {r.path: _build(model, r, replaced, plan.model) for r in plan.replacements}
 
 
-def insert(model: nn.Module, layers: Mapping[str, FusionLayer]) -> None:
+def insert(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer in its block's place in `model`."""
     for path, layer in layers.items():
         set_submodule(model, path, layer)
@@ -162,11 +162,12 @@ def _redirect(output: object, made: Any, graph: fx.Graph, region: set[fx.Node]) 
     if isinstance(output, fx.Node):
         output.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
         return
-    items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple | list) else ()
+    items = (
+        output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple | list) else ()
+    )
     for key, item in items:
         if nodes_in(item):
             with graph.inserting_after(made):
                 part = graph.call_function(operator.getitem, (made, key))
             part.meta.update(nodes_in(item)[0].meta)
             _redirect(item, part, graph, region)
-

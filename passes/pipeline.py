@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
@@ -29,5 +29,6 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> Pass
         raise
 
 
-def _lint(module: fx.GraphModule) -> None:
+def _lint(module: nn.Module) -> None:
+    assert isinstance(module, fx.GraphModule)
     module.graph.lint()

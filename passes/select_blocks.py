@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
+from replfx.fusion.anatomy import is_residual
 from replfx.fusion.interface import read_slot
 from replfx.passes.find_chains import SHORTEST, Chain, Chains, chains_of
 from replfx.plans import Plan, Replacement
@@ -93,8 +94,8 @@ class SelectBlocks(PassBase):
         if count == 0:
             return []
         step = (length - 1) / count  # at least 2, so no two are adjacent and neither end is chosen
-        chosen_ = [int(step * (i + 0.5)) for i in range(count)]
-        return [i for i in map(lambda p: max(p, 1), chosen_) if chain.paths[i] not in found.fixed]
+        spread = [max(int(step * (i + 0.5)), 1) for i in range(count)]
+        return [i for i in spread if chain.paths[i] not in found.fixed]
 
     def _replace(
         self, graph_module: fx.GraphModule, chain: Chain, positions: Sequence[int], found: Chains
@@ -146,8 +147,6 @@ def _site(graph_module: fx.GraphModule, chain: Chain, position: int) -> Site:
 
 def _unmeasured(site: Site) -> Match:
     """Without example inputs nobody knows that a block keeps the shape of its activation, unless it must."""
-    from replfx.fusion.anatomy import is_residual
-
     if is_residual(site):
         return operators["identity"].match(site)
     return Match(reason="whether it keeps its activation's shape is not known without example_inputs")

@@ -63,7 +63,9 @@ def _check_synthesis(model: nn.Module) -> None:
             if isinstance(module, FusionLayer):
                 for name, tensor in module.synthesized().items():
                     if not torch.isfinite(tensor).all():
-                        raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
+                        raise VerifyError(
+                            f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options"
+                        )
 
 
 def _dry_run(model: nn.Module, inputs: Inputs) -> tuple[list[tuple[int, ...]], set[str]]:
@@ -75,6 +77,6 @@ def _dry_run(model: nn.Module, inputs: Inputs) -> tuple[list[tuple[int, ...]], s
         leaves = [leaf for leaf in pytree.tree_leaves(ghost(*args, **kwargs)) if isinstance(leaf, Tensor)]
         losses = [leaf.sum() for leaf in leaves if leaf.requires_grad and leaf.dtype.is_floating_point]
         if losses:
-            torch.stack([loss.double() for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([loss.double() for loss in losses]).sum().backward()
     without = {name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None}
     return [tuple(leaf.shape) for leaf in leaves], without

@@ -133,7 +133,7 @@ def inspect(
         run_passes(graph, [policy])
     except NoChainError as error:
         draft = describe_chains(graph, model)
-        return replace(draft, notes=[*draft.notes, str(error)])
+        return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
     twin = structural_copy(model)
     layers = build_layers(twin, plan_of(graph))
     insert(twin, layers)

@@ -1,6 +1,6 @@
 """Making reports: from a captured graph, a plan, and the fusion layers that carry it out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import fx, nn
@@ -74,8 +74,8 @@ def with_layers(report: Report, plan: Plan, layers: Mapping[str, FusionLayer], a
     return replace(report, blocks=blocks, parameters_after=after)
 
 
-def _sum_costs(nodes: object) -> tuple[int | None, int | None]:
-    costs = [node.meta["replfx"] for node in nodes if isinstance(node.meta.get("replfx"), Cost)]  # type: ignore[attr-defined]
+def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:
+    costs = [node.meta["replfx"] for node in nodes if isinstance(node.meta.get("replfx"), Cost)]
     if not costs or any(cost.flops is None for cost in costs):
         return None, None
     return sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs)

@@ -120,9 +120,7 @@ def training_costs(
     Every training takes ``repeats + warmup + 2`` steps, so its weights are not what they were.
     """
     saved = {name: saved_activation_bytes(t.loss, t.model) for name, t in trainings.items()}
-    peaks = {
-        name: peak_training_bytes(t.step, t.model, t.optimizer, t.device) for name, t in trainings.items()
-    }
+    peaks = {name: peak_training_bytes(t.step, t.model, t.optimizer, t.device) for name, t in trainings.items()}
     steps = {name: t.step for name, t in trainings.items()}
     times = interleaved_times(steps, repeats, warmup=warmup, on_round=on_round)
     return {
@@ -207,9 +205,7 @@ def peak_training_bytes(
 
     def settled() -> None:
         nonlocal base
-        base = unique_storage_bytes(
-            t for t in training_tensors(model, optimizer) if t.device.type == device.type
-        )
+        base = unique_storage_bytes(t for t in training_tensors(model, optimizer) if t.device.type == device.type)
 
     return peak_rise(step, settled) + base
 

@@ -86,10 +86,9 @@ class Plan:
         Raises:
             PlanError: truncated, malformed, of another format or version, or with unknown fields.
         """
-        document = _parse(text)
-        top = _Fields(document, "the plan", ("format", "version", "model", "replacements"))
-        if top.take("format", str) != _FORMAT:
-            raise PlanError(f"this is not a replfx plan: its format is {document['format']!r}, not {_FORMAT!r}")
+        top = _Fields(_parse(text), "the plan", ("format", "version", "model", "replacements"))
+        if (name := top.take("format", str)) != _FORMAT:
+            raise PlanError(f"this is not a replfx plan: its format is {name!r}, not {_FORMAT!r}")
         if (version := top.take("version", int)) != _VERSION:
             raise PlanError(f"the plan is of version {version}, this replfx reads version {_VERSION}; make it anew")
         replacements = tuple(
@@ -102,7 +101,7 @@ class Plan:
         return cls(top.take("model", str), replacements)
 
 
-def _parse(text: str) -> object:
+def _parse(text: object) -> object:
     if not isinstance(text, str):
         raise PlanError(f"a plan is JSON text, not {type(text).__name__}")
     if len(text) > _LARGEST:

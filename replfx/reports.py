@@ -106,9 +106,9 @@ class Report:
             table.add_column(name, no_wrap=name == "block")
         for name in ("parameters", *(("MFLOPs", "saved MiB") if measured else ()), "after"):
             table.add_column(name, justify="right")
-        table.add_column("replaced by")
+        table.add_column("replaced by", no_wrap=True)
         for block in self.blocks:
-            how = f"{block.operator} · {block.fusion}({block.previous}, {block.next})"
+            how = block.operator if block.fusion is None else f"{block.operator} · {block.fusion}"
             costs = (f"{(block.flops or 0) / 1e6:,.1f}", f"{(block.saved_bytes or 0) / 2**20:,.2f}")
             table.add_row(
                 str(block.chain),
@@ -116,7 +116,7 @@ class Report:
                 f"{block.parameters:,}",
                 *(costs if measured else ()),
                 "" if block.parameters_after is None else f"{block.parameters_after:,}",
-                "" if block.operator is None else block.operator if block.fusion is None else how,
+                how or "",
             )
         return table
 

@@ -166,13 +166,17 @@ def unfit_to_share(block: nn.Module) -> str | None:
         if parametrize.is_parametrized(sub):
             return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
     for name, parameter in block.named_parameters():
-        if nn.parameter.is_lazy(parameter):
+        if _is_lazy(parameter):
             return f"its parameter `{name}` is not initialised yet: run the model once first"
         if not parameter.dtype.is_floating_point:
             return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
         if _is_wrapped(parameter):
             return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
     return None
+
+
+def _is_lazy(parameter: object) -> bool:
+    return bool(nn.parameter.is_lazy(parameter))
 
 
 def _is_wrapped(parameter: Tensor) -> bool:
@@ -186,6 +190,7 @@ def unfit_to_replace(path: str, block: nn.Module, owners: Mapping[int, list[str]
 
     Args:
         path: where the block is in the model.
+        block: the module.
         owners: for each parameter (by id) all the names that it has in the model.
     """
     if not any(p.requires_grad for p in block.parameters()):

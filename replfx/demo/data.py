@@ -96,9 +96,7 @@ def _cifar10(root: Path) -> Images:
         train = _pickled([batches / f"data_batch_{i}" for i in range(1, 6)])
         test = _pickled([batches / "test_batch"])
     else:
-        raise ReplfxError(
-            f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}"
-        )
+        raise ReplfxError(f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}")
     return _normalised("cifar10", train[0], test[0], train[1], test[1], augment=True)
 
 

@@ -75,9 +75,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _variant(
-    make: Callable[[data.Images], nn.Module], variant: str, images: data.Images, seed: int
-) -> nn.Module:
+def _variant(make: Callable[[data.Images], nn.Module], variant: str, images: data.Images, seed: int) -> nn.Module:
     """Build the model from its seed, then replace blocks: what is kept starts alike in all variants."""
     torch.manual_seed(seed)
     model = make(images).to(images.train_images.device)

@@ -86,8 +86,7 @@ def write(
         "config": config,
         "environment": environment,
         "results": [
-            {"model": r.model, "variant": r.variant, "accuracies": r.accuracies, **r.cost.to_dict()}
-            for r in rows
+            {"model": r.model, "variant": r.variant, "accuracies": r.accuracies, **r.cost.to_dict()} for r in rows
         ],
     }
     data = folder / "demo.json"
@@ -109,13 +108,9 @@ def _plot(rows: Sequence[Row], dataset: str, path: Path) -> None:
     for (model, group), line in zip(models.items(), axes, strict=True):
         for row, marker in zip(group, "osD^", strict=True):
             cost = row.cost
-            for ax, x in zip(
-                line, (cost.trainable_parameters / 1e3, 1e3 * cost.step_seconds.median), strict=True
-            ):
+            for ax, x in zip(line, (cost.trainable_parameters / 1e3, 1e3 * cost.step_seconds.median), strict=True):
                 spread = 100 * (row.deviation or 0)
-                ax.errorbar(
-                    x, 100 * row.mean, yerr=spread, fmt=marker, markersize=8, capsize=4, label=row.variant
-                )
+                ax.errorbar(x, 100 * row.mean, yerr=spread, fmt=marker, markersize=8, capsize=4, label=row.variant)
         for ax, label in zip(line, ("trainable parameters, thousands", "step time, ms"), strict=True):
             ax.set(xlabel=label, ylabel="held-out accuracy, %", title=f"{model} on {dataset}")
             ax.set_xlim(left=0)

@@ -34,9 +34,7 @@ def training_of(model: nn.Module, data: Images, recipe: Recipe) -> Training:
     """Set a model up for its cost to be measured, on the first batch."""
     images, labels = data.train_images[: recipe.batch], data.train_labels[: recipe.batch]
     model.train()
-    return Training(
-        model, optimizer_of(model, recipe), lambda: F.cross_entropy(model(images), labels), images.device
-    )
+    return Training(model, optimizer_of(model, recipe), lambda: F.cross_entropy(model(images), labels), images.device)
 
 
 def train(model: nn.Module, data: Images, recipe: Recipe, seed: int, on_epoch: Callable[[], object]) -> float:
@@ -51,9 +49,7 @@ def train(model: nn.Module, data: Images, recipe: Recipe, seed: int, on_epoch: C
     batches = len(data.train_images) // recipe.batch
     if not batches:
         raise ReplfxError(f"{len(data.train_images)} training images do not fill one batch of {recipe.batch}")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.epochs * batches
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.epochs * batches)
     for _ in range(recipe.epochs):
         model.train()
         order = torch.randperm(len(data.train_images), generator=generator)

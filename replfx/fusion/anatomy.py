@@ -34,8 +34,13 @@ class MapPair:
 
 @dataclass(frozen=True)
 class Norm:
-    """The block's normalisation: its path, whether it is the first thing that happens to the activation, and
-    whether it wants channels last although the activation has them second."""
+    """The block's normalisation.
+
+    Attributes:
+        path: where it is in the block.
+        first: it is applied to the activation itself.
+        last_dim: it wants channels last although the activation has them second.
+    """
 
     path: str
     first: bool
@@ -131,7 +136,9 @@ def _elementwise(site: Site, node: fx.Node) -> str | None:
         return f"module:{_inside(site, node)}" if plain and _inside(site, node) else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.rstrip("_")
-    return f"function:{name}" if node.op != "get_attr" and name in ("relu", "relu6", "gelu", "silu", "hardswish") else None
+    return (
+        f"function:{name}" if node.op != "get_attr" and name in ("relu", "relu6", "gelu", "silu", "hardswish") else None
+    )
 
 
 def _inside(site: Site, node: fx.Node) -> str:
@@ -161,9 +168,7 @@ def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, b
     return None, False
 
 
-def _narrowest_pair(
-    block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool
-) -> MapPair | None:
+def _narrowest_pair(block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool) -> MapPair | None:
     """The pair with the smallest h: first over the block's parts, and the last one within a part.
 
     Within an attention with separate projections the last pair of square maps is value and output, as all

@@ -192,7 +192,7 @@ def _residual(
     maps: Callable[[Tensor], Tensor],
     activation: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """y = φ(x + maps(N(x))) or φ(x + N(maps(x)))."""
+    """Y = φ(x + maps(N(x))) or φ(x + N(maps(x)))."""
     h = maps(_normalise(x, recipe, norm)) if recipe.norm_first else _normalise(maps(x), recipe, norm)
     return x + h if activation is None else activation(x + h)
 

@@ -17,14 +17,11 @@ def plain_module(body: nn.Module, interface: Interface) -> nn.Module:
     The wrapper is a `torch.fx.GraphModule`: it needs no replfx to run, to pickle or to be copied.
     """
     graph = fx.Graph()
-    args: list[fx.Node] = []
-    kwargs: dict[str, fx.Node] = {}
     names = {slot.split(".")[0] for slot in _slots(interface)}
-    for position in range(max([int(n) for n in names if n.isdigit()], default=-1) + 1):
-        args.append(graph.placeholder(f"arg_{position}"))
+    positions = max([int(name) for name in names if name.isdigit()], default=-1) + 1
+    args = [graph.placeholder(f"arg_{position}") for position in range(positions)]
     graph.placeholder("*args")
-    for name in sorted(n for n in names if not n.isdigit()):
-        kwargs[name] = graph.placeholder(name)
+    kwargs = {name: graph.placeholder(name) for name in sorted(names) if not name.isdigit()}
     graph.placeholder("**kwargs")
     main = _node_of_slot(graph, interface.main, args, kwargs)
     result = graph.call_module("body", (main,))

@@ -90,7 +90,7 @@ class _Annotator(fx.Interpreter):
     """Runs a graph on a ghost of its model and notes what each node gave and cost."""
 
     def __init__(self, ghost: nn.Module, graph: fx.Graph, meter: Meter) -> None:
-        super().__init__(ghost, graph=graph)  # type: ignore[arg-type]  # any module that holds the targets
+        super().__init__(ghost, graph=graph)  # any module that holds the targets will do
         self.ghost = ghost
         self.meter = meter
 

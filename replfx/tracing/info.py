@@ -1,7 +1,7 @@
 """What a capture knows besides its graph: every module call, and what each node costs."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -21,8 +21,8 @@ class ModuleCall:
     """
 
     path: str
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     start: int
     stop: int = -1
     output: object = None

@@ -8,13 +8,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
-from replfx.tracing.inputs import ExampleInputs, Inputs, check_on_a_device
-from replfx.tracing.costs import annotate, innermost_path, parameter_count
-from replfx.tracing.recorder import record
-from replfx.tracing.symbolic import trace_symbolically
 from replfx.errors import CaptureError
 from replfx.structure import structural_copy
+from replfx.tracing.costs import annotate, innermost_path, parameter_count
+from replfx.tracing.info import Cost, info_of
+from replfx.tracing.inputs import ExampleInputs, Inputs, check_on_a_device
+from replfx.tracing.recorder import record
+from replfx.tracing.symbolic import trace_symbolically
 
 __all__ = ["capture", "fake_run"]
 

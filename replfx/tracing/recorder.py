@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall
 from replfx.tracing.inputs import Inputs
-from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["record"]
@@ -91,9 +91,11 @@ class Recorder(TorchFunctionMode):
         if isinstance(tree, tuple) and hasattr(tree, "_fields"):
             return type(tree)(*(self.to_nodes(item) for item in tree))
         if isinstance(tree, tuple | list):
-            return type(tree)(self.to_nodes(item) for item in tree) if type(tree) in (tuple, list) else [
-                self.to_nodes(item) for item in tree
-            ]
+            return (
+                type(tree)(self.to_nodes(item) for item in tree)
+                if type(tree) in (tuple, list)
+                else [self.to_nodes(item) for item in tree]
+            )
         return tree
 
     def _node_for(self, tensor: Tensor) -> fx.Node:
@@ -113,7 +115,11 @@ class Recorder(TorchFunctionMode):
     # ---- what happens to nodes
 
     def __torch_function__(
-        self, func: Callable[..., Any], types_: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types_: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if self._paused:

@@ -41,7 +41,7 @@ def is_small(module: nn.Module) -> bool:
     return all(is_leaf(child) for child in module.children())
 
 
-class _Untraceable(Exception):
+class _UntraceableError(Exception):
     """Something that symbolic tracing cannot represent, found by us rather than by torch.fx."""
 
 
@@ -76,7 +76,11 @@ class SymbolicTracer(fx.Tracer):
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy(
-                "get_attr", name, (), {}, proxy_factory_fn=lambda node: ParameterProxy(self, node, name, attr_val)
+                "get_attr",
+                name,
+                (),
+                {},
+                proxy_factory_fn=lambda node: ParameterProxy(self, node, name, attr_val),
             )
         return parameter_proxy_cache[name]
 
@@ -121,10 +125,10 @@ class SymbolicTracer(fx.Tracer):
         bound = signature.bind(*self.inputs.args, **self.inputs.kwargs).arguments
         kinds = {p.name: p.kind for p in parameters}
         if any(kinds[n] in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for n in bound):
-            raise _Untraceable("inputs that go through *args or **kwargs")
+            raise _UntraceableError("inputs that go through *args or **kwargs")
         for name, value in bound.items():
             if not isinstance(value, Tensor):
-                raise _Untraceable(f"input `{name}` is a {type(value).__name__}, not a tensor")
+                raise _UntraceableError(f"input `{name}` is a {type(value).__name__}, not a tensor")
         return set(bound)
 
     def training_of(self, module: nn.Module) -> Any:
@@ -200,7 +204,9 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None) -> fx.GraphModule
             graph.erase_node(node)
     graph_module = fx.GraphModule(root, graph, type(root).__name__)
     alive = set(graph.nodes)
-    notes = [f"`{p or type(root).__name__}` branches on `training`: captured as it is now" for p in sorted(tracer.branched)]
+    notes = [
+        f"`{p or type(root).__name__}` branches on `training`: captured as it is now" for p in sorted(tracer.branched)
+    ]
     info = CaptureInfo("symbolic", root, tracer.nodes, tracer.calls, notes)
     _drop_dead(info, alive)
     graph_module.meta["replfx"] = info

@@ -1,0 +1,65 @@
+"""Slots: which node sits where among the inputs and the outputs of a module call."""
+
+from torch import fx
+
+from replfx.fusion.interface import Interface
+from replfx.tracing import ModuleCall
+
+__all__ = ["input_slots", "interface_of", "output_slots"]
+
+
+def input_slots(call: ModuleCall) -> dict[str, fx.Node]:
+    """The nodes that come into a call, by slot."""
+    slots: dict[str, fx.Node] = {}
+    for position, value in enumerate(call.args):
+        _walk(str(position), value, slots)
+    for name, value in call.kwargs.items():
+        _walk(name, value, slots)
+    return slots
+
+
+def output_slots(call: ModuleCall) -> dict[str, fx.Node]:
+    """The nodes that a call gives, by slot; the whole output is the empty slot."""
+    slots: dict[str, fx.Node] = {}
+    if isinstance(call.output, fx.Node):
+        slots[""] = call.output
+        nested = call.output.meta.get("shape")
+        if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
+            for user in call.output.users:
+                if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int):
+                    slots[str(user.args[1])] = user
+    else:
+        _walk("", call.output, slots)
+    return slots
+
+
+def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
+    if isinstance(value, fx.Node):
+        slots[slot] = value
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            _walk(f"{slot}.{index}".lstrip("."), item, slots)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str) and key.isidentifier():
+                _walk(f"{slot}.{key}".lstrip("."), item, slots)
+
+
+def interface_of(call: ModuleCall, joined: tuple[tuple[str, str], ...]) -> Interface:
+    """How a call of a chain is made; `joined` pairs its output slots with the next one's input slots."""
+    carried = {output_slots(call)[out]: slot for out, slot in joined}
+    handed = {node: slot for slot, node in input_slots(call).items()}
+
+    def template(value: object) -> object:
+        if isinstance(value, fx.Node):
+            slot = carried.get(value, handed.get(value))
+            return {"computed": True} if slot is None else {"input": slot}
+        if isinstance(value, tuple):
+            return {"tuple": [template(item) for item in value]}
+        if isinstance(value, list):
+            return {"list": [template(item) for item in value]}
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {"dict": {key: template(item) for key, item in value.items()}}
+        return value if value is None or isinstance(value, bool | int | float | str) else {"computed": True}
+
+    return Interface(tuple(slot for _, slot in joined), template(call.output))

@@ -1,0 +1,10 @@
+"""`python -m replfx`."""
+
+import sys
+
+from replfx.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    sys.exit(main())
