@@ -175,7 +175,7 @@ def unfit_to_share(block: nn.Module) -> str | None:
     return None
 
 
-def _is_lazy(parameter: object) -> bool:
+def _is_lazy(parameter: Tensor) -> bool:
     return bool(nn.parameter.is_lazy(parameter))
 
 
