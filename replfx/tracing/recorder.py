@@ -6,6 +6,7 @@ the model's control flow asks for values, it is run for real on a copy of its bu
 """
 
 import builtins
+import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator
@@ -19,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from replfx.structure import set_submodule
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall
 from replfx.tracing.inputs import Inputs
-from replfx.tracing.symbolic import is_leaf
+from replfx.tracing.symbolic import TrainingFlag, is_leaf, is_small
 
 __all__ = ["record"]
 
@@ -39,6 +41,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
+        self.flags: dict[str, bool] = {}  # targets of the `TrainingFlag` submodules that the graph needs
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
         self._paths = {id(m): path for path, m in ghost.named_modules()}
@@ -131,10 +134,26 @@ class Recorder(TorchFunctionMode):
         gives_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
         if not gives_tensor and target[1] not in (operator.setitem, torch._C._set_grad_enabled):
             return result
+        args, kwargs = self._follow_training(func, args, kwargs)
         node_args, node_kwargs = self.to_nodes(args), self.to_nodes(kwargs)
         op, name, extra = target
         self.bind(self.node(op, name, (*node_args, *extra), node_kwargs), result)
         return result
+
+    def _follow_training(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let an argument `training`, as `F.dropout` has, follow the module that the call is made in."""
+        if not isinstance(func, types.FunctionType) or "training" not in inspect.signature(func).parameters:
+            return args, kwargs
+        path = str(next(reversed(self._stack.values()))[0]) if self._stack else ""
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        if bound.arguments.get("training") is not self.ghost.get_submodule(path).training:
+            return args, kwargs
+        target = f"{path}.training_flag" if path else "training_flag"
+        self.flags[target] = self.ghost.get_submodule(path).training
+        bound.arguments["training"] = self.node("call_module", target)
+        return bound.args, bound.kwargs
 
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called: one node if it is a leaf, else what happens inside it."""
@@ -145,7 +164,8 @@ class Recorder(TorchFunctionMode):
         key = path if path not in self._stack else f"{path}@{len(self._stack)}"
         self._stack[key] = (path, type(module))
         try:
-            leaf = is_leaf(module) and _representable((record.args, record.kwargs))
+            whole = is_leaf(module) or (is_small(module) and _reads_training(module))
+            leaf = whole and _representable((record.args, record.kwargs))
             if leaf:
                 with self._pause():
                     result = call(module, *args, **kwargs)
@@ -183,6 +203,12 @@ def _target(func: Callable[..., Any]) -> tuple[str, Any, tuple[Any, ...]] | None
     ):
         return "call_method", name, ()
     return "call_function", func, ()
+
+
+def _reads_training(module: nn.Module) -> bool:
+    """Whether the code of its `forward` names `training`: then only calling it whole follows the mode."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "training" in code.co_names
 
 
 def _representable(tree: Any) -> bool:
@@ -231,6 +257,8 @@ def record(root: nn.Module, ghost: nn.Module, inputs: Inputs) -> fx.GraphModule:
         recorder.graph.output(output)
     for name, tensor in recorder.constants.items():
         root.register_buffer(name, tensor.detach(), persistent=False)
+    for target, training in recorder.flags.items():
+        set_submodule(root, target, TrainingFlag().train(training))
     graph_module = fx.GraphModule(root, recorder.graph, type(root).__name__)
     graph_module.meta["replfx"] = CaptureInfo(
         "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True
