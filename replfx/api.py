@@ -7,9 +7,10 @@ from typing import TypeAlias
 
 from torch import nn
 
-from replfx.describe import describe_chains, describe_plan, totals_of, trainable, with_layers
+from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
 from replfx.fusion import Choice
+from replfx.measure import trainable_parameters
 from replfx.passes import (
     FindChains,
     InsertFusion,
@@ -99,7 +100,7 @@ def transform(
     except ReplfxError:
         insert(target, blocks)  # with inplace=True the model is the user's
         raise
-    mark(target, planned, with_layers(draft, planned, fusion_layers(target), trainable(target)))
+    mark(target, planned, with_layers(draft, planned, fusion_layers(target), trainable_parameters(target)))
     return target
 
 
@@ -137,7 +138,7 @@ def inspect(
     twin = structural_copy(model)
     layers = build_layers(twin, plan_of(graph))
     insert(twin, layers)
-    found = with_layers(describe_chains(graph, model), plan_of(graph), layers, trainable(twin))
+    found = with_layers(describe_chains(graph, model), plan_of(graph), layers, trainable_parameters(twin))
     if example_inputs is None:
         return found
     return replace(found, before=totals_of(graph), after=totals_of(capture(twin, example_inputs)))
@@ -202,7 +203,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     layers = build_layers(target, plan)
     draft = describe_plan(target, plan)
     insert(target, layers)
-    mark(target, plan, with_layers(draft, plan, layers, trainable(target)))
+    mark(target, plan, with_layers(draft, plan, layers, trainable_parameters(target)))
     return target
 
 

@@ -6,17 +6,13 @@ from dataclasses import replace
 from torch import fx, nn
 
 from replfx.fusion import FusionLayer
+from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
 from replfx.plans import Plan
 from replfx.reports import BlockReport, Report, Totals
 from replfx.tracing import Cost, info_of
 
-__all__ = ["describe_chains", "describe_plan", "totals_of", "trainable", "with_layers"]
-
-
-def trainable(module: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+__all__ = ["describe_chains", "describe_plan", "totals_of", "with_layers"]
 
 
 def totals_of(graph_module: fx.GraphModule) -> Totals:
@@ -32,8 +28,10 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
     for index, chain in enumerate(found.chains):
         for call in chain.calls:
             flops, saved = _sum_costs(info.nodes[call.start : call.stop])
-            blocks.append(BlockReport(call.path, index, trainable(model.get_submodule(call.path)), flops, saved))
-    count = trainable(model)
+            blocks.append(
+                BlockReport(call.path, index, trainable_parameters(model.get_submodule(call.path)), flops, saved)
+            )
+    count = trainable_parameters(model)
     return Report(
         model=type(model).__name__,
         capture=info.rung,
@@ -49,9 +47,10 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
 def describe_plan(model: nn.Module, plan: Plan) -> Report:
     """What a plan alone says of `model`, where nothing was captured."""
     blocks = [
-        BlockReport(r.path, index, trainable(model.get_submodule(r.path))) for index, r in enumerate(plan.replacements)
+        BlockReport(r.path, index, trainable_parameters(model.get_submodule(r.path)))
+        for index, r in enumerate(plan.replacements)
     ]
-    count = trainable(model)
+    count = trainable_parameters(model)
     return Report(model=type(model).__name__, blocks=blocks, parameters_before=count, parameters_after=count)
 
 
@@ -68,7 +67,7 @@ def with_layers(report: Report, plan: Plan, layers: Mapping[str, FusionLayer], a
                 next=replacement.next,
                 fusion=replacement.fusion.name if layer.fusion is not None else None,
                 operator=replacement.operator.name,
-                parameters_after=trainable(layer),
+                parameters_after=trainable_parameters(layer),
             )
         blocks.append(block)
     return replace(report, blocks=blocks, parameters_after=after)
