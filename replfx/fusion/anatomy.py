@@ -234,7 +234,8 @@ def _norm(site: Site, width: int, linear: bool) -> Norm | None:
         return None
     first = next((n for n in norms if _behind_identity(site, n.all_input_nodes[0]) is site.input), None)
     node = first or norms[-1]
-    last_dim = not linear and not _takes_channels_second(_module(site, node), width)
+    dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
+    last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)
     return Norm(_inside(site, node), first is not None, last_dim)
 
 
@@ -243,11 +244,11 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return hasattr(module, "eps") and bool(parameters) and all(p.shape == (width,) for p in parameters)
 
 
-def _takes_channels_second(norm: nn.Module, width: int) -> bool:
+def _takes_channels_second(norm: nn.Module, width: int, dims: int) -> bool:
     """Ask the module itself, on a shape that no last dimension can fit."""
     probe = copy.deepcopy(norm).to("meta")
     try:
-        probe(torch.empty(2, width, width + 1, width + 2, device="meta"))
+        probe(torch.empty(2, width, *range(width + 1, width + dims - 1), device="meta"))
     except (RuntimeError, ValueError, IndexError):
         return False
     return True
