@@ -1,0 +1,17 @@
+"""Hypothesis profiles: the same examples every time under CI, fresh ones elsewhere."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: an example's time is that of the machine's load. Bounded, because an example trains nothing
+# but traces, copies and differentiates a whole model.
+settings.register_profile(
+    "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, database=None)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=400)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
