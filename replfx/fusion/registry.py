@@ -19,6 +19,10 @@ class Choice:
     name: str
     options: Mapping[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # As JSON gives them back, so that a plan equals the one that comes out of its own text.
+        object.__setattr__(self, "options", {key: _as_json(value) for key, value in self.options.items()})
+
     @classmethod
     def of(cls, given: "str | Mapping[str, object] | Choice", what: str) -> "Choice":
         """Read a name, a `{"name": ..., **options}` dict, or a Choice.
@@ -38,6 +42,14 @@ class Choice:
                 raise FusionError(f"the options of {what} {given['name']!r} must be plain JSON: {error}") from error
             return cls(str(given["name"]), options)
         raise FusionError(f"{what} must be a name or a dict with a 'name', not {given!r}")
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, tuple | list):
+        return [_as_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return value
 
 
 class Registry(Generic[T]):
