@@ -155,6 +155,9 @@ def _module(site: Site, node: fx.Node) -> nn.Module:
 
 def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, bool]:
     """Channels of the activation, and whether they are its last dimension."""
+    convolved = _convolved_channels(site)
+    if convolved is not None:
+        return convolved, False
     dense = [shape for shape in maps.values() if shape[1] > 1 and len(shape) != 3]
     if site.shape is None:  # no example inputs: the first map takes the activation
         return (dense[0][1], len(dense[0]) == 2) if dense else (None, False)
@@ -166,6 +169,20 @@ def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, b
     if any(s[1] == 1 and len(s) == len(site.shape) and s[0] == site.shape[1] for s in maps.values()):
         return site.shape[1], False
     return None, False
+
+
+def _convolved_channels(site: Site) -> int | None:
+    """Channels that a convolution applied to the activation itself takes; None if there is no such.
+
+    It alone tells for sure: a width or height may equal the channels of a linear map further inside.
+    """
+    for node in site.nodes:
+        if node.op == "call_module" and node.all_input_nodes == [site.input]:
+            module = _module(site, node)
+            weight, channels = module._parameters.get("weight"), getattr(module, "in_channels", None)
+            if weight is not None and weight.dim() >= 3 and isinstance(channels, int):
+                return channels
+    return None
 
 
 def _narrowest_pair(block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool) -> MapPair | None:
