@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.operators import Operator, Source
-from replfx.fusion.sharded import any_sharded, as_sharded, gathered, replicated
+from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
 from replfx.structure import move_hooks
 
 __all__ = ["FusionLayer"]
@@ -73,12 +73,20 @@ class FusionLayer(nn.Module):
             return {}
         previous, next = (self._read(block) for block in self._neighbours)
         if any_sharded(previous) or any_sharded(next):
-            made = torch.func.functional_call(
-                self.fusion, replicated(self.fusion, previous), (previous, next), tie_weights=False
-            )
-            return gathered(made)
+            return self._synthesize_sharded(self.fusion, previous, next)
         result: dict[str, Tensor] = self.fusion(previous, next)
         return result
+
+    @staticmethod
+    def _synthesize_sharded(fusion: Fusion, previous: dict[str, Tensor], next: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_shards = all_sharded(previous) and all_sharded(next)
+        if on_shards:
+            coefficients = replicated(fusion, previous)
+        else:
+            coefficients = gathered(dict(fusion.named_parameters()))
+            previous, next = gathered(previous), gathered(next)
+        made: dict[str, Tensor] = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
+        return gathered(made) if on_shards else made
 
     def _read(self, block: nn.Module) -> dict[str, Tensor]:
         return {

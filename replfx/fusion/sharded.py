@@ -3,6 +3,8 @@
 The fusion runs on the shards (it is elementwise), and only its result is gathered. The gradient of the
 gathered weight differs from rank to rank, because each saw its own part of the batch, and FSDP averages
 gradients: so it goes back as a partial average. With that left out the gradients are wrong and nothing fails.
+Where one neighbour is sharded and the other is whole for now (it stays so after its forward pass, or belongs
+to a group that is), the sharded one is gathered first, with the same gradient.
 """
 
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["any_sharded", "as_sharded", "gathered", "replicated"]
+__all__ = ["all_sharded", "any_sharded", "as_sharded", "gathered", "replicated"]
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -33,6 +35,11 @@ def as_sharded(theta: Tensor) -> Tensor:
 def any_sharded(theta: Mapping[str, Tensor]) -> bool:
     """Whether any of the tensors is a DTensor."""
     return any(isinstance(tensor, DTensor) for tensor in theta.values())
+
+
+def all_sharded(theta: Mapping[str, Tensor]) -> bool:
+    """Whether all of the tensors are DTensors."""
+    return all(isinstance(tensor, DTensor) for tensor in theta.values())
 
 
 def replicated(fusion: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
