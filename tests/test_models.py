@@ -142,7 +142,7 @@ def trainable(module: nn.Module) -> int:
 
 
 def check_gradients(made: nn.Module, originally: set[str], now: set[str]) -> None:
-    """All that had a gradient have one, under their name or inside a fusion layer, and so has all that is new."""
+    """All that had a gradient have one, under whichever name, and so has all that is new."""
     for name, parameter in made.named_parameters():
         was = name.replace(".operator.block.", ".")
         is_new = ".fusion." in name or (".operator." in name and was == name)
