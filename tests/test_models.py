@@ -1,0 +1,259 @@
+"""Real models with random weights: transformed, they run forward and backward, and stay what they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import replfx
+from tests.models import GPT
+from tests.snapshots import assert_unchanged, snapshot
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how to feed it, and what is known of its chains.
+
+    Attributes:
+        pixels: side of its images; 0 for token ids.
+        chains: the number of blocks of each chain.
+        light: whether its blocks have a light operator.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    pixels: int
+    chains: tuple[int, ...]
+    light: bool = True
+
+
+def vision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None, **options)
+
+
+def image_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, pretrained=False, **options)
+
+
+CASES = [
+    Case("resnet50", vision("resnet50"), 64, (3, 5)),
+    Case("convnext_tiny", vision("convnext_tiny"), 32, (3, 3, 9, 3)),
+    Case("vit_b_16", vision("vit_b_16", image_size=32), 32, (12,)),
+    Case("swin_t", vision("swin_t"), 64, (6,)),
+    Case("regnet_y_400mf", vision("regnet_y_400mf"), 64, (5, 5)),
+    Case("efficientnet_b0", vision("efficientnet_b0"), 64, (3,)),
+    Case("deeplabv3_resnet50", vision("deeplabv3_resnet50", weights_backbone=None), 64, (3, 5)),
+    Case("vit_tiny", image_model("vit_tiny_patch16_224", img_size=64), 64, (12,)),
+    Case("deit3_small", image_model("deit3_small_patch16_224", img_size=64), 64, (12,)),
+    Case("convnext_atto", image_model("convnext_atto"), 32, (6,)),
+    Case("cait_xxs24", image_model("cait_xxs24_224", img_size=64), 64, (24,)),
+    Case("xcit_nano_12", image_model("xcit_nano_12_p8_224", img_size=64), 64, (12,)),
+    Case("gmlp_ti16", image_model("gmlp_ti16_224", img_size=64), 64, (30,), light=False),
+    Case("volo_d1", image_model("volo_d1_224", img_size=64), 64, (4, 14)),
+    Case("regnety_004", image_model("regnety_004"), 64, (5, 5)),
+    Case("gpt", lambda: GPT(), 0, (6,)),
+]
+
+
+def batch(case: Case) -> Tensor:
+    return torch.rand(2, 3, case.pixels, case.pixels) if case.pixels else torch.randint(0, 31, (2, 12))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in an output, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+
+
+def with_gradient(model: nn.Module, x: Tensor) -> set[str]:
+    """Names of the parameters that got a gradient, which must be finite."""
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    loss = torch.stack([out.double().square().mean() for out in tensors(model(x))]).sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    broken = [name for name, grad in found.items() if not torch.isfinite(grad).all()]
+    assert not broken
+    return set(found)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_it_runs_forward_and_backward_and_stays_what_it_was(case: Case) -> None:
+    torch.manual_seed(0)
+    model = case.build()
+    x = batch(case)
+    before = snapshot(model)
+    operators = ("block", "light", "identity") if case.light else ("block", "identity")
+    lighter = {op: replfx.transform(model, x, operator=op) for op in operators}
+    assert_unchanged(model, before)
+    originally = with_gradient(model, x)
+    shapes = [out.shape for out in tensors(model(x))]
+    for op, made in lighter.items():
+        report = replfx.report(made)
+        assert type(made) is type(model)
+        assert tuple(len(chain) for chain in report.chains) == case.chains
+        check_report(report, model, made, op)
+        assert [out.shape for out in tensors(made(x))] == shapes
+        check_gradients(made, originally, with_gradient(made, x))
+        check_state_dict(made, model, x)
+
+
+def check_report(report: replfx.Report, model: nn.Module, made: nn.Module, op: str) -> None:
+    expected = [path for chain in report.chains for path in chain[1:-1:2]]
+    assert report.replaced == expected
+    for block in report.blocks:
+        assert (block.operator is not None) == (block.path in expected)
+        assert block.flops is not None
+        assert block.flops > 0
+        assert block.saved_bytes is not None
+        if block.operator is None:
+            continue
+        chain = report.chains[block.chain]
+        at = chain.index(block.path)
+        assert block.operator == op
+        if op != "identity":
+            assert (block.previous, block.next, block.fusion) == (chain[at - 1], chain[at + 1], "scalar")
+        assert block.parameters_after is not None
+        assert block.parameters_after < block.parameters
+        assert block.parameters_after == trainable(made.get_submodule(block.path))
+        assert block.parameters == trainable(model.get_submodule(block.path))
+    assert report.parameters_before == trainable(model)
+    assert report.parameters_after == trainable(made)
+
+
+def trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def check_gradients(made: nn.Module, originally: set[str], now: set[str]) -> None:
+    """All that had a gradient have one, under whichever name, and so has all that is new."""
+    for name, parameter in made.named_parameters():
+        was = name.replace(".operator.block.", ".")
+        is_new = ".fusion." in name or (".operator." in name and was == name)
+        if parameter.requires_grad and (is_new or was in originally):
+            assert name in now
+
+
+def check_state_dict(made: nn.Module, model: nn.Module, x: Tensor) -> None:
+    twin = replfx.apply(model, made._replfx.plan)  # type: ignore[union-attr]
+    twin.load_state_dict(made.state_dict(), strict=True)
+    made.eval(), twin.eval()
+    with torch.no_grad():
+        for one, other in zip(tensors(made(x)), tensors(twin(x)), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large"])
+def test_no_chain_of_three_says_why(name: str) -> None:
+    model = vision(name)()
+    x = torch.rand(2, 3, 64, 64)
+    before = snapshot(model)
+    with pytest.raises(replfx.NoChainError, match="no chain of 3 blocks") as caught:
+        replfx.transform(model, x)
+    assert_unchanged(model, before)
+    report = replfx.inspect(model)
+    assert report.replaced == []
+    assert report.chains == []
+    first = next(iter(report.refused))
+    assert f"`{first}`: {report.refused[first]}" in str(caught.value)
+    if name == "resnet18":
+        assert report.refused["layer1.0"] == (
+            "no three like it in a row: it is like `layer1.1`, but a block must be kept on each side of it"
+        )
+
+
+def test_gmlp_has_no_light_operator_and_says_so() -> None:
+    model = image_model("gmlp_ti16_224", img_size=32)()
+    with pytest.raises(replfx.NoChainError, match=r"`blocks\.1`: operator 'light' does not fit it: .+"):
+        replfx.transform(model, torch.rand(2, 3, 32, 32), operator="light")
+    with pytest.raises(replfx.FusionError, match=r"`blocks\.1`: operator 'light' does not fit it: .+"):
+        replfx.transform(model, torch.rand(2, 3, 32, 32), operator="light", select="blocks.1")
+
+
+def test_chains_run_across_containers() -> None:
+    model = image_model("volo_d1_224", img_size=64)()
+    chains = replfx.inspect(model, torch.rand(2, 3, 64, 64)).chains
+    assert ["network.0.0", "network.0.1", "network.0.2", "network.0.3"] in chains
+    (long,) = (chain for chain in chains if len(chain) == 14)
+    assert (long[0], long[-1]) == ("network.2.0", "network.4.1")
+
+
+def detection(size: int = 64) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    images = [torch.rand(3, size, size), torch.rand(3, size, size - 8)]
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    return images, [target, copy.deepcopy(target)]
+
+
+def test_a_detector_still_takes_images_and_targets() -> None:
+    torch.manual_seed(0)
+    model = vision("fasterrcnn_resnet50_fpn", weights_backbone=None, min_size=64, max_size=64)()
+    images, targets = detection()
+    made = replfx.transform(model, (images, targets))
+    report = replfx.report(made)
+    assert type(made) is type(model)
+    assert [len(chain) for chain in report.chains] == [3, 5]
+    assert report.replaced == ["backbone.body.layer2.2", "backbone.body.layer3.2", "backbone.body.layer3.4"]
+    losses = made.train()(images, targets)
+    assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in made.named_parameters():
+        if ".fusion." in name or ".operator." in name:
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all()
+    with torch.no_grad():
+        found = made.eval()(images)
+    assert [set(each) for each in found] == [{"boxes", "labels", "scores"}] * 2
+
+
+def test_a_detector_in_evaluation_mode() -> None:
+    model = vision("fasterrcnn_resnet50_fpn", weights_backbone=None, min_size=64, max_size=64)().eval()
+    images, _ = detection()
+    before = snapshot(model)
+    made = replfx.transform(model, (images,), operator="light")
+    assert [len(chain) for chain in replfx.report(made).chains] == [3, 5]
+    assert [set(each) for each in made(images)] == [{"boxes", "labels", "scores"}] * 2
+    assert_unchanged(model, before)
+
+
+COMPILED = [
+    ("vit_tiny", "block"),
+    ("convnext_atto", "light"),
+    ("regnety_004", "light"),
+    ("gpt", "block"),
+    ("gpt", "light"),
+]
+
+
+@pytest.mark.parametrize(("name", "operator"), COMPILED)
+def test_compile_and_export_where_the_original_did(name: str, operator: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    x = batch(case)
+    made = replfx.transform(case.build(), x, operator=operator, every=4).eval()
+    with torch.no_grad():
+        expected = made(x)
+        exported = torch.export.export(made, (x,)).module()
+        torch.testing.assert_close(exported(x), expected)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    actual = compiled(x)
+    torch.testing.assert_close(actual, expected)
+    actual.sum().backward()
+    lost = [n for n, p in made.named_parameters() if (".fusion." in n) and p.grad is None]
+    assert not lost

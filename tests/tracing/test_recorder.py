@@ -1,0 +1,186 @@
+"""The second rung: what a run records computes the same, whatever Python did on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import replfx
+from replfx.tracing import info_of
+from tests.models import Mlp
+from tests.snapshots import assert_unchanged, snapshot
+
+
+class Recorded(nn.Module):
+    """Base: three blocks, and something that stops symbolic tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(Mlp() for _ in range(3))
+
+    def run(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class BySize(Recorded):
+    """Control flow on a shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return y.relu() if y.shape[0] % 2 == 0 else -y
+
+
+class ByValue(Recorded):
+    """Control flow on a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return y * 2 if y.sum().item() > -1e9 else y
+
+
+class ByMask(Recorded):
+    """A shape that depends on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return y[y.nonzero(as_tuple=True)].sum().view(1)
+
+
+class Listed(Recorded):
+    """Lists and dicts go in and come out."""
+
+    def forward(self, items: list[Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        outs = [self.run(item) for item in items[:1]]
+        return {"outs": outs, "scaled": outs[0] * options["scale"], "bias": items[1] + options["shift"]}
+
+
+class Variadic(Recorded):
+    """Inputs through *args and **kwargs."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.run(args[0]) * kwargs["scale"], args[1] + 1
+
+
+class PartlyWithoutGrad(Recorded):
+    """A part that runs under no_grad, and an assignment in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 10_000:
+            return x
+        with torch.no_grad():
+            scale = self.stem(x).abs().mean()
+        y = self.run(x).clone()
+        y[:, 0] = 0.0
+        return y * scale
+
+
+X = torch.randn(2, 4)
+SAMPLES: list[tuple[nn.Module, Any]] = [
+    (BySize(), X),
+    (ByValue(), X),
+    (ByMask(), X),
+    (Listed(), ([X, X + 1], {"scale": torch.tensor([2.0]), "shift": 3})),
+    (PartlyWithoutGrad(), X),
+]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    torch.manual_seed(1)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def flat(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize(("model", "inputs"), SAMPLES, ids=lambda v: type(v).__name__)
+def test_the_recording_computes_the_same_and_leaves_the_model_alone(model: nn.Module, inputs: Any) -> None:
+    fired: list[int] = []
+    model.blocks[0].register_forward_hook(lambda *_: fired.append(1))  # type: ignore[union-attr, index]
+    before = snapshot(model)
+    graph = replfx.capture(model, inputs)
+    assert_unchanged(model, before)
+    assert fired == []
+    assert info_of(graph).rung == "recorded"
+    graph.graph.lint()
+    expected, actual = call(model, inputs), graph(*flat(inputs))
+    for one, other in zip(flat(expected), flat(actual), strict=True):
+        assert torch.equal(one, other)
+    assert fired == [1]
+
+
+def test_structure_of_outputs_is_kept() -> None:
+    inputs = ([X, X + 1], {"scale": torch.tensor([2.0]), "shift": 3})
+    graph = replfx.capture(Listed(), inputs)
+    output = graph(*flat(inputs))
+    assert set(output) == {"outs", "scaled", "bias"}
+    assert isinstance(output["outs"], list)
+
+
+def test_the_chain_is_found_whatever_stopped_symbolic_tracing() -> None:
+    for model, inputs in SAMPLES:
+        assert replfx.inspect(model, inputs).chains == [["blocks.0", "blocks.1", "blocks.2"]], type(
+            model
+        ).__name__
+
+
+def test_gradients_are_those_of_the_model() -> None:
+    model = PartlyWithoutGrad()
+    graph = replfx.capture(model, X)
+    wanted = torch.autograd.grad(model(X).sum(), list(model.parameters()))
+    actual = torch.autograd.grad(
+        graph(X).sum(), [graph.get_parameter(n) for n, _ in model.named_parameters()]
+    )
+    for one, other in zip(wanted, actual, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inputs_through_args_and_kwargs() -> None:
+    class KeywordOnly(Recorded):
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            return self.run(kwargs["x"]) * kwargs["scale"]
+
+    inputs = {"x": X, "scale": torch.tensor([2.0])}
+    model = KeywordOnly()
+    graph = replfx.capture(model, inputs)
+    assert torch.equal(graph(*flat(inputs)), model(**inputs))
+
+
+def test_dropout_and_batch_norm_follow_the_mode_where_they_are_modules() -> None:
+    class Noisy(BySize):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+        def run(self, x: Tensor) -> Tensor:
+            y: Tensor = self.drop(self.norm(super().run(x)))
+            return y
+
+    model = Noisy()
+    before = snapshot(model)
+    graph = replfx.capture(model, X)
+    assert_unchanged(model, before)
+    for mode in (False, True, False):
+        model.train(mode)
+        graph.train(mode)
+        torch.manual_seed(0)
+        expected = model(X)
+        torch.manual_seed(0)
+        assert torch.equal(graph(X), expected)
+
+
+def test_a_constant_made_on_the_way_is_kept() -> None:
+    class Positions(BySize):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.arange(x.shape[0]).float().unsqueeze(1) * torch.tensor([0.5])
+
+    model = Positions()
+    graph = replfx.capture(model, X)
+    assert torch.equal(graph(X), model(X))
