@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.operators import Operator, Source
-from replfx.fusion.sharded import any_sharded, gathered, replicated
+from replfx.fusion.sharded import any_sharded, as_sharded, gathered, replicated
 from replfx.structure import move_hooks
 
 __all__ = ["FusionLayer"]
@@ -101,6 +101,7 @@ def _read_source(block: nn.Module, source: Source) -> Tensor:
     theta = getattr(block, leaf)
     if not isinstance(theta, Tensor):
         raise FusionError(f"the neighbour's parameter `{source.path}` is gone: it is no tensor but {theta!r}")
+    theta = as_sharded(theta)
     return theta if source.rows is None else theta[source.rows[0] : source.rows[1]]
 
 

@@ -185,7 +185,9 @@ class LightOperator(Operator):
             dims = theta[self.recipe.maps[-1]].dim()
             maps = [*(_plain_map(matrix, None, dims) for matrix in before), _plain_map(last, self.bias, dims)]
         body = _Body(self.recipe, self.norm, nn.Sequential(*maps), self.activation)
-        return plain_module(fx.GraphModule(body, _LeafTracer().trace(body), "Light"), self.interface)
+        graph = fx.Graph()  # a fresh one: the traced one would carry our tracer's class into every pickle
+        graph.output(graph.graph_copy(_LeafTracer().trace(body), {}))
+        return plain_module(fx.GraphModule(body, graph, "Light"), self.interface)
 
 
 def _scale_weight(norm: nn.Module, factor: float) -> None:

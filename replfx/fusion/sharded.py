@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["any_sharded", "gathered", "replicated"]
+__all__ = ["any_sharded", "as_sharded", "gathered", "replicated"]
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -18,6 +18,16 @@ else:  # a build of torch without torch.distributed has no DTensors either
 
     class DTensor(Tensor):  # type: ignore[no-redef]
         """Stands for a class that cannot exist in this build."""
+
+
+def as_sharded(theta: Tensor) -> Tensor:
+    """`theta` itself; its gradient comes back sharded as it is, however the operations on it laid that out.
+
+    FSDP adds its own gradient to the one that it finds, shard to shard.
+    """
+    if not isinstance(theta, DTensor):
+        return theta
+    return theta.redistribute(placements=theta.placements)
 
 
 def any_sharded(theta: Mapping[str, Tensor]) -> bool:
