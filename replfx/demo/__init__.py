@@ -33,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("replfx-demo"), metavar="DIR", help="where the results go")
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each variant")
-    parser.add_argument("--epochs", type=_positive, default=15, metavar="N", help="passes over the images")
+    parser.add_argument("--epochs", type=_positive, default=12, metavar="N", help="passes over the images")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="CPU threads (default: 1 for the digits, whose images are too small to share; else PyTorch's)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few images: does it run at all?")
 

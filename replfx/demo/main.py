@@ -35,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ReplfxError("--device cuda: PyTorch finds no CUDA device here")
+    # One thread on the tiny images: sharing them out gains little, loses much beside any other load, and makes
+    # the accuracies depend on how many cores there are.
+    torch.set_num_threads(args.threads or (1 if args.dataset == "digits" else torch.get_num_threads()))
     images = data.load(args.dataset, args.data_root).to(device)
     seeds, epochs, repeats = (1, 1, 3) if args.quick else (args.seeds, args.epochs, 15)
     if args.quick:
