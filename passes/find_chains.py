@@ -139,8 +139,10 @@ class _Search:
         kind_of = [numbers.setdefault(kinds[call.path], len(numbers)) for call in candidates]
         by_start = sorted(range(len(candidates)), key=lambda i: (candidates[i].start, -candidates[i].stop))
         for index in by_start:
+            given = set(_input_slots(candidates[index]).values())
             for slot, node in _output_slots(candidates[index]).items():
-                producers[node].append((index, slot))
+                if node not in given:  # a mask that a block hands through links it to none
+                    producers[node].append((index, slot))
         for index in by_start:
             links: dict[int, list[tuple[str, str]]] = defaultdict(list)
             for slot, node in _input_slots(candidates[index]).items():
@@ -270,9 +272,11 @@ def _outermost_worth_it(chains: Iterable[Chain], modules: dict[str, nn.Module]) 
     """Of chains that lie inside each other's blocks, keep the level that lets most be replaced."""
     kept: dict[str, tuple[Chain, int]] = {}  # by the path of the first block
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept within it
-    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.calls[0].start)):
-        if len(chain.calls) < SHORTEST:
-            continue
+    taken: set[str] = set()
+    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), -len(c.calls), c.calls[0].start)):
+        if len(chain.calls) < SHORTEST or not taken.isdisjoint(chain.paths):
+            continue  # of chains through one block (joined by other slots) the longest counts
+        taken.update(chain.paths)
         size = sum(p.numel() for p in modules[chain.paths[0]].parameters())
         worth = size * ((len(chain.calls) - 1) // 2)
         inner = {key for path in chain.paths for key in inside[path] if key in kept}
