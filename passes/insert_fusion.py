@@ -3,10 +3,12 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import base_types
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import FusionError, PlanError
@@ -51,7 +53,9 @@ def _build(model: nn.Module, replacement: Replacement, replaced: set[str], made_
     if not made.sources:
         return FusionLayer(made, None, None, replaced=block)
     if replacement.previous is None or replacement.next is None:
-        raise PlanError(f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none")
+        raise PlanError(
+            f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none"
+        )
     for side in (replacement.previous, replacement.next):
         if side in replaced:
             raise PlanError(f"`{path}`: its neighbour `{side}` is replaced in the same plan")
@@ -59,7 +63,9 @@ def _build(model: nn.Module, replacement: Replacement, replaced: set[str], made_
     next = _block(model, replacement, replacement.next, made_for)
     _check_finite(((replacement.previous, previous), (path, block), (replacement.next, next)))
     if not 0 <= replacement.neighbour_gradient <= 1:
-        raise PlanError(f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1")
+        raise PlanError(
+            f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1"
+        )
     return FusionLayer(
         made,
         _fusion(replacement, made, previous),
@@ -147,7 +153,10 @@ def _rewrite(graph_module: fx.GraphModule, info: CaptureInfo, call: ModuleCall, 
     graph = graph_module.graph
     region = info.nodes[call.start : call.stop]
     with graph.inserting_before(region[0]):
-        made = graph.call_module(call.path, call.args, call.kwargs)
+        args, kwargs = (
+            fx.node.map_aggregate(part, _Holder(graph_module)) for part in (call.args, call.kwargs)
+        )
+        made = graph.call_module(call.path, args, kwargs)  # type: ignore[arg-type]
     made.meta.update(nodes_in(call.output)[0].meta)
     _redirect(call.output, made, graph, set(region))
     for node in reversed(region):
@@ -157,16 +166,41 @@ def _rewrite(graph_module: fx.GraphModule, info: CaptureInfo, call: ModuleCall, 
     set_submodule(info.root, call.path, layer)
 
 
+@dataclass(frozen=True)
+class _Holder:
+    """Makes attributes of the graph's module of the arguments that source code cannot name: tensors, objects."""
+
+    graph_module: fx.GraphModule
+
+    def __call__(self, value: Any) -> Any:
+        if value is None or isinstance(value, (fx.Node, *base_types)) and not isinstance(value, Tensor):
+            return value
+        holder = self.graph_module
+        name = next(name for i in count() if not hasattr(holder, name := f"_argument_{i}"))
+        if isinstance(value, Tensor):
+            holder.register_buffer(name, value, persistent=False)
+        else:
+            setattr(holder, name, value)
+        return holder.graph.get_attr(name)
+
+
 def _redirect(output: object, made: Any, graph: fx.Graph, region: set[fx.Node]) -> None:
     """Let the users of each output node outside of the region read it from the new node."""
+    if isinstance(output, fx.Node) and output not in region:
+        return  # an input that is handed through
     if isinstance(output, fx.Node):
         output.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
         return
-    items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple | list) else ()
+    items = (
+        output.items()
+        if isinstance(output, dict)
+        else enumerate(output)
+        if isinstance(output, tuple | list)
+        else ()
+    )
     for key, item in items:
-        if nodes_in(item):
+        if not region.isdisjoint(nodes_in(item)):
             with graph.inserting_after(made):
                 part = graph.call_function(operator.getitem, (made, key))
             part.meta.update(nodes_in(item)[0].meta)
             _redirect(item, part, graph, region)
-
