@@ -1,7 +1,7 @@
 """The public face: transform, inspect, report, plan, apply."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -224,11 +224,19 @@ def _policy(
     return SelectBlocks(
         every=every,
         fraction=fraction,
-        select=(select,) if isinstance(select, str) else None if select is None else tuple(select),
+        select=_globs(select),
         fusion=Choice.of(fusion, "fusion"),
         operator=Choice.of(operator, "operator"),
-        neighbour_gradient=0.0 if detach_neighbours else float(neighbour_gradient),
+        neighbour_gradient=0.0 if detach_neighbours else neighbour_gradient,
     )
+
+
+def _globs(select: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if select is None or isinstance(select, str):
+        return None if select is None else (select,)
+    if not isinstance(select, Iterable):
+        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {select!r}")
+    return tuple(select)
 
 
 def _refuse_transformed(model: nn.Module) -> None:

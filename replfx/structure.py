@@ -166,17 +166,11 @@ def unfit_to_share(block: nn.Module) -> str | None:
         if parametrize.is_parametrized(sub):
             return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
     for name, parameter in block.named_parameters():
-        if _is_lazy(parameter):
-            return f"its parameter `{name}` is not initialised yet: run the model once first"
         if not parameter.dtype.is_floating_point:
             return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
         if _is_wrapped(parameter):
             return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
     return None
-
-
-def _is_lazy(parameter: Tensor) -> bool:
-    return bool(nn.parameter.is_lazy(parameter))
 
 
 def _is_wrapped(parameter: Tensor) -> bool:

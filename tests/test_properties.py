@@ -300,9 +300,7 @@ def test_unroll_gives_full_depth_back(case: Case, kind: str) -> None:
     steps(model, optimizer, inputs, 2)
     frozen = copy.deepcopy(model)
     indices = replaced_by(model)
-    coefficients = {
-        id(p) for name, p in model.named_parameters() if ".fusion." in name
-    }
+    coefficients = {id(p) for name, p in model.named_parameters() if ".fusion." in name}
     kept = {id(p): {k: copy.copy(v) for k, v in optimizer.state[p].items()} for p in model.parameters()}
     held = {id(p): p for p in model.parameters()}
 
@@ -320,7 +318,9 @@ def test_unroll_gives_full_depth_back(case: Case, kind: str) -> None:
     for parameter, state in optimizer.state.items():
         assert held[id(parameter)] is parameter
         before = kept[id(parameter)]
-        assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(v)) for k, v in before.items() if v is not None)
+        assert all(
+            torch.equal(torch.as_tensor(state[k]), torch.as_tensor(v)) for k, v in before.items() if v is not None
+        )
     fresh = [p for name, p in full.named_parameters() if id(p) not in held]
     assert {name.split(".")[1] for name, p in full.named_parameters() if id(p) not in held} == {str(i) for i in indices}
     before_training = [p.detach().clone() for p in fresh]
@@ -379,7 +379,7 @@ def test_plans_and_transforms_are_deterministic(case: Case) -> None:
         assert [r.path for r in one.replacements] == case.policy.choice["select"]
     chosen = [int(r.path.split(".")[1]) for r in one.replacements]
     assert chosen == sorted(chosen)
-    assert 0 < chosen[0]
+    assert chosen[0] > 0
     assert chosen[-1] < case.depth - 1
     assert all(b - a > 1 for a, b in zip(chosen, chosen[1:], strict=False))
 
