@@ -98,8 +98,11 @@ def _operator(replacement: Replacement, block: nn.Module) -> Operator:
 
 def _fusion(replacement: Replacement, made: Operator, neighbour: nn.Module) -> Fusion:
     choice = replacement.fusion
-    shapes = {name: _shape(neighbour, source) for name, source in made.sources.items()}
     like = next(neighbour.parameters())
+    try:
+        shapes = {name: _shape(neighbour, source) for name, source in made.sources.items()}
+    except AttributeError as error:
+        raise FusionError(f"`{replacement.path}`: its neighbours lack what the operator reads: {error}") from error
     try:
         return fusions[choice.name](shapes, dtype=like.dtype, device=like.device, **choice.options)
     except TypeError as error:

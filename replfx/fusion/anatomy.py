@@ -19,6 +19,7 @@ from replfx.fusion.operators import Site
 
 __all__ = ["Anatomy", "MapPair", "Norm", "activation_of", "dissect", "is_residual"]
 
+_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
 
 
@@ -34,13 +35,8 @@ class MapPair:
 
 @dataclass(frozen=True)
 class Norm:
-    """The block's normalisation.
-
-    Attributes:
-        path: where it is in the block.
-        first: it is applied to the activation itself.
-        last_dim: it wants channels last although the activation has them second.
-    """
+    """The block's normalisation: its path, whether it is the first thing that happens to the activation, and
+    whether it wants channels last although the activation has them second."""
 
     path: str
     first: bool
@@ -136,9 +132,7 @@ def _elementwise(site: Site, node: fx.Node) -> str | None:
         return f"module:{_inside(site, node)}" if plain and _inside(site, node) else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.rstrip("_")
-    return (
-        f"function:{name}" if node.op != "get_attr" and name in ("relu", "relu6", "gelu", "silu", "hardswish") else None
-    )
+    return f"function:{name}" if node.op != "get_attr" and name in _ACTIVATIONS else None
 
 
 def _inside(site: Site, node: fx.Node) -> str:
@@ -155,9 +149,6 @@ def _module(site: Site, node: fx.Node) -> nn.Module:
 
 def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, bool]:
     """Channels of the activation, and whether they are its last dimension."""
-    convolved = _convolved_channels(site)
-    if convolved is not None:
-        return convolved, False
     dense = [shape for shape in maps.values() if shape[1] > 1 and len(shape) != 3]
     if site.shape is None:  # no example inputs: the first map takes the activation
         return (dense[0][1], len(dense[0]) == 2) if dense else (None, False)
@@ -171,21 +162,9 @@ def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, b
     return None, False
 
 
-def _convolved_channels(site: Site) -> int | None:
-    """Channels that a convolution applied to the activation itself takes; None if there is no such.
-
-    It alone tells for sure: a width or height may equal the channels of a linear map further inside.
-    """
-    for node in site.nodes:
-        if node.op == "call_module" and node.all_input_nodes == [site.input]:
-            module = _module(site, node)
-            weight, channels = module._parameters.get("weight"), getattr(module, "in_channels", None)
-            if weight is not None and weight.dim() >= 3 and isinstance(channels, int):
-                return channels
-    return None
-
-
-def _narrowest_pair(block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool) -> MapPair | None:
+def _narrowest_pair(
+    block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool
+) -> MapPair | None:
     """The pair with the smallest h: first over the block's parts, and the last one within a part.
 
     Within an attention with separate projections the last pair of square maps is value and output, as all
@@ -251,8 +230,7 @@ def _norm(site: Site, width: int, linear: bool) -> Norm | None:
         return None
     first = next((n for n in norms if _behind_identity(site, n.all_input_nodes[0]) is site.input), None)
     node = first or norms[-1]
-    dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
-    last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)
+    last_dim = not linear and not _takes_channels_second(_module(site, node), width)
     return Norm(_inside(site, node), first is not None, last_dim)
 
 
@@ -261,11 +239,11 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return hasattr(module, "eps") and bool(parameters) and all(p.shape == (width,) for p in parameters)
 
 
-def _takes_channels_second(norm: nn.Module, width: int, dims: int) -> bool:
+def _takes_channels_second(norm: nn.Module, width: int) -> bool:
     """Ask the module itself, on a shape that no last dimension can fit."""
     probe = copy.deepcopy(norm).to("meta")
     try:
-        probe(torch.empty(2, width, *range(width + 1, width + dims - 1), device="meta"))
+        probe(torch.empty(2, width, width + 1, width + 2, device="meta"))
     except (RuntimeError, ValueError, IndexError):
         return False
     return True
@@ -276,4 +254,6 @@ def activation_of(block: nn.Module, name: str | None) -> object:
     if name is None:
         return None
     kind, _, where = name.partition(":")
+    if kind not in ("module", "function") or (kind == "function" and where not in _ACTIVATIONS):
+        raise ValueError(f"there is no activation {name!r}")
     return copy.deepcopy(block.get_submodule(where)) if kind == "module" else getattr(F, where)
