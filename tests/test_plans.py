@@ -18,9 +18,7 @@ from tests.models import GPT, ConvNet, tower
 from tests.snapshots import assert_unchanged, snapshot
 
 MODEL = tower(7)
-PLAN = replfx.plan(
-    MODEL, fusion={"name": "channel", "initial": 0.25}, operator="light", neighbour_gradient=0.5
-)
+PLAN = replfx.plan(MODEL, fusion={"name": "channel", "initial": 0.25}, operator="light", neighbour_gradient=0.5)
 TEXT = PLAN.to_json()
 
 
@@ -173,9 +171,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(t, m) for _, t, m in HOSTILE], ids=[name for name, _, _ in HOSTILE]
-)
+@pytest.mark.parametrize(("text", "message"), [(t, m) for _, t, m in HOSTILE], ids=[name for name, _, _ in HOSTILE])
 def test_hostile_files(text: Any, message: str) -> None:
     with pytest.raises(replfx.PlanError, match=message):
         Plan.from_json(text)

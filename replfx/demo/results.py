@@ -115,5 +115,6 @@ def _plot(rows: Sequence[Row], dataset: str, path: Path) -> None:
             ax.set(xlabel=label, ylabel="held-out accuracy, %", title=f"{model} on {dataset}")
             ax.set_xlim(left=0)
             ax.grid(alpha=0.3)
-        line[0].legend(loc="best")
+    # Outside of the axes, where it covers no point.
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=130)

@@ -35,8 +35,13 @@ class MapPair:
 
 @dataclass(frozen=True)
 class Norm:
-    """The block's normalisation: its path, whether it is the first thing that happens to the activation, and
-    whether it wants channels last although the activation has them second."""
+    """The block's normalisation.
+
+    Attributes:
+        path: where it is in the block.
+        first: it is applied to the activation itself.
+        last_dim: it wants channels last although the activation has them second.
+    """
 
     path: str
     first: bool
@@ -149,6 +154,9 @@ def _module(site: Site, node: fx.Node) -> nn.Module:
 
 def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, bool]:
     """Channels of the activation, and whether they are its last dimension."""
+    convolved = _convolved_channels(site)
+    if convolved is not None:
+        return convolved, False
     dense = [shape for shape in maps.values() if shape[1] > 1 and len(shape) != 3]
     if site.shape is None:  # no example inputs: the first map takes the activation
         return (dense[0][1], len(dense[0]) == 2) if dense else (None, False)
@@ -162,9 +170,21 @@ def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, b
     return None, False
 
 
-def _narrowest_pair(
-    block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool
-) -> MapPair | None:
+def _convolved_channels(site: Site) -> int | None:
+    """Channels that a convolution applied to the activation itself takes; None if there is no such.
+
+    It alone tells for sure: a width or height may equal the channels of a linear map further inside.
+    """
+    for node in site.nodes:
+        if node.op == "call_module" and node.all_input_nodes == [site.input]:
+            module = _module(site, node)
+            weight, channels = module._parameters.get("weight"), getattr(module, "in_channels", None)
+            if weight is not None and weight.dim() >= 3 and isinstance(channels, int):
+                return channels
+    return None
+
+
+def _narrowest_pair(block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool) -> MapPair | None:
     """The pair with the smallest h: first over the block's parts, and the last one within a part.
 
     Within an attention with separate projections the last pair of square maps is value and output, as all
@@ -230,7 +250,8 @@ def _norm(site: Site, width: int, linear: bool) -> Norm | None:
         return None
     first = next((n for n in norms if _behind_identity(site, n.all_input_nodes[0]) is site.input), None)
     node = first or norms[-1]
-    last_dim = not linear and not _takes_channels_second(_module(site, node), width)
+    dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
+    last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)
     return Norm(_inside(site, node), first is not None, last_dim)
 
 
@@ -239,11 +260,11 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return hasattr(module, "eps") and bool(parameters) and all(p.shape == (width,) for p in parameters)
 
 
-def _takes_channels_second(norm: nn.Module, width: int) -> bool:
+def _takes_channels_second(norm: nn.Module, width: int, dims: int) -> bool:
     """Ask the module itself, on a shape that no last dimension can fit."""
     probe = copy.deepcopy(norm).to("meta")
     try:
-        probe(torch.empty(2, width, width + 1, width + 2, device="meta"))
+        probe(torch.empty(2, width, *range(width + 1, width + dims - 1), device="meta"))
     except (RuntimeError, ValueError, IndexError):
         return False
     return True
