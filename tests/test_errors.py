@@ -81,7 +81,7 @@ def test_a_plan_for_another_model(inplace: bool) -> None:
     other = Tower(*(Mlp(8, 24) for _ in range(7)))
     refuse(
         replfx.PlanError,
-        "`blocks.1` of Tower has other parameters than the plan's: the plan was made for Tower; .*replfx.plan",
+        "`blocks.1` of Tower has other parameters than the plan's: .* made for Tower; .*replfx.plan",
         replfx.apply,
         other,
         plan,
