@@ -57,9 +57,12 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register on `target` all forward and backward hooks that `source` itself has (not its submodules')."""
-    for name in _HOOKS:
-        getattr(target, name).update(getattr(source, name))
+    """Give `target` the forward and backward hooks that `source` itself has (not its submodules').
+
+    The very dicts, so that the handles that a user holds go on removing them.
+    """
+    for name in (*_HOOKS, "_is_full_backward_hook"):
+        setattr(target, name, getattr(source, name))
 
 
 def drop_hooks(module: nn.Module) -> None:

@@ -60,7 +60,9 @@ class Inputs:
 
 
 def check_has_weights(model: nn.Module) -> None:
-    """Refuse a model whose weights do not exist yet."""
+    """Refuse what is no model, and a model whose weights do not exist yet."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for name, tensor in model.named_parameters():
         if nn.parameter.is_lazy(tensor):
             raise CaptureError(
