@@ -52,6 +52,36 @@ class Images:
         return self.train_images.shape[-1]
 
     def shortened(self, train: int, test: int) -> Images:
+        """Keep some images only, drawn from all, since folders come class by class; for a quick run."""
+        generator = torch.Generator().manual_seed(0)
+        kept = torch.randperm(len(self.train_images), generator=generator)[:train]
+        tested = torch.randperm(len(self.test_images), generator=generator)[:test]
+        return Images(
+            self.name,
+            self.train_images[kept],
+            self.train_labels[kept],
+            self.test_images[tested],
+            self.test_labels[tested],
+            self.augment,
+        )
+
+    def to(self, device: torch.device) -> Images:
+        """Move everything to a device."""
+        return Images(
+            self.name,
+            self.train_images.to(device),
+            self.train_labels.to(device),
+            self.test_images.to(device),
+            self.test_labels.to(device),
+            self.augment,
+        )
+
+    @property
+    def size(self) -> int:
+        """Height and width of an image."""
+        return self.train_images.shape[-1]
+
+    def shortened(self, train: int, test: int) -> Images:
         """Keep the first images only, for a quick run."""
         return Images(
             self.name,
