@@ -65,33 +65,6 @@ class Images:
             self.augment,
         )
 
-    def to(self, device: torch.device) -> Images:
-        """Move everything to a device."""
-        return Images(
-            self.name,
-            self.train_images.to(device),
-            self.train_labels.to(device),
-            self.test_images.to(device),
-            self.test_labels.to(device),
-            self.augment,
-        )
-
-    @property
-    def size(self) -> int:
-        """Height and width of an image."""
-        return self.train_images.shape[-1]
-
-    def shortened(self, train: int, test: int) -> Images:
-        """Keep the first images only, for a quick run."""
-        return Images(
-            self.name,
-            self.train_images[:train],
-            self.train_labels[:train],
-            self.test_images[:test],
-            self.test_labels[:test],
-            self.augment,
-        )
-
 
 def load(name: str, root: Path | None) -> Images:
     """Load a data set by name; all but the bundled digits are read from the folder ``root``."""

@@ -115,11 +115,6 @@ def _plot(rows: Sequence[Row], dataset: str, path: Path) -> None:
             ax.set(xlabel=label, ylabel="held-out accuracy, %", title=f"{model} on {dataset}")
             ax.set_xlim(0, 1.08 * ax.dataLim.x1)
             ax.grid(alpha=0.3)
-<<<<<<< HEAD
-    # Below all axes, where it covers no point.
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-=======
     # Outside of the axes, where it covers no point.
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
->>>>>>> main
     figure.savefig(path, dpi=130)
