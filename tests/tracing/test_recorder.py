@@ -180,3 +180,15 @@ def test_a_constant_made_on_the_way_is_kept() -> None:
     model = Positions()
     graph = replfx.capture(model, X)
     assert torch.equal(graph(X), model(X))
+
+
+def test_a_real_run_draws_nothing_from_the_users_random_state() -> None:
+    class NoisyByValue(ByValue):
+        def run(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().run(x), 0.5, self.training)
+
+    model = NoisyByValue()
+    model.norm = nn.BatchNorm1d(8)
+    before = snapshot(model)
+    replfx.capture(model, X)
+    assert_unchanged(model, before)
