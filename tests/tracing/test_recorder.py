@@ -182,13 +182,16 @@ def test_a_constant_made_on_the_way_is_kept() -> None:
     assert torch.equal(graph(X), model(X))
 
 
-def test_a_real_run_draws_nothing_from_the_users_random_state() -> None:
+def test_a_real_run_leaves_random_state_and_statistics_alone() -> None:
     class NoisyByValue(ByValue):
         def run(self, x: Tensor) -> Tensor:
-            return nn.functional.dropout(super().run(x), 0.5, self.training)
+            return nn.functional.dropout(self.norm(super().run(x)), 0.5, self.training)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
 
     model = NoisyByValue()
-    model.norm = nn.BatchNorm1d(8)
     before = snapshot(model)
     replfx.capture(model, X)
     assert_unchanged(model, before)
