@@ -235,6 +235,7 @@ def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
     plain = replfx.materialize(model)
     assert type(plain) is type(model)
     assert not list(of_replfx(plain))
+    assert {module.training for module in plain.modules()} == {case.training}
     assert b"replfx" not in pickle.dumps(plain)
     inputs = case.inputs()
     for one, other in zip(outputs(plain, inputs), outputs(model, inputs), strict=True):
