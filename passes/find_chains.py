@@ -142,8 +142,10 @@ class _Search:
         kind_of = [kinds.setdefault(tuple(self.signature(c.path).items()), len(kinds)) for c in candidates]
         producers: dict[fx.Node, list[tuple[int, str]]] = defaultdict(list)
         for index, call in enumerate(candidates):
+            given = set(input_slots(call).values())
             for slot, node in output_slots(call).items():
-                producers[node].append((index, slot))
+                if node not in given:  # a mask that a block hands through links it to none
+                    producers[node].append((index, slot))
         networks: dict[tuple[int, Joined], nx.DiGraph] = defaultdict(nx.DiGraph)
         for index, call in enumerate(candidates):
             links: dict[int, list[tuple[str, str]]] = defaultdict(list)
@@ -213,9 +215,11 @@ def _outermost_worth_it(chains: Iterable[Chain], modules: dict[str, nn.Module]) 
     """Of chains that lie inside each other's blocks, keep the level that lets most be replaced."""
     kept: dict[str, tuple[Chain, int]] = {}  # by the path of the first block
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept within it
-    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.calls[0].start)):
-        if len(chain.calls) < SHORTEST:
-            continue
+    taken: set[str] = set()
+    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), -len(c.calls), c.calls[0].start)):
+        if len(chain.calls) < SHORTEST or not taken.isdisjoint(chain.paths):
+            continue  # of chains through one block (joined by other slots) the longest counts
+        taken.update(chain.paths)
         size = sum(p.numel() for p in modules[chain.paths[0]].parameters())
         worth = size * ((len(chain.calls) - 1) // 2)
         inner = {key for path in chain.paths for key in inside[path] if key in kept}

@@ -3,10 +3,12 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import base_types
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import FusionError, PlanError
@@ -96,8 +98,11 @@ def _operator(replacement: Replacement, block: nn.Module) -> Operator:
 
 def _fusion(replacement: Replacement, made: Operator, neighbour: nn.Module) -> Fusion:
     choice = replacement.fusion
-    shapes = {name: _shape(neighbour, source) for name, source in made.sources.items()}
     like = next(neighbour.parameters())
+    try:
+        shapes = {name: _shape(neighbour, source) for name, source in made.sources.items()}
+    except AttributeError as error:
+        raise FusionError(f"`{replacement.path}`: its neighbours lack what the operator reads: {error}") from error
     try:
         return fusions[choice.name](shapes, dtype=like.dtype, device=like.device, **choice.options)
     except TypeError as error:
@@ -136,20 +141,29 @@ class InsertFusion(PassBase):
         insert(self.model, layers)
         info = info_of(graph_module)
         calls = {call.path: call for chain in chains_of(graph_module).chains for call in chain.calls}
+        renamed: dict[fx.Node, fx.Node] = {}
         for path, layer in layers.items():
-            _rewrite(graph_module, info, calls[path], layer)
+            _rewrite(graph_module, info, calls[path], layer, renamed)
         graph_module.recompile()
         return PassResult(graph_module, bool(layers))
 
 
-def _rewrite(graph_module: fx.GraphModule, info: CaptureInfo, call: ModuleCall, layer: FusionLayer) -> None:
+def _rewrite(
+    graph_module: fx.GraphModule,
+    info: CaptureInfo,
+    call: ModuleCall,
+    layer: FusionLayer,
+    renamed: dict[fx.Node, fx.Node],
+) -> None:
     """Let one `call_module` node to the fusion layer take the place of the block's nodes."""
     graph = graph_module.graph
     region = info.nodes[call.start : call.stop]
+    argument = _Argument(graph_module, renamed)
     with graph.inserting_before(region[0]):
-        made = graph.call_module(call.path, call.args, call.kwargs)
+        args, kwargs = (fx.node.map_aggregate(part, argument) for part in (call.args, call.kwargs))
+        made = graph.call_module(call.path, args, kwargs)  # type: ignore[arg-type]
     made.meta.update(nodes_in(call.output)[0].meta)
-    _redirect(call.output, made, graph, set(region))
+    _redirect(call.output, made, graph, set(region), renamed)
     for node in reversed(region):
         if not node.users:
             graph.erase_node(node)
@@ -157,17 +171,42 @@ def _rewrite(graph_module: fx.GraphModule, info: CaptureInfo, call: ModuleCall, 
     set_submodule(info.root, call.path, layer)
 
 
-def _redirect(output: object, made: Any, graph: fx.Graph, region: set[fx.Node]) -> None:
+@dataclass(frozen=True)
+class _Argument:
+    """Gives an argument as it is in the graph now; what source code cannot name becomes an attribute."""
+
+    graph_module: fx.GraphModule
+    renamed: dict[fx.Node, fx.Node]
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.renamed.get(value, value)
+        if value is None or (isinstance(value, base_types) and not isinstance(value, Tensor)):
+            return value
+        holder = self.graph_module
+        name = next(name for i in count() if not hasattr(holder, name := f"_argument_{i}"))
+        if isinstance(value, Tensor):
+            holder.register_buffer(name, value, persistent=False)
+        else:
+            setattr(holder, name, value)
+        return holder.graph.create_node("get_attr", name)
+
+
+def _redirect(
+    output: object, made: Any, graph: fx.Graph, region: set[fx.Node], renamed: dict[fx.Node, fx.Node]
+) -> None:
     """Let the users of each output node outside of the region read it from the new node."""
     if isinstance(output, fx.Node):
-        output.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
+        if output in region:  # else it is an input that is handed through
+            output.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
+            renamed[output] = made
         return
     items = (
         output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple | list) else ()
     )
     for key, item in items:
-        if nodes_in(item):
+        if not region.isdisjoint(nodes_in(item)):
             with graph.inserting_after(made):
                 part = graph.call_function(operator.getitem, (made, key))
             part.meta.update(nodes_in(item)[0].meta)
-            _redirect(item, part, graph, region)
+            _redirect(item, part, graph, region, renamed)

@@ -55,6 +55,10 @@ class SelectBlocks(PassBase):
             raise PlanError(f"every must be a whole number, not {self.every!r}")
         if self.every is not None and self.every < 2:
             raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
+        for name in ("fraction", "neighbour_gradient"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise PlanError(f"{name} must be a number, not {value!r}")
         if self.fraction is not None and not 0 < self.fraction <= 0.5:
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
         if not 0 <= self.neighbour_gradient <= 1:
@@ -123,7 +127,7 @@ class SelectBlocks(PassBase):
                     operator=Choice(self.operator.name, {**match.options, **self.operator.options}),
                     interface=chain.interfaces[i],
                     kind=block_digest(site.block),
-                    neighbour_gradient=self.neighbour_gradient,
+                    neighbour_gradient=float(self.neighbour_gradient),
                 )
             )
         return made
@@ -157,8 +161,8 @@ def _unmeasured(site: Site) -> Match:
 
 def _matches(globs: Sequence[str], graph_module: fx.GraphModule, found: Chains) -> set[str]:
     """The blocks of chains that the globs name; each glob must name at least one."""
-    if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
-        raise PlanError(f"select must be a sequence of paths or globs, not {globs!r}")
+    if not globs or isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
+        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {globs!r}")
     in_chain = [path for chain in found.chains for path in chain.paths]
     chosen: set[str] = set()
     for glob in globs:

@@ -1,7 +1,7 @@
 """The public face: transform, inspect, report, plan, apply."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -25,7 +25,7 @@ from replfx.plans import Plan
 from replfx.reports import Report
 from replfx.state import fusion_layers, mark, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture
+from replfx.tracing import ExampleInputs, Inputs, capture, check_has_weights
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -192,6 +192,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     Raises:
         PlanError: the plan was made for another model, or the model is transformed already.
         FusionError: an unknown fusion or operator, or weights that are not finite.
+        CaptureError: the model has no weights yet.
 
     Example:
         >>> model = replfx.apply(build_model(), Plan.from_json(text))
@@ -199,6 +200,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a replfx.Plan, not {type(plan).__name__}; JSON text goes through Plan.from_json")
+    check_has_weights(model)
     target = model if inplace else _copy(model)
     layers = build_layers(target, plan)
     draft = describe_plan(target, plan)
@@ -224,16 +226,23 @@ def _policy(
     return SelectBlocks(
         every=every,
         fraction=fraction,
-        select=(select,) if isinstance(select, str) else None if select is None else tuple(select),
+        select=_globs(select),
         fusion=Choice.of(fusion, "fusion"),
         operator=Choice.of(operator, "operator"),
-        neighbour_gradient=0.0 if detach_neighbours else float(neighbour_gradient),
+        neighbour_gradient=0.0 if detach_neighbours else neighbour_gradient,
     )
 
 
+def _globs(select: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if select is None or isinstance(select, str):
+        return None if select is None else (select,)
+    if not isinstance(select, Iterable):
+        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {select!r}")
+    return tuple(select)
+
+
 def _refuse_transformed(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_has_weights(model)
     build_layers(model, Plan(type(model).__name__))
 
 

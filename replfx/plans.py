@@ -1,11 +1,12 @@
 """Plans: which blocks are replaced, and how. Frozen, deterministic data, JSON both ways."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from replfx.errors import FusionError, PlanError
+from replfx.errors import PlanError
 from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
 
@@ -110,6 +111,10 @@ def _parse(text: object) -> object:
     def refuse(token: str) -> object:
         raise PlanError(f"the plan has the number {token}")
 
+    def finite(token: str) -> float:
+        number = float(token)
+        return number if math.isfinite(number) else refuse(token)  # type: ignore[return-value]
+
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) != len(keys):
@@ -117,7 +122,7 @@ def _parse(text: object) -> object:
         return dict(pairs)
 
     try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"the plan is not whole JSON ({error}); was the file cut short?") from error
 
@@ -150,11 +155,13 @@ def _read_replacement(entry: object, where: str) -> Replacement:
     fields = _Fields(entry, where, _REPLACEMENT)
     interface = _Fields(fields.take("interface", dict), f"{where}, interface", ("inputs", "output"))
     inputs = interface.take("inputs", list)
-    if not inputs or not all(isinstance(slot, str) and slot for slot in inputs):
+    if not inputs or not all(_is_slot(slot) for slot in inputs):
         raise PlanError(f"{where}: 'inputs' must be a list of slot names")
     output = interface.value["output"]
     _check_template(output, where)
-    gradient = float(fields.take("neighbour_gradient", int, float))
+    gradient = fields.take("neighbour_gradient", int, float)
+    if not 0 <= gradient <= 1:
+        raise PlanError(f"{where}: 'neighbour_gradient' must be between 0 and 1, not {_short(gradient)}")
     return Replacement(
         path=fields.take("path", str),
         previous=fields.take("previous", str, type(None)),
@@ -163,16 +170,28 @@ def _read_replacement(entry: object, where: str) -> Replacement:
         operator=_read_choice(fields.take("operator", dict), f"{where}, operator"),
         interface=Interface(tuple(inputs), output),
         kind=fields.take("kind", str),
-        neighbour_gradient=gradient,
+        neighbour_gradient=float(gradient),
     )
 
 
 def _read_choice(value: object, where: str) -> Choice:
     fields = _Fields(value, where, ("name", "options"))
-    try:
-        return Choice.of({"name": fields.take("name", str), **fields.take("options", dict)}, where)
-    except FusionError as error:
-        raise PlanError(f"{where}: {error}") from error
+    options = fields.take("options", dict)
+    if "name" in options:
+        raise PlanError(f"{where}: its options may not hold a 'name'")
+    return Choice(fields.take("name", str), options)
+
+
+def _short(number: float) -> str:
+    text = repr(number)
+    return text if len(text) < 24 else f"{text[:20]}…"
+
+
+def _is_slot(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    first, *rest = value.split(".")
+    return all(part.isdecimal() or part.isidentifier() for part in (first, *rest))
 
 
 def _check_template(template: object, where: str, depth: int = 0) -> None:
@@ -188,6 +207,8 @@ def _check_template(template: object, where: str, depth: int = 0) -> None:
     wanted = {"input": str, "computed": bool, "tuple": list, "list": list, "dict": dict}.get(key)
     if wanted is None or type(inner) is not wanted:
         raise PlanError(f"{where}: its output has {key!r}: {type(inner).__name__}")
+    if key == "input" and not _is_slot(inner):
+        raise PlanError(f"{where}: its output names the input {inner!r}, which is no slot")
     parts = inner if isinstance(inner, list) else inner.values() if isinstance(inner, dict) else ()
     for part in parts:
         _check_template(part, where, depth + 1)

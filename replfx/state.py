@@ -48,6 +48,8 @@ def state_of(model: nn.Module) -> Transformed:
     Raises:
         PlanError: the model is not transformed.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     state = model.__dict__.get(_ATTRIBUTE)
     if not isinstance(state, Transformed):
         raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")

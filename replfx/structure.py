@@ -57,9 +57,12 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register on `target` all forward and backward hooks that `source` itself has (not its submodules')."""
-    for name in _HOOKS:
-        getattr(target, name).update(getattr(source, name))
+    """Give `target` the forward and backward hooks that `source` itself has (not its submodules').
+
+    The very dicts, so that the handles that a user holds go on removing them.
+    """
+    for name in (*_HOOKS, "_is_full_backward_hook"):
+        setattr(target, name, getattr(source, name))
 
 
 def drop_hooks(module: nn.Module) -> None:
@@ -166,17 +169,11 @@ def unfit_to_share(block: nn.Module) -> str | None:
         if parametrize.is_parametrized(sub):
             return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
     for name, parameter in block.named_parameters():
-        if _is_lazy(parameter):
-            return f"its parameter `{name}` is not initialised yet: run the model once first"
         if not parameter.dtype.is_floating_point:
             return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
         if _is_wrapped(parameter):
             return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
     return None
-
-
-def _is_lazy(parameter: Tensor) -> bool:
-    return bool(nn.parameter.is_lazy(parameter))
 
 
 def _is_wrapped(parameter: Tensor) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 # No deadline: an example's time is that of the machine's load. Bounded, because an example trains nothing
 # but traces, copies and differentiates a whole model.
 settings.register_profile(
-    "default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "default", deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, database=None)
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=400)

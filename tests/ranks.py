@@ -4,7 +4,7 @@ import copy
 import datetime
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import replfx
 from tests.reference import Stack
 from tests.strategies import Case
+
+Gradients = dict[str, Tensor | None]
 
 RANKS = 2
 BATCH = 4
@@ -67,8 +69,8 @@ MODES: dict[str, Callable[[Stack], nn.Module]] = {
 }
 
 
-def work(rank: int, port: int, cases: dict[str, Case], folder: str) -> None:
-    """Run every case in every mode; write what went wrong as JSON."""
+def work(rank: int, port: int, jobs: list[tuple[str, Case, tuple[str, ...]]], folder: str) -> None:
+    """Run every case in its modes; write what went wrong as JSON."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -78,10 +80,13 @@ def work(rank: int, port: int, cases: dict[str, Case], folder: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     found: dict[str, str | None] = {}
-    for name, case in cases.items():
-        for mode, wrap in MODES.items():
+    for name, case, modes in jobs:
+        model = case.transformed()
+        single = copy.deepcopy(model)
+        history = list(_train(single, single, case, slice(None)))
+        for mode in modes:
             try:
-                _check(case, wrap, rank)
+                _check(copy.deepcopy(model), single, history, MODES[mode], case, rank)
                 found[f"{name}-{mode}"] = None
             except Exception:
                 found[f"{name}-{mode}"] = traceback.format_exc()
@@ -90,33 +95,39 @@ def work(rank: int, port: int, cases: dict[str, Case], folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _check(case: Case, wrap: Callable[[Stack], nn.Module], rank: int) -> None:
-    """Two steps of training on half of the batch a process, against one process with the whole batch."""
-    single = case.transformed()
-    model = copy.deepcopy(single)
-    keys = list(single.state_dict())
-    wrapped = wrap(model)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (single, model)]
-    for step in range(2):
-        x, *extra = case.inputs(BATCH)
-        x = x.detach() + step
-        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
-        mine = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        _loss(single(x, *extra), weight).backward()
-        _loss(wrapped(x[mine], *extra), weight[mine]).backward()
-        for name, parameter in model.named_parameters():
-            _compare(_whole_tensor(parameter.grad), single.get_parameter(name).grad, f"gradient {step} of {name}")
-        for optimizer in optimizers:
-            optimizer.step()
+def _check(
+    model: Stack,
+    single: Stack,
+    history: list[Gradients],
+    wrap: Callable[[Stack], nn.Module],
+    case: Case,
+    rank: int,
+) -> None:
+    """Training on half of the batch a process, against one process with the whole batch."""
+    mine = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
+    for step, gradients in enumerate(_train(wrap(model), model, case, mine)):
+        for name, gradient in gradients.items():
+            _compare(gradient, history[step][name], f"gradient {step} of {name}")
     for name, parameter in model.named_parameters():
         _compare(_whole_tensor(parameter), single.get_parameter(name), f"parameter {name}")
     for path in replfx.report(single).replaced:  # also from outside of a forward pass, where all is sharded
         one, other = (m.get_submodule(path).synthesized() for m in (model, single))  # type: ignore[operator]
         for name, tensor in other.items():
             _compare(_whole_tensor(one[name]), tensor, f"synthesised {name}")
-    assert list(model.state_dict()) == keys
+    assert list(model.state_dict()) == list(single.state_dict())
+
+
+def _train(wrapped: nn.Module, model: Stack, case: Case, part: slice) -> Iterator[Gradients]:
+    """Two steps on a part of each batch; the gradients of each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(2):
+        x, *extra = case.inputs(BATCH)
+        x = x.detach() + step
+        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+        optimizer.zero_grad()
+        _loss(wrapped(x[part], *extra), weight[part]).backward()
+        yield {name: _whole_tensor(p.grad) for name, p in model.named_parameters()}
+        optimizer.step()
 
 
 def _loss(result: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         facts[f"{path}:hooks"] = [list(getattr(module, name, ())) for name in _HOOKS]
         plain = {k: v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")}
         facts[f"{path}:attributes"] = sorted(plain)
-        facts[f"{path}:values"] = {
-            k: v for k, v in plain.items() if isinstance(v, bool | int | float | str | tuple)
-        }
+        facts[f"{path}:values"] = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | str | tuple)}
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -51,7 +49,5 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     """Name the first thing that is not as it was."""
     after = snapshot(model)
-    changed = [
-        key for key in (*before, *after) if key not in before or key not in after or before[key] != after[key]
-    ]
+    changed = [key for key in (*before, *after) if key not in before or key not in after or before[key] != after[key]]
     assert not changed, f"changed: {changed[:5]}"

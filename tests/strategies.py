@@ -117,7 +117,9 @@ def policies(
             if not chosen or index - chosen[-1] > 1:
                 chosen.append(index)
         choice = {"select": [f"blocks.{index}" for index in chosen]}
-    return Policy(choice, draw(st.sampled_from(FUSIONS)), draw(st.sampled_from(operators)), draw(st.sampled_from(gradients)))
+    return Policy(
+        choice, draw(st.sampled_from(FUSIONS)), draw(st.sampled_from(operators)), draw(st.sampled_from(gradients))
+    )
 
 
 @st.composite

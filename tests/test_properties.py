@@ -149,7 +149,7 @@ def reference_run(
     return [r.detach() for r in results], {**gradients, "input": x.grad}, buffers
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(case=cases())
 def test_a_transformed_model_is_the_reference(case: Case) -> None:
     model = case.transformed()
@@ -227,14 +227,14 @@ def of_replfx(model: nn.Module) -> Iterator[str]:
                 yield f"{path}.{name}"
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=cases(dtypes=LOW_AND_HIGH))
 def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
     model = case.transformed()
     plain = replfx.materialize(model)
     assert type(plain) is type(model)
     assert not list(of_replfx(plain))
-    assert b"replfx" not in pickle.dumps(plain).replace(b"replfx_demo", b"")
+    assert b"replfx" not in pickle.dumps(plain)
     inputs = case.inputs()
     for one, other in zip(outputs(plain, inputs), outputs(model, inputs), strict=True):
         assert torch.equal(one, other)  # the same operations on the same numbers
@@ -300,10 +300,8 @@ def test_unroll_gives_full_depth_back(case: Case, kind: str) -> None:
     steps(model, optimizer, inputs, 2)
     frozen = copy.deepcopy(model)
     indices = replaced_by(model)
-    coefficients = {
-        id(p) for name, p in model.named_parameters() if ".fusion." in name
-    }
-    kept = {id(p): {k: copy.copy(v) for k, v in optimizer.state[p].items()} for p in model.parameters()}
+    coefficients = {id(p) for name, p in model.named_parameters() if ".fusion." in name}
+    kept = {id(p): copy.deepcopy(optimizer.state[p]) for p in model.parameters()}
     held = {id(p): p for p in model.parameters()}
 
     full = replfx.unroll(model, optimizer)
@@ -319,15 +317,19 @@ def test_unroll_gives_full_depth_back(case: Case, kind: str) -> None:
     assert not coefficients & {id(p) for p in optimizer.state}
     for parameter, state in optimizer.state.items():
         assert held[id(parameter)] is parameter
-        before = kept[id(parameter)]
-        assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(v)) for k, v in before.items() if v is not None)
-    fresh = [p for name, p in full.named_parameters() if id(p) not in held]
-    assert {name.split(".")[1] for name, p in full.named_parameters() if id(p) not in held} == {str(i) for i in indices}
+        was = {k: v for k, v in kept[id(parameter)].items() if v is not None}
+        assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(v)) for k, v in was.items())
+    new = {name: p for name, p in full.named_parameters() if id(p) not in held}
+    fresh = list(new.values())
+    assert {int(name.split(".")[1]) for name in new} == set(indices)
     before_training = [p.detach().clone() for p in fresh]
     steps(full, optimizer, inputs, 2)
     assert all(p in optimizer.state for p in fresh)
     assert all(math.isfinite(p.detach().sum().item()) for p in full.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(before_training, fresh, strict=True))
+    for before, parameter in zip(before_training, fresh, strict=True):
+        assert parameter.grad is not None
+        if parameter.grad.abs().max() > 1e-6:  # a block whose ReLUs are all dead has nothing to learn
+            assert not torch.equal(before, parameter)
 
 
 @given(case=cases(operators=("light", "identity")))

@@ -52,13 +52,16 @@ class Images:
         return self.train_images.shape[-1]
 
     def shortened(self, train: int, test: int) -> Images:
-        """Keep the first images only, for a quick run."""
+        """Keep some images only, drawn from all, since folders come class by class; for a quick run."""
+        generator = torch.Generator().manual_seed(0)
+        kept = torch.randperm(len(self.train_images), generator=generator)[:train]
+        tested = torch.randperm(len(self.test_images), generator=generator)[:test]
         return Images(
             self.name,
-            self.train_images[:train],
-            self.train_labels[:train],
-            self.test_images[:test],
-            self.test_labels[:test],
+            self.train_images[kept],
+            self.train_labels[kept],
+            self.test_images[tested],
+            self.test_labels[tested],
             self.augment,
         )
 

@@ -38,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
     # One thread on the tiny images: sharing them out gains little, loses much beside any other load, and makes
     # the accuracies depend on how many cores there are.
     torch.set_num_threads(args.threads or (1 if args.dataset == "digits" else torch.get_num_threads()))
-    images = data.load(args.dataset, args.data_root).to(device)
+    images = data.load(args.dataset, args.data_root)
     seeds, epochs, repeats = (1, 1, 3) if args.quick else (args.seeds, args.epochs, 15)
     if args.quick:
         images = images.shortened(train=256, test=128)
+    images = images.to(device)
     recipe = Recipe(epochs=epochs)
 
     console = Console()

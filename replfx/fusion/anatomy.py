@@ -19,6 +19,7 @@ from replfx.fusion.operators import Site
 
 __all__ = ["Anatomy", "MapPair", "Norm", "activation_of", "dissect", "is_residual"]
 
+_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
 
 
@@ -136,9 +137,7 @@ def _elementwise(site: Site, node: fx.Node) -> str | None:
         return f"module:{_inside(site, node)}" if plain and _inside(site, node) else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.rstrip("_")
-    return (
-        f"function:{name}" if node.op != "get_attr" and name in ("relu", "relu6", "gelu", "silu", "hardswish") else None
-    )
+    return f"function:{name}" if node.op != "get_attr" and name in _ACTIVATIONS else None
 
 
 def _inside(site: Site, node: fx.Node) -> str:
@@ -276,4 +275,6 @@ def activation_of(block: nn.Module, name: str | None) -> object:
     if name is None:
         return None
     kind, _, where = name.partition(":")
+    if kind not in ("module", "function") or (kind == "function" and where not in _ACTIVATIONS):
+        raise ValueError(f"there is no activation {name!r}")
     return copy.deepcopy(block.get_submodule(where)) if kind == "module" else getattr(F, where)

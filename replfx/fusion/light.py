@@ -37,6 +37,13 @@ from replfx.tracing.symbolic import is_leaf
 __all__ = ["LightOperator"]
 
 _KINDS = ("depthwise", "conv", "product")
+_FIELDS = {
+    "kind": str,
+    "norm": str | None,
+    "norm_first": bool,
+    "norm_last_dim": bool,
+    "activation": str | None,
+}
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -74,6 +81,15 @@ class Recipe:
             recipe = cls(**{**options, "maps": tuple(options["maps"]), "rows": None if rows is None else tuple(rows)})
         except (KeyError, TypeError) as error:
             raise FusionError(f"the light operator's options are malformed: {error!r}") from error
+        for name, wanted in _FIELDS.items():
+            if not isinstance(getattr(recipe, name), wanted):
+                raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
+        if not all(isinstance(item, str) for item in recipe.maps) or recipe.norm == "":
+            raise FusionError(f"the light operator's options are malformed: {recipe}")
+        if recipe.rows and not (
+            len(recipe.rows) == 2 and all(type(r) is int for r in recipe.rows) and 0 <= recipe.rows[0] < recipe.rows[1]
+        ):
+            raise FusionError(f"the light operator's options are malformed: rows={list(recipe.rows)!r}")
         if recipe.kind not in _KINDS or len(recipe.maps) != 1 + (recipe.kind == "product"):
             raise FusionError(f"the light operator has no kind {recipe.kind!r} with {len(recipe.maps)} maps")
         return recipe
@@ -120,6 +136,8 @@ class LightOperator(Operator):
         self.sources = {first: Source(first, recipe.rows), **{name: Source(name) for name in rest}}
         weight = block.get_parameter(recipe.maps[-1])
         self.linear = weight.dim() == 2
+        if recipe.rows and recipe.rows[1] > len(block.get_parameter(first)):
+            raise FusionError(f"`{first}` has {len(block.get_parameter(first))} rows, rows={list(recipe.rows)}")
         self.norm = None if recipe.norm is None else structural_copy(block.get_submodule(recipe.norm))
         if self.norm is not None and not recipe.norm_first:
             _scale_weight(self.norm, initial_gain)

@@ -1,7 +1,7 @@
 """Capture: symbolic tracing, the recorder, and what each node costs."""
 
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
-from replfx.tracing.inputs import ExampleInputs, Inputs
+from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
 from replfx.tracing.ladder import capture, fake_run
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Inputs",
     "ModuleCall",
     "capture",
+    "check_has_weights",
     "fake_run",
     "info_of",
     "nodes_in",

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -60,10 +59,16 @@ class Inputs:
                 )
 
 
-def check_on_a_device(model: nn.Module) -> None:
-    """Refuse a model whose weights do not exist yet."""
+def check_has_weights(model: nn.Module) -> None:
+    """Refuse what is no model, and a model whose weights do not exist yet."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for name, tensor in model.named_parameters():
-        if tensor.device.type == torch.device("meta").type:
+        if nn.parameter.is_lazy(tensor):
+            raise CaptureError(
+                f"the model's parameter `{name}` is lazy and not initialised yet; run the model once on a batch first"
+            )
+        if tensor.device.type == "meta":
             raise CaptureError(
                 f"the model's parameter `{name}` is on the meta device, so it has no weights; "
                 "give it real ones first (model.to_empty(device=...), then load or initialise them)"

@@ -12,7 +12,7 @@ from replfx.errors import CaptureError
 from replfx.structure import structural_copy
 from replfx.tracing.costs import annotate, innermost_path, parameter_count
 from replfx.tracing.info import Cost, info_of
-from replfx.tracing.inputs import ExampleInputs, Inputs, check_on_a_device
+from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
 from replfx.tracing.recorder import record
 from replfx.tracing.symbolic import trace_symbolically
 
@@ -45,7 +45,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
         >>> sum(n.meta["replfx"].flops for n in graph.graph.nodes if "replfx" in n.meta)
         3628146688
     """
-    check_on_a_device(model)
+    check_has_weights(model)
     inputs = Inputs.of(example_inputs, model)
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         return _symbolic(model, None)[0] if inputs is None else _measured(model, inputs)

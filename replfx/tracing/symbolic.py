@@ -30,7 +30,9 @@ class TrainingFlag(nn.Module):
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Modules that are called as they are: torch.nn's own (but containers), and all without submodules."""
+    """Modules that are called as they are: torch.nn's own (but containers), scripted ones, those without parts."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
     return not module._modules or type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))

@@ -387,8 +387,6 @@ FAMILIES: dict[str, Family] = {
         lambda o: {"conv1.weight": ALL, "conv3.weight": ALL},
         spatial=2,
     ),
-    "convnext": Family(
-        ConvNeXtBlock, _run_convnext, _image, _light_convnext, lambda o: {"dw.weight": ALL}, spatial=2
-    ),
+    "convnext": Family(ConvNeXtBlock, _run_convnext, _image, _light_convnext, lambda o: {"dw.weight": ALL}, spatial=2),
     "grouped": Family(GroupedBlock, _run_grouped, _image, residual=False, spatial=2),
 }

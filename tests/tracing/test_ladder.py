@@ -45,9 +45,7 @@ def parameters(graph: fx.GraphModule) -> int:
 
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize(("build", "shape"), MODELS, ids=["tower", "convnet", "gpt"])
-def test_flops_and_parameters_are_the_models(
-    build: type[nn.Module], shape: tuple[int, ...] | None, stop: bool
-) -> None:
+def test_flops_and_parameters_are_the_models(build: type[nn.Module], shape: tuple[int, ...] | None, stop: bool) -> None:
     model = Stop(build()) if stop else build()
     x = ids() if shape is None else torch.randn(shape)
     graph = replfx.capture(model, x)
@@ -92,9 +90,7 @@ class Small(nn.Module):
 def test_costs_counted_by_hand(stop: bool) -> None:
     graph = replfx.capture(Stop(Small()) if stop else Small(), torch.randn(3, 4))
     costs = {
-        str(n.target).split(".")[-1]: n.meta["replfx"]
-        for n in graph.graph.nodes
-        if n.op.startswith("call_module")
+        str(n.target).split(".")[-1]: n.meta["replfx"] for n in graph.graph.nodes if n.op.startswith("call_module")
     }
     # one keeps its input x (3×4 floats); relu keeps its result (3×8), which is two's input too.
     assert (costs["one"].flops, costs["one"].saved_bytes, costs["one"].parameters) == (2 * 3 * 4 * 8, 48, 40)
@@ -128,14 +124,14 @@ def test_it_asks_for_inputs_by_name_where_it_needs_them() -> None:
 def test_a_model_that_fails_is_left_as_it_was() -> None:
     class Broken(Stop):
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.model(x)
+            self.model(x)
             self.seen = True
             raise RuntimeError("out of cheese")
 
     model = Broken(ConvNet(3))
     x = torch.randn(2, 3, 8, 8)
     before = snapshot(model)
-    with pytest.raises(replfx.CaptureError, match="Broken does not run on the example inputs.*out of cheese"):
+    with pytest.raises(replfx.CaptureError, match=r"Broken does not run on the .*out of cheese"):
         replfx.capture(model, x)
     assert_unchanged(model, before)
     assert nn.Module.__call__.__name__ != "watched"

@@ -76,9 +76,7 @@ def seeded(module: nn.Module, *args: Tensor) -> Tensor:
     [(tower(3), (2, 4)), (ConvNet(2), (2, 3, 8, 8)), (Droppy(), (6, 8))],
     ids=["tower", "convnet", "droppy"],
 )
-def test_the_graph_computes_the_same_in_both_modes(
-    model: nn.Module, shape: tuple[int, ...], measured: bool
-) -> None:
+def test_the_graph_computes_the_same_in_both_modes(model: nn.Module, shape: tuple[int, ...], measured: bool) -> None:
     x = torch.randn(shape)
     graph = replfx.capture(model, x if measured else None)
     assert info_of(graph).rung == "symbolic"
@@ -163,12 +161,7 @@ def test_tied_weights_stay_tied() -> None:
 def test_every_module_call_is_known() -> None:
     graph = replfx.capture(tower(2))
     paths = [call.path for call in info_of(graph).calls]
-    assert (
-        paths.index("blocks.0.fc1")
-        < paths.index("blocks.0")
-        < paths.index("blocks.1")
-        < paths.index("blocks")
-    )
+    assert paths.index("blocks.0.fc1") < paths.index("blocks.0") < paths.index("blocks.1") < paths.index("blocks")
     for call in info_of(graph).calls:
         for node in info_of(graph).nodes[call.start : call.stop]:
             inner = [path for path, _ in node.meta["nn_module_stack"].values()]

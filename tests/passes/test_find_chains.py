@@ -1,0 +1,450 @@
+"""Which blocks are a chain, and why not where not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import replfx
+from tests.models import GPT, ConvBlock, ConvNet, Mlp, Plain, Tower, tower
+from tests.snapshots import assert_unchanged, snapshot
+
+X = torch.linspace(-1, 1, 8).view(2, 4)
+
+
+def chains(model: nn.Module, inputs: Any = X) -> list[list[str]]:
+    return replfx.inspect(model, inputs).chains
+
+
+def refused(model: nn.Module, path: str, inputs: Any = X) -> str:
+    """Why the block cannot be replaced; the model must be as it was afterwards."""
+    before = snapshot(model)
+    reason = replfx.inspect(model, inputs).refused[path]
+    assert_unchanged(model, before)
+    with pytest.raises(replfx.ReplfxError, match=r"cannot be replaced|no chain of 3") as caught:
+        replfx.transform(model, inputs, select=path)
+    assert reason in str(caught.value)
+    assert_unchanged(model, before)
+    return reason
+
+
+def numbered(prefix: str, *numbers: int) -> list[str]:
+    return [f"{prefix}{number}" for number in numbers]
+
+
+def test_a_flat_chain() -> None:
+    assert chains(tower(4)) == [numbered("blocks.", 0, 1, 2, 3)]
+
+
+def test_fewer_than_three_are_no_chain() -> None:
+    assert chains(tower(2)) == []
+
+
+def test_across_container_boundaries() -> None:
+    model = tower(0)
+    model.blocks = nn.Sequential(nn.Sequential(Mlp(), Mlp()), nn.Sequential(Mlp()), Mlp())
+    assert chains(model) == [["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.2"]]
+
+
+def test_across_stages_with_something_without_parameters_between() -> None:
+    # The pause changes the activation, so the two parts do not take each other's output.
+    model = Tower(Mlp(), Mlp(), Mlp(), nn.Tanh(), Mlp(), Mlp(), Mlp())
+    assert chains(model) == [numbered("blocks.", 0, 1, 2), numbered("blocks.", 4, 5, 6)]
+
+
+def test_groups_of_blocks_take_the_level_that_replaces_most() -> None:
+    model = tower(0)
+    # Six inner blocks in a row let two be replaced, the three groups one of twice the size: a tie.
+    model.blocks = nn.Sequential(*(nn.Sequential(Mlp(), Mlp()) for _ in range(3)))
+    assert chains(model) == [[f"blocks.{i}.{j}" for i in range(3) for j in range(2)]]
+
+
+class Group(nn.Module):
+    """Two unlike blocks that are repeated together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Mlp(), Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.two(self.one(x))
+        return y
+
+
+def test_groups_whose_parts_alternate_are_themselves_the_blocks() -> None:
+    assert chains(Tower(*(Group() for _ in range(4)))) == [numbered("blocks.", 0, 1, 2, 3)]
+
+
+def test_stages_of_different_width_are_chains_of_their_own() -> None:
+    model = ConvNet(depth=4, widths=(6, 8))
+    found = chains(model, torch.randn(2, 3, 8, 8))
+    assert found == [numbered("stages.0.", 0, 1, 2, 3), numbered("stages.1.", 1, 2, 3)]
+
+
+def test_a_stride_splits_a_chain() -> None:
+    class Strided(nn.Module):
+        def __init__(self, stride: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, stride, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu()
+
+    model = nn.Sequential(*(Strided(2 if i == 3 else 1) for i in range(7)))
+    assert chains(model, torch.randn(1, 4, 8, 8)) == [numbered("", 0, 1, 2), numbered("", 4, 5, 6)]
+
+
+def test_a_change_of_shape_without_parameters_splits_a_chain() -> None:
+    class Pooled(nn.Module):
+        def __init__(self, pool: bool) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, 1, 1)
+            self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.pool(self.conv(x))
+            return y
+
+    model = nn.Sequential(*(Pooled(i == 3) for i in range(7)))
+    assert chains(model, torch.randn(1, 4, 8, 8)) == [numbered("", 0, 1, 2), numbered("", 4, 5, 6)]
+
+
+def test_blocks_that_differ_in_drop_rates_are_one_kind() -> None:
+    class Dropped(Mlp):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.rate = rate
+            self.drop: nn.Module = nn.Dropout(rate) if rate else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop(super().forward(x))
+
+    assert chains(Tower(*(Dropped(0.1 * i) for i in range(4)))) == [numbered("blocks.", 0, 1, 2, 3)]
+
+
+def test_settings_of_convolutions_decide() -> None:
+    def conv(groups: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4 * groups, 3, 1, 1, groups=groups), nn.ReLU(), nn.Conv2d(4 * groups, 4, 1))
+
+    assert chains(nn.Sequential(*(conv(1) for _ in range(3))), torch.randn(1, 4, 4, 4))
+    assert not chains(nn.Sequential(conv(1), conv(2), conv(4)), torch.randn(1, 4, 4, 4))
+
+
+# ---- how blocks are called
+
+
+class Branching(nn.Module):
+    """A trunk of blocks and a side branch of the same kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.ModuleList(Mlp(4) for _ in range(4))
+        self.side = Mlp(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk[1](self.trunk[0](x))
+        y = self.side(x)
+        return self.trunk[3](self.trunk[2](x)) + y
+
+
+def test_a_branch_takes_the_longest_path() -> None:
+    assert chains(Branching()) == [numbered("trunk.", 0, 1, 2, 3)]
+
+
+def test_a_chain_may_be_read_between_its_blocks() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Mlp(4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = []
+            for block in self.blocks:
+                x = block(x)
+                seen.append(x)
+            return torch.stack(seen).sum(0)
+
+    model = Skips()
+    assert chains(model) == [numbered("blocks.", 0, 1, 2, 3)]
+    made = replfx.transform(model, X, operator="identity", select="blocks.1")
+    one = model.blocks[0](X)
+    two = model.blocks[2](one)
+    torch.testing.assert_close(made(X), one + one + two + model.blocks[3](two))
+
+
+class WithExtras(nn.Module):
+    """Blocks that share a mask and a keyword, and give a tuple."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor, *, scale: Tensor, flag: bool = False) -> tuple[Tensor, Tensor]:
+            return x + self.linear(x) * mask * scale, mask
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.sigmoid()
+        scale = torch.full((1,), 0.5)
+        for block in self.blocks:
+            x, mask = block(x, mask, scale=scale, flag=True)
+        return x * mask
+
+
+@pytest.mark.parametrize("operator", ["block", "identity"])
+def test_shared_arguments_and_tuples(operator: str) -> None:
+    model = WithExtras()
+    assert chains(model) == [numbered("blocks.", 0, 1, 2, 3, 4)]
+    made = replfx.transform(model, X, operator=operator)
+    assert replfx.report(made).replaced == ["blocks.1", "blocks.3"]
+    assert made(X).shape == X.shape
+    if operator == "identity":
+        kept = WithExtras()
+        kept.blocks = nn.ModuleList([model.blocks[0], model.blocks[2], model.blocks[4]])
+        assert torch.equal(made(X), kept(X))
+
+
+def test_blocks_that_also_take_the_block_before_last() -> None:
+    class Two(Plain):
+        def forward(self, x: Tensor, before: Tensor) -> Tensor:
+            return super().forward(x) + before
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Two(4) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = x
+            for block in self.blocks:
+                x, before = block(x, before), x
+            return x
+
+    assert chains(Dense()) == [numbered("blocks.", 0, 1, 2, 3, 4, 5)]
+
+
+def test_a_block_called_by_keyword() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Mlp(4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x=x)
+            return x
+
+    model = ByKeyword()
+    assert chains(model) == [numbered("blocks.", 0, 1, 2)]
+    made = replfx.transform(model, X, operator="identity")
+    assert torch.equal(made(X), model.blocks[2](model.blocks[0](X)))
+
+
+def test_attention_blocks_with_a_tied_head() -> None:
+    ids = torch.randint(0, 31, (2, 8))
+    assert chains(GPT(tied=True, depth=4), ids) == [numbered("blocks.", 0, 1, 2, 3)]
+
+
+# ---- refusals
+
+
+def test_called_twice() -> None:
+    class Twice(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.blocks[1](self.stem(x)).sum()
+
+    model = Twice(*(Mlp() for _ in range(6)))
+    assert chains(model) == [numbered("blocks.", 2, 3, 4, 5)]
+    assert refused(model, "blocks.1") == "it is called 2 times in one forward pass"
+
+
+def test_one_module_in_two_places() -> None:
+    shared = Mlp()
+    model = Tower(Mlp(), shared, Mlp(), shared, Mlp())
+    before = snapshot(model)
+    with pytest.raises(replfx.NoChainError, match="called 2 times"):
+        replfx.transform(model, X)
+    assert_unchanged(model, before)
+
+
+def test_never_called() -> None:
+    model = tower(4)
+    model.spare = Mlp()
+    model.other = Mlp()
+    assert chains(model) == [numbered("blocks.", 0, 1, 2, 3)]
+    assert refused(model, "spare") == "it is not called in a forward pass"
+
+
+def test_two_blocks_that_share_a_parameter() -> None:
+    model = tower(5)
+    model.blocks[3].fc1.weight = model.blocks[1].fc1.weight
+    assert refused(model, "blocks.1") == "its parameter `fc1.weight` is shared with `blocks.3.fc1.weight`" or refused(
+        model, "blocks.1"
+    ).endswith("is shared with `blocks.3.fc1.weight`")
+    assert "`blocks.1.fc1.weight`" in refused(model, "blocks.3")
+    with pytest.raises(replfx.NoChainError, match="shared with"):
+        replfx.transform(model, X)
+    made = replfx.transform(model, X, select="blocks.2")
+    assert made.blocks[3].fc1.weight is made.blocks[1].fc1.weight
+
+
+def test_a_block_tied_to_the_head_stays_and_neighbours_may_read_it() -> None:
+    model = tower(5)
+    model.head = nn.Linear(8, 16)
+    model.head.weight = model.blocks[1].fc1.weight
+    assert "`head.weight`" in refused(model, "blocks.1")
+    made = replfx.transform(model, X)
+    assert replfx.report(made).replaced == ["blocks.3"]
+    assert replfx.report(replfx.transform(model, X, select="blocks.2")).replaced == ["blocks.2"]
+
+
+def test_a_frozen_block_stays_and_neighbours_may_read_it() -> None:
+    model = tower(5)
+    model.blocks[1].requires_grad_(False)
+    assert refused(model, "blocks.1") == "all its parameters are frozen: replacing it would save no training"
+    assert replfx.report(replfx.transform(model, X)).replaced == ["blocks.3"]
+    made = replfx.transform(model, X, select="blocks.2")
+    made(X).sum().backward()
+    assert all(p.grad is None for p in made.blocks[1].parameters())
+    assert all(p.grad is not None for p in made.blocks[2].parameters())
+
+
+def test_a_partly_frozen_block_stays() -> None:
+    model = tower(5)
+    model.blocks[1].fc1.requires_grad_(False)
+    reason = refused(model, "blocks.1")
+    assert "`blocks.1.fc1.weight` is frozen and the others are not" in reason
+
+
+def test_parametrised() -> None:
+    model = tower(6)
+    parametrize.register_parametrization(model.blocks[1].fc1, "weight", nn.Identity())
+    reason = refused(model, "blocks.1")
+    assert "`fc1` is parametrised" in reason
+    assert "remove_parametrizations" in reason
+    assert replfx.report(replfx.transform(model, X)).chains == [numbered("blocks.", 2, 3, 4, 5)]
+
+
+def test_all_parametrised() -> None:
+    model = tower(4)
+    for block in model.blocks:
+        nn.utils.parametrizations.weight_norm(block.fc1)
+    before = snapshot(model)
+    with pytest.raises(replfx.NoChainError, match="parametrised"):
+        replfx.transform(model, X)
+    assert_unchanged(model, before)
+
+
+def test_scripted() -> None:
+    model = tower(6)
+    model.blocks[1] = torch.jit.script(Plain())
+    report = replfx.inspect(model, X)
+    assert report.chains == [numbered("blocks.", 2, 3, 4, 5)]
+    scripted = Tower(*(torch.jit.script(Mlp()) for _ in range(4)))
+    with pytest.raises(replfx.ReplfxError, match="scripted"):
+        replfx.transform(scripted, X)
+
+
+def test_quantised() -> None:
+    class Codes(Tensor):
+        """A tensor that stands for other data, as a quantised weight of another library does."""
+
+        def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
+            return memo.setdefault(id(self), self.detach().clone().as_subclass(type(self)).requires_grad_())  # type: ignore[return-value]
+
+    Codes.__module__ = "another_library.tensors"
+    model = tower(6)
+    # One that a Parameter keeps its class of.
+    weight = model.blocks[1].fc1.weight.detach().as_subclass(Codes)
+    model.blocks[1].fc1.weight = nn.Parameter(weight)
+    assert "quantised weights are not fused" in refused(model, "blocks.1")
+
+
+def test_integer_weights() -> None:
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + nn.functional.linear(x, self.codes.to(x.dtype)) * self.scale
+
+    assert "int8: quantised weights are not fused" in refused(Tower(*(Eight() for _ in range(4))), "blocks.1")
+
+
+def test_lazy() -> None:
+    model = Tower(*(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)))
+    with pytest.raises(replfx.ReplfxError, match=r"`blocks\.0\.0\.weight` is lazy.*run the model once"):
+        replfx.transform(model, X)
+    assert any(nn.parameter.is_lazy(p) for p in model.parameters())
+
+
+def test_an_intermediate_that_is_used_outside() -> None:
+    class Leaky(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.norm(x)
+            return x + self.fc2(self.act(self.fc1(self.kept)))
+
+    class Reader(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.blocks[1].kept.sum()
+
+    model = Reader(Mlp(), Leaky(), Mlp(), Mlp(), Mlp())
+    model.blocks[0], model.blocks[2] = Leaky(), Leaky()
+    model.blocks[3], model.blocks[4] = Leaky(), Leaky()
+    reason = replfx.inspect(model, X).refused["blocks.1"]
+    assert "an intermediate result of it" in reason
+    assert "is used outside of it" in reason
+
+
+def test_a_block_that_reads_what_it_is_not_given() -> None:
+    class Sneaky(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.side.pop()
+
+    class Giver(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                object.__setattr__(block, "side", [x.mean()])
+                x = block(x)
+            y: Tensor = self.head(x)
+            return y
+
+    model = Giver(*(Sneaky() for _ in range(4)))
+    reason = replfx.inspect(model, X).refused["blocks.1"]
+    assert reason.startswith("it reads `")
+    assert reason.endswith("which is not among its arguments")
+
+
+def test_a_model_without_repeated_blocks() -> None:
+    with pytest.raises(replfx.NoChainError, match="no chain of 3 blocks of one kind was found"):
+        replfx.transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), X)
+    with pytest.raises(replfx.NoChainError, match="the model has no repeated blocks"):
+        replfx.transform(nn.Sequential(nn.ReLU(), nn.Tanh()), X)
+
+
+def test_what_sets_blocks_apart_is_named() -> None:
+    model = nn.Sequential(Plain(4, 6), Plain(6, 8), Plain(8, 10))
+    report = replfx.inspect(model, X)
+    assert report.refused["0"] == (
+        "no three like it in a row: it is not like `1`: `linear.weight`: (6, 4) float32 ≠ (8, 6) float32"
+    )
+
+
+def test_finding_is_deterministic() -> None:
+    model = ConvNet(4)
+    x = torch.randn(1, 3, 8, 8)
+    first = replfx.inspect(model, x)
+    assert replfx.inspect(copy.deepcopy(model), x) == first
+    assert isinstance(model.stages[0][0], ConvBlock)

@@ -1,0 +1,197 @@
+"""From a policy to positions: never adjacent, never an end, always the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import replfx
+from replfx import Choice
+from replfx.passes import FindChains, SelectBlocks, plan_of, run_passes
+from tests.models import Plain, Tower, tower
+from tests.snapshots import assert_unchanged, snapshot
+
+
+def captured(length: int) -> torch.fx.GraphModule:
+    graph = replfx.capture(Tower(*(Plain() for _ in range(length))))
+    run_passes(graph, [FindChains()])
+    return graph
+
+
+GRAPHS = {length: captured(length) for length in range(3, 14)}
+
+
+def positions(length: int, **policy: object) -> list[int]:
+    """Numbers, from 0, of the blocks that a policy chooses in one chain."""
+    graph = GRAPHS[length]
+    try:
+        run_passes(graph, [SelectBlocks(**policy)])  # type: ignore[arg-type]
+    except replfx.NoChainError:
+        return []
+    return [int(r.path.removeprefix("blocks.")) for r in plan_of(graph).replacements]
+
+
+def check(chosen: list[int], length: int) -> None:
+    assert chosen == sorted(set(chosen))
+    assert 0 not in chosen
+    assert length - 1 not in chosen
+    assert all(b - a >= 2 for a, b in itertools.pairwise(chosen))
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.sampled_from(sorted(GRAPHS)), every=st.integers(2, 15))
+def test_every(length: int, every: int) -> None:
+    chosen = positions(length, every=every)
+    check(chosen, length)
+    assert chosen == [i - 1 for i in range(1, length) if i % every == 0]
+    assert positions(length, every=every) == chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.sampled_from(sorted(GRAPHS)), fraction=st.floats(0.0, 0.5, exclude_min=True))
+def test_fraction(length: int, fraction: float) -> None:
+    chosen = positions(length, fraction=fraction)
+    check(chosen, length)
+    assert abs(len(chosen) - min(fraction * length, (length - 1) // 2)) <= 0.5
+    assert positions(length, fraction=fraction) == chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), length=st.sampled_from(sorted(GRAPHS)))
+def test_select(data: st.DataObject, length: int) -> None:
+    wanted = data.draw(st.sets(st.integers(0, length - 1), min_size=1))
+    select = tuple(f"blocks.{i}" for i in data.draw(st.permutations(sorted(wanted))))
+    possible = not wanted & {0, length - 1} and all(i + 1 not in wanted for i in wanted)
+    if possible:
+        assert positions(length, select=select) == sorted(wanted)
+    else:
+        with pytest.raises(replfx.PlanError, match="has no kept block on each side"):
+            positions(length, select=select)
+
+
+def test_fraction_is_spread_evenly() -> None:
+    assert positions(13, fraction=0.25) == [2, 6, 10]
+    assert positions(13, fraction=0.5) == [1, 3, 5, 7, 9, 11]
+    assert positions(3, fraction=0.5) == [1]
+
+
+def test_every_counts_in_each_chain() -> None:
+    model = Tower(*(Plain() for _ in range(4)), nn.Tanh(), *(Plain() for _ in range(3)))
+    assert [r.path for r in replfx.plan(model, every=2).replacements] == ["blocks.1", "blocks.6"]
+    assert [r.path for r in replfx.plan(model, every=3).replacements] == ["blocks.2"]
+
+
+def test_neighbours_are_the_blocks_beside() -> None:
+    for replacement in replfx.plan(tower(7), every=2).replacements:
+        number = int(replacement.path.removeprefix("blocks."))
+        assert (replacement.previous, replacement.next) == (f"blocks.{number - 1}", f"blocks.{number + 1}")
+
+
+def test_an_operator_without_neighbours_may_replace_any() -> None:
+    made = replfx.transform(tower(4), torch.randn(2, 4), operator="identity", select="blocks.*")
+    assert replfx.report(made).replaced == [f"blocks.{i}" for i in range(4)]
+    plan = replfx.plan(tower(4), torch.randn(2, 4), operator="identity", select="blocks.*")
+    first = plan.replacements[0]
+    assert (first.previous, first.next) == (None, None)
+
+
+def test_select_takes_a_path_a_glob_or_several() -> None:
+    model = tower(7)
+    for select, expected in [
+        ("blocks.3", [3]),
+        ("blocks.[135]", [1, 3, 5]),
+        (["blocks.1", "blocks.[35]"], [1, 3, 5]),
+        (("blocks.5", "blocks.1"), [1, 5]),
+    ]:
+        made = replfx.transform(model, select=select)
+        assert replfx.report(made).replaced == [f"blocks.{i}" for i in expected]
+
+
+BAD = [
+    ({}, "give one of every=, fraction= and select=, not none"),
+    ({"every": 2, "fraction": 0.3}, "not every and fraction"),
+    ({"every": 1}, "every=1: .*at least 2"),
+    ({"every": 0}, "every=0"),
+    ({"every": -1}, "every=-1"),
+    ({"every": True}, "whole number, not True"),
+    ({"every": 2.5}, r"whole number, not 2\.5"),
+    ({"every": "2"}, "whole number, not '2'"),
+    ({"fraction": 0.0}, r"fraction=0\.0"),
+    ({"fraction": 0.51}, "at most 0.5"),
+    ({"fraction": -0.1}, "over 0"),
+    ({"fraction": float("nan")}, "fraction=nan"),
+    ({"fraction": "half"}, "fraction must be a number, not 'half'"),
+    ({"fraction": True}, "fraction must be a number, not True"),
+    ({"every": 2, "neighbour_gradient": "all"}, "neighbour_gradient must be a number, not 'all'"),
+    ({"every": 2, "neighbour_gradient": 1.5}, "neighbour_gradient=1.5: must be between 0 and 1"),
+    ({"every": 2, "neighbour_gradient": float("nan")}, "neighbour_gradient=nan"),
+    ({"every": 2, "neighbour_gradient": -0.1}, "between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
+def test_impossible_policies(options: dict[str, object], message: str) -> None:
+    with pytest.raises(replfx.PlanError, match=message):
+        SelectBlocks(**options)  # type: ignore[arg-type]
+    if options:
+        with pytest.raises(replfx.PlanError, match=message):
+            replfx.transform(tower(5), **options)  # type: ignore[arg-type]
+
+
+def test_unknown_names_are_refused_when_the_pass_is_made() -> None:
+    with pytest.raises(replfx.FusionError, match=r"unknown fusion 'scaler'; there are: .*channel.*scalar"):
+        SelectBlocks(every=2, fusion=Choice("scaler"))
+    with pytest.raises(replfx.FusionError, match=r"unknown operator 'lite'; there are: .*identity.*light"):
+        SelectBlocks(every=2, operator=Choice("lite"))
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("blocks.9", r"select='blocks\.9' matches nothing; blocks that are in a chain: blocks\.0, blocks\.1"),
+        ("layer*", r"select='layer\*' matches nothing"),
+        (["blocks.1", "nothing.*"], r"select='nothing\.\*' matches nothing"),
+        ("stem", r"matches `stem`, which is no block of a chain; blocks are: blocks\.0"),
+        ("blocks.1.fc1", r"matches `blocks\.1\.fc1`, which is no block of a chain"),
+        ("blocks.0", r"`blocks\.0` has no kept block on each side: it is the first block of its chain"),
+        ("blocks.4", r"`blocks\.4` .*it is the last block of its chain"),
+        ("blocks.[12]", r"`blocks\.1` .*its neighbour `blocks\.2` is to be replaced too"),
+        ([1], "select must be a path or a glob, or a sequence"),
+        ([], "select must be"),
+        (5, "select must be"),
+        ("", "matches nothing"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_impossible_selections(select: str | list[str], message: str, inplace: bool) -> None:
+    model = tower(5)
+    before = snapshot(model)
+    with pytest.raises(replfx.PlanError, match=message):
+        replfx.transform(model, select=select, inplace=inplace)
+    assert_unchanged(model, before)
+
+
+def test_a_policy_that_replaces_nothing_says_so() -> None:
+    with pytest.raises(replfx.NoChainError, match="every=7 replaces nothing: the longest chain has 5 blocks"):
+        replfx.transform(tower(5), every=7)
+    with pytest.raises(replfx.NoChainError, match=r"fraction=0\.01 replaces nothing"):
+        replfx.transform(tower(5), fraction=0.01)
+
+
+def test_options_travel_into_the_plan() -> None:
+    plan = replfx.plan(
+        tower(5),
+        fusion={"name": "channel", "initial": 0.25},
+        operator={"name": "light"},
+        detach_neighbours=True,
+    )
+    (first, _) = plan.replacements
+    assert first.fusion == Choice("channel", {"initial": 0.25})
+    assert first.operator.name == "light"
+    assert first.operator.options["maps"]
+    assert first.neighbour_gradient == 0.0

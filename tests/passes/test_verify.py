@@ -1,0 +1,174 @@
+"""Verify refuses an unsound model; a pass that fails names itself, and the model is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import replfx
+from replfx import Fusion, Match, Operator, Site
+from replfx.fusion import fusions, operators
+from replfx.passes import FindChains, InsertFusion, SelectBlocks, Verify, run_passes
+from replfx.structure import structural_copy
+from replfx.tracing import Inputs
+from tests.models import ConvNet, tower
+from tests.snapshots import assert_unchanged, snapshot
+
+X = torch.linspace(-1, 1, 8).view(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """Forget afterwards what a test registers."""
+    kept = [(registry, dict(registry._entries)) for registry in (fusions, operators)]
+    yield
+    for registry, entries in kept:
+        registry._entries.clear()
+        registry._entries.update(entries)  # type: ignore[arg-type]
+
+
+class Bare(Operator):
+    """Base of unsound operators; ignores the neighbours."""
+
+    needs_neighbours = False
+
+    @classmethod
+    def match(cls, site: Site) -> Match:
+        return Match()
+
+
+class Narrower(Bare):
+    """Gives half of the channels."""
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0][:, :4]
+
+
+class Doubling(Bare):
+    """Gives each sample twice."""
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return torch.cat([args[0], args[0]])
+
+
+class Cutting(Bare):
+    """Lets no gradient through."""
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0].detach()
+
+
+class Idle(Bare):
+    """Owns a parameter that it does not use."""
+
+    def __init__(self, block: nn.Module, interface: replfx.Interface) -> None:
+        super().__init__(block, interface)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0]
+
+
+class Infinite(Fusion):
+    """Divides by nothing."""
+
+    def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
+        return previous / 0.0
+
+
+class WrongShape(Fusion):
+    """Gives the transpose."""
+
+    def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
+        return previous.T
+
+
+UNSOUND = [
+    (Narrower, "the transformed model does not run"),
+    (Doubling, r"the output's shapes were \[\(2, 3\)\] and would become \[\(8, 3\)\]"),
+    (Cutting, "`stem.*` would get no gradient any more|`blocks.0.*` would get no gradient any more"),
+    (Idle, r"`blocks\.1\.operator\.unused` would get no gradient"),
+]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("operator", "message"), UNSOUND, ids=[cls.__name__ for cls, _ in UNSOUND])
+def test_unsound_operators(operator: type[Operator], message: str, inplace: bool) -> None:
+    replfx.register_operator("unsound")(operator)
+    model = tower(5)
+    before = snapshot(model)
+    with pytest.raises(replfx.VerifyError, match=message) as caught:
+        replfx.transform(model, X, operator="unsound", inplace=inplace)
+    assert_unchanged(model, before)
+    (note,) = caught.value.__notes__
+    assert "'Verify'" in note
+    assert "['InsertFusion']" in note
+
+
+@pytest.mark.parametrize("inputs", [None, X])
+@pytest.mark.parametrize(("fusion", "message"), [(Infinite, r"`blocks\.1`.*not finite"), (WrongShape, ".")])
+def test_unsound_fusions(fusion: type[Fusion], message: str, inputs: Tensor | None) -> None:
+    if inputs is None and fusion is WrongShape:
+        pytest.skip("shapes are not checked without inputs")
+    replfx.register_fusion("unsound")(fusion)
+    model = tower(5)
+    before = snapshot(model)
+    with pytest.raises(replfx.VerifyError, match=message):
+        replfx.transform(model, inputs, fusion="unsound", inplace=True)
+    assert_unchanged(model, before)
+
+
+def test_hooks_and_modes_are_put_back() -> None:
+    replfx.register_operator("unsound")(Narrower)
+    model = tower(5).eval()
+    model.blocks[1].train()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    with pytest.raises(replfx.VerifyError):
+        replfx.transform(model, X, operator="unsound", inplace=True)
+    assert_unchanged(model, before)
+
+
+def test_a_sound_model_passes_and_is_not_run() -> None:
+    model = ConvNet(4)
+    x = torch.randn(2, 3, 8, 8)
+    graph = replfx.capture(model, x)
+    run_passes(graph, [FindChains(), SelectBlocks(every=2)])
+    original = structural_copy(model)
+    run_passes(graph, [InsertFusion(model)])
+    before = snapshot(model)
+    assert not run_passes(graph, [Verify(model, original, Inputs.of(x, model))]).modified
+    assert_unchanged(model, before)
+
+
+def test_parameters_that_had_no_gradient_before_are_not_held_against_it() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower, self.spare = tower(5), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.tower(x)
+            return y
+
+    assert replfx.report(replfx.transform(Unused(), X)).replaced == ["tower.blocks.1", "tower.blocks.3"]
+
+
+def test_a_failing_pass_names_itself_and_what_ran_before() -> None:
+    graph = replfx.capture(tower(5))
+    with pytest.raises(replfx.PlanError) as caught:
+        run_passes(graph, [FindChains(), SelectBlocks(select=("nothing",))])
+    (note,) = caught.value.__notes__
+    assert "'SelectBlocks'" in note
+    assert "['FindChains']" in note
+
+
+def test_a_bug_in_a_pass_is_not_dressed_up() -> None:
+    graph = replfx.capture(tower(5))
+    with pytest.raises(Exception, match="SelectBlocks") as caught:
+        run_passes(graph, [SelectBlocks(every=2)])  # there are no chains yet
+    assert not isinstance(caught.value, replfx.ReplfxError)

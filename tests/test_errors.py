@@ -1,0 +1,374 @@
+"""Bad input: a clear ReplfxError that says what, where and what to do, and the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import replfx
+from tests.models import ConvNet, Mlp, Plain, Tower, tower
+from tests.snapshots import assert_unchanged, snapshot
+from tests.tracing.test_ladder import Stop
+
+X = torch.linspace(-1, 1, 8).view(2, 4)
+
+
+def refuse(
+    kind: type[Exception],
+    message: str,
+    function: Callable[..., Any],
+    model: nn.Module,
+    *rest: Any,
+    **options: Any,
+) -> None:
+    """The call raises this, and the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(kind, match=message) as caught:
+        function(model, *rest, **options)
+    assert isinstance(caught.value, replfx.ReplfxError)
+    assert_unchanged(model, before)
+
+
+inplace = pytest.mark.parametrize("inplace", [False, True])
+
+
+@inplace
+def test_no_chain(inplace: bool) -> None:
+    model = nn.Sequential(Plain(4, 6), Plain(6, 8), Plain(8, 4))
+    refuse(
+        replfx.NoChainError,
+        r"no chain of 3 blocks.*`0`: .*not like `1`: `linear\.weight`",
+        replfx.transform,
+        model,
+        X,
+        inplace=inplace,
+    )
+
+
+@inplace
+@pytest.mark.parametrize("every", [0, 1, -1, True, 2.5])
+def test_every_below_two(every: Any, inplace: bool) -> None:
+    model = tower(5)
+    refuse(replfx.PlanError, "every", replfx.transform, model, X, every=every, inplace=inplace)
+    refuse(replfx.PlanError, "every", replfx.inspect, model, X, every=every)
+    refuse(replfx.PlanError, "every", replfx.plan, model, X, every=every)
+
+
+def test_a_selection_that_is_refused_is_refused_everywhere() -> None:
+    model = tower(5)
+    for function in (replfx.transform, replfx.inspect, replfx.plan):
+        refuse(
+            replfx.PlanError,
+            "matches nothing; blocks that are in a chain: blocks.0",
+            function,
+            model,
+            select="x*",
+        )
+        refuse(
+            replfx.PlanError, "`blocks.0` has no kept block on each side", function, model, select="blocks.0"
+        )
+
+
+@inplace
+def test_a_plan_for_another_model(inplace: bool) -> None:
+    plan = replfx.plan(tower(7))
+    other = Tower(*(Mlp(8, 24) for _ in range(7)))
+    refuse(
+        replfx.PlanError,
+        "`blocks.1` of Tower has other parameters than the plan's: .* made for Tower; .*replfx.plan",
+        replfx.apply,
+        other,
+        plan,
+        inplace=inplace,
+    )
+    refuse(replfx.PlanError, "Tower has no module `blocks.5`", replfx.apply, tower(5), plan, inplace=inplace)
+    convnet = ConvNet(4)
+    message = "ConvNet has no module `blocks.1`: the plan was made for Tower"
+    refuse(replfx.PlanError, message, replfx.apply, convnet, plan, inplace=inplace)
+    refuse(replfx.PlanError, message, replfx.transform, convnet, plan=plan, inplace=inplace)
+
+
+def test_a_plan_of_the_wrong_type() -> None:
+    model = tower(5)
+    text = replfx.plan(model).to_json()
+    refuse(replfx.PlanError, "not str; JSON text goes through Plan.from_json", replfx.apply, model, text)
+    refuse(replfx.PlanError, "must be a replfx.Plan, not dict", replfx.transform, model, plan={})
+    refuse(
+        replfx.PlanError,
+        "plan= or every=, not both",
+        replfx.transform,
+        model,
+        plan=replfx.plan(model),
+        every=2,
+    )
+
+
+@inplace
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(2, 5), "Tower does not run on the example inputs in training mode: RuntimeError"),
+        (torch.randn(2, 3, 8, 8), "does not run on the example inputs"),
+        ((X, X), "does not run on the example inputs.*argument"),
+        ((), "does not run on the example inputs.*argument"),
+        ({"y": X}, "does not run on the example inputs.*'y'"),
+        ({}, "does not run on the example inputs.*argument"),
+        (("x",), "does not run on the example inputs"),
+        ([X], r"example_inputs is a list; give a tensor, a tuple of positional inputs.*\(the_list,\)"),
+        (3, "example_inputs is a int"),
+        ("x", "example_inputs is a str"),
+        (
+            torch.empty(2, 4, device="meta"),
+            r"tensor on meta, the model is on cpu; move one of them with \.to",
+        ),
+        ((torch.empty(2, 4, device="meta"),), "tensor on meta, the model is on cpu"),
+        ({"x": torch.empty(2, 4, device="meta")}, "tensor on meta, the model is on cpu"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_example_inputs(inputs: Any, message: str, inplace: bool) -> None:
+    model = tower(5)
+    refuse(replfx.CaptureError, message, replfx.transform, model, inputs, inplace=inplace)
+    refuse(replfx.CaptureError, message, replfx.inspect, model, inputs)
+    refuse(replfx.CaptureError, message, replfx.capture, model, inputs)
+    refuse(replfx.CaptureError, message, replfx.plan, model, inputs)
+
+
+@inplace
+def test_a_model_that_needs_example_inputs(inplace: bool) -> None:
+    message = r"Stop cannot be captured without example inputs.*Pass example_inputs="
+    refuse(replfx.CaptureError, message, replfx.transform, Stop(tower(5)), inplace=inplace)
+
+
+@inplace
+def test_a_model_on_the_meta_device(inplace: bool) -> None:
+    model = tower(5).to("meta")
+    message = "`stem.weight` is on the meta device.*to_empty"
+    refuse(replfx.CaptureError, message, replfx.transform, model, inplace=inplace)
+    refuse(replfx.CaptureError, message, replfx.transform, model, X, inplace=inplace)
+    refuse(replfx.CaptureError, message, replfx.inspect, model, X)
+    refuse(replfx.ReplfxError, "meta device", replfx.apply, model, replfx.plan(tower(5)), inplace=inplace)
+
+
+@inplace
+def test_a_model_that_is_transformed_already(inplace: bool) -> None:
+    made, plan = replfx.transform(tower(5)), replfx.plan(tower(5))
+    message = "transformed already: `blocks.1` is a fusion layer; .*materialize or replfx.unroll"
+    refuse(replfx.PlanError, message, replfx.transform, made, inplace=inplace)
+    refuse(replfx.PlanError, message, replfx.transform, made, X, inplace=inplace)
+    refuse(replfx.PlanError, message, replfx.transform, made, plan=plan, inplace=inplace)
+    refuse(replfx.PlanError, message, replfx.apply, made, plan, inplace=inplace)
+    refuse(replfx.PlanError, message, replfx.inspect, made)
+    refuse(replfx.PlanError, message, replfx.plan, made)
+    outer = nn.Sequential(made)
+    refuse(replfx.PlanError, "`0.blocks.1` is a fusion layer", replfx.transform, outer, inplace=inplace)
+
+
+@inplace
+def test_unknown_names(inplace: bool) -> None:
+    model = tower(5)
+    fusions = "unknown fusion 'scaler'; there are: .*channel, .*scalar, scalar_layer"
+    operators = "unknown operator 'bloc'; there are: .*block, .*identity, light"
+    for function, options in (
+        (replfx.transform, {"inplace": inplace}),
+        (replfx.inspect, {}),
+        (replfx.plan, {}),
+    ):
+        refuse(replfx.FusionError, fusions, function, model, fusion="scaler", **options)
+        refuse(replfx.FusionError, operators, function, model, operator="bloc", **options)
+
+
+@inplace
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"fusion": {"name": "scalar", "start": 1}},
+            r"`blocks\.1`: fusion 'scalar' does not take .*'start': 1",
+        ),
+        ({"fusion": {"name": "scalar", "initial": "one"}}, "`initial` must be a finite number, not 'one'"),
+        (
+            {"fusion": {"name": "scalar", "initial": float("inf")}},
+            "`initial` must be a finite number, not inf",
+        ),
+        ({"fusion": {"name": "scalar", "initial": None}}, "`initial` must be a finite number, not None"),
+        ({"fusion": {"initial": 1}}, "fusion must be a name or a dict with a 'name'"),
+        ({"fusion": 3}, "fusion must be a name or a dict with a 'name', not 3"),
+        ({"fusion": None}, "fusion must be a name"),
+        ({"fusion": {"name": "scalar", "initial": {1}}}, "options of fusion 'scalar' must be plain JSON"),
+        ({"operator": {"name": "block", "x": 1}}, r"`blocks\.1`: operator 'block' does not take .*'x': 1"),
+        ({"operator": ["block"]}, "operator must be a name or a dict with a 'name'"),
+        (
+            {"operator": {"name": "light", "initial_gain": "x"}},
+            r"`blocks\.1`: operator 'light' does not take",
+        ),
+        ({"operator": {"name": "light", "maps": []}}, "light operator"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], message: str, inplace: bool) -> None:
+    refuse(replfx.FusionError, message, replfx.transform, tower(5), X, inplace=inplace, **options)
+
+
+@inplace
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["blocks.0.fc1.weight", "blocks.1.fc2.weight", "blocks.2.norm.bias"])
+@pytest.mark.parametrize("operator", ["block", "light"])
+def test_weights_that_are_not_finite(where: str, value: float, operator: str, inplace: bool) -> None:
+    model = tower(5)
+    plan = replfx.plan(model, operator=operator)
+    with torch.no_grad():
+        model.get_parameter(where).view(-1)[1] = value
+    message = f"`{where}` has weights that are not finite"
+    refuse(replfx.FusionError, message, replfx.transform, model, operator=operator, inplace=inplace)
+    refuse(replfx.FusionError, message, replfx.transform, model, X, operator=operator, inplace=inplace)
+    refuse(replfx.FusionError, message, replfx.apply, model, plan, inplace=inplace)
+
+
+def test_weights_that_are_not_finite_where_no_fusion_reads_them() -> None:
+    model = tower(5)
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    assert replfx.report(replfx.transform(model, X)).replaced == ["blocks.1", "blocks.3"]
+
+
+@pytest.mark.parametrize("operator", ["block", "light", "identity"])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_state_dict_of_the_untransformed_model(operator: str, strict: bool, prefix: bool) -> None:
+    original = tower(5)
+    made = replfx.transform(original, X, operator=operator)
+    model: nn.Module = nn.ModuleDict({"inner": made}) if prefix else made
+    state = (nn.ModuleDict({"inner": original}) if prefix else original).state_dict()
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.add_(1)
+    before = snapshot(model)
+    with pytest.raises(
+        replfx.StateDictError, match=r"`blocks\.1` is a fusion layer.*Load it before"
+    ) as caught:
+        model.load_state_dict(state, strict=strict)
+    assert isinstance(caught.value, replfx.ReplfxError)
+    assert "unroll" in str(caught.value)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"every": 2}, {"every": 3}),
+        ({"every": 3}, {"every": 2}),
+        ({"operator": "light"}, {"operator": "block"}),
+        ({"operator": "block"}, {"operator": "light"}),
+        ({"operator": "identity"}, {"operator": "block"}),
+    ],
+    ids=str,
+)
+def test_the_state_dict_of_another_plan(one: dict[str, Any], other: dict[str, Any]) -> None:
+    model, foreign = replfx.transform(tower(7), X, **one), replfx.transform(tower(7), X, **other).state_dict()
+    before = snapshot(model)
+    with pytest.raises(replfx.StateDictError, match=r"replfx\.apply|Load it before"):
+        model.load_state_dict(foreign)
+    assert_unchanged(model, before)
+
+
+def test_a_state_dict_of_the_same_plan_loads() -> None:
+    made = replfx.transform(tower(5), X)
+    buffer = io.BytesIO()
+    torch.save(made.state_dict(), buffer)
+    buffer.seek(0)
+    twin = replfx.transform(tower(5), X)
+    assert not twin.load_state_dict(torch.load(buffer, weights_only=True)).missing_keys
+    assert torch.equal(twin(X), made(X))
+
+
+@pytest.mark.parametrize("operator", ["block", "light"])
+def test_a_transformed_state_dict_does_not_load_into_the_original(operator: str) -> None:
+    # torch itself refuses, and names the fusion layers' keys: the original has nothing of replfx to ask.
+    model = tower(5)
+    state = replfx.transform(tower(5), X, operator=operator).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r'Missing.*blocks\.1\.fc1\.weight.*\n.*Unexpected.*"blocks\.1\.fusion\.previous"'
+    ):
+        model.load_state_dict(state)
+
+
+def test_ways_out_of_a_model_that_was_never_in() -> None:
+    model = tower(5)
+    message = "this Tower is not a transformed model; call replfx.transform first"
+    for function in (replfx.report, replfx.materialize, replfx.unroll):
+        refuse(replfx.PlanError, message, function, model)
+    made = replfx.transform(model)
+    for plain in (replfx.materialize(made), replfx.unroll(copy.deepcopy(made))):
+        for function in (replfx.report, replfx.materialize, replfx.unroll):
+            refuse(replfx.PlanError, message, function, plain)
+
+
+@pytest.mark.parametrize("operator", ["light", "identity"])
+def test_what_keeps_no_full_block_cannot_unroll(operator: str) -> None:
+    made = replfx.transform(tower(5), X, operator=operator)
+    message = r"`blocks\.1` has operator .*unroll needs operator='block' \(or call replfx\.materialize\)"
+    refuse(replfx.FusionError, message, replfx.unroll, made)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    refuse(replfx.FusionError, message, replfx.unroll, made, optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == held
+
+
+@pytest.mark.parametrize("thing", [None, "resnet50", torch.nn.functional.relu, nn.Linear])
+def test_what_is_no_module(thing: Any) -> None:
+    plan = replfx.Plan("Tower")
+    for call in (
+        lambda: replfx.transform(thing),
+        lambda: replfx.inspect(thing),
+        lambda: replfx.plan(thing),
+        lambda: replfx.capture(thing),
+        lambda: replfx.apply(thing, plan),
+        lambda: replfx.report(thing),
+        lambda: replfx.materialize(thing),
+        lambda: replfx.unroll(thing),
+    ):
+        with pytest.raises(replfx.ReplfxError, match="Module"):
+            call()
+
+
+@inplace
+def test_a_model_that_cannot_be_copied(inplace: bool) -> None:
+    class Uncopiable(Tower):
+        def __init__(self) -> None:
+            super().__init__(*(Mlp() for _ in range(5)))
+            self.numbers = (i for i in range(3))
+
+    model = Uncopiable()
+    refuse(
+        replfx.CaptureError,
+        "Uncopiable could not be copied.*generator",
+        replfx.transform,
+        model,
+        X,
+        inplace=inplace,
+    )
+
+
+def test_every_error_is_a_replfx_error() -> None:
+    errors = [getattr(replfx, name) for name in replfx.__all__ if name.endswith("Error")]
+    assert len(errors) >= 7
+    for error in errors:
+        assert issubclass(error, replfx.ReplfxError)
+        assert error.__doc__
+
+
+def test_a_failure_in_place_gives_back_the_very_blocks() -> None:
+    model = tower(5)
+    blocks = list(model.blocks)
+    with torch.no_grad():
+        model.blocks[3].fc1.weight.fill_(float("nan"))
+    with pytest.raises(replfx.FusionError):
+        replfx.transform(model, X, inplace=True)
+    assert all(one is other for one, other in zip(blocks, model.blocks, strict=True))
