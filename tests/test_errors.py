@@ -70,9 +70,7 @@ def test_a_selection_that_is_refused_is_refused_everywhere() -> None:
             model,
             select="x*",
         )
-        refuse(
-            replfx.PlanError, "`blocks.0` has no kept block on each side", function, model, select="blocks.0"
-        )
+        refuse(replfx.PlanError, "`blocks.0` has no kept block on each side", function, model, select="blocks.0")
 
 
 @inplace
@@ -250,9 +248,7 @@ def test_the_state_dict_of_the_untransformed_model(operator: str, strict: bool, 
         for tensor in state.values():
             tensor.add_(1)
     before = snapshot(model)
-    with pytest.raises(
-        replfx.StateDictError, match=r"`blocks\.1` is a fusion layer.*Load it before"
-    ) as caught:
+    with pytest.raises(replfx.StateDictError, match=r"`blocks\.1` is a fusion layer.*Load it before") as caught:
         model.load_state_dict(state, strict=strict)
     assert isinstance(caught.value, replfx.ReplfxError)
     assert "unroll" in str(caught.value)

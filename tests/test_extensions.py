@@ -43,16 +43,10 @@ class LowRank(replfx.Fusion):
     ) -> None:
         super().__init__(shapes, dtype=dtype, device=device)
         self.left = nn.ParameterDict(
-            {
-                n.replace(".", "_"): torch.ones(s[0], rank, dtype=dtype, device=device)
-                for n, s in shapes.items()
-            }
+            {n.replace(".", "_"): torch.ones(s[0], rank, dtype=dtype, device=device) for n, s in shapes.items()}
         )
         self.right = nn.ParameterDict(
-            {
-                n.replace(".", "_"): torch.ones(rank, s[1], dtype=dtype, device=device)
-                for n, s in shapes.items()
-            }
+            {n.replace(".", "_"): torch.ones(rank, s[1], dtype=dtype, device=device) for n, s in shapes.items()}
         )
 
     def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
@@ -63,9 +57,7 @@ class LowRank(replfx.Fusion):
 class Gain(replfx.Operator):
     """y = scale · mean|W| · x with one synthesised weight."""
 
-    def __init__(
-        self, block: nn.Module, interface: replfx.Interface, *, weight: str, scale: float = 1.0
-    ) -> None:
+    def __init__(self, block: nn.Module, interface: replfx.Interface, *, weight: str, scale: float = 1.0) -> None:
         super().__init__(block, interface)
         self.sources = {"weight": replfx.Source(weight)}
         self.scale = scale
@@ -129,9 +121,7 @@ def test_an_operator_that_does_not_fit_says_why() -> None:
             return replfx.Match(reason="it is a Tuesday")
 
     replfx.register_operator("never")(Never)
-    with pytest.raises(
-        replfx.NoChainError, match=r"`blocks\.1`: operator 'never' does not fit it: it is a Tuesday"
-    ):
+    with pytest.raises(replfx.NoChainError, match=r"`blocks\.1`: operator 'never' does not fit it: it is a Tuesday"):
         replfx.transform(tower(5), X, operator="never")
     assert replfx.inspect(tower(5), X, operator="never").refused["blocks.1"].endswith("it is a Tuesday")
 
@@ -208,9 +198,7 @@ def test_a_replaced_blocks_attributes_are_forwarded() -> None:
 
 def test_in_place_keeps_the_identity_of_what_is_kept() -> None:
     model = tower(5)
-    kept = {
-        name: p for name, p in model.named_parameters() if not name.startswith(("blocks.1.", "blocks.3."))
-    }
+    kept = {name: p for name, p in model.named_parameters() if not name.startswith(("blocks.1.", "blocks.3."))}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert replfx.transform(model, X, inplace=True) is model
     now = dict(model.named_parameters())

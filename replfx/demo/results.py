@@ -113,7 +113,7 @@ def _plot(rows: Sequence[Row], dataset: str, path: Path) -> None:
                 ax.errorbar(x, 100 * row.mean, yerr=spread, fmt=marker, markersize=8, capsize=4, label=row.variant)
         for ax, label in zip(line, ("trainable parameters, thousands", "step time, ms"), strict=True):
             ax.set(xlabel=label, ylabel="held-out accuracy, %", title=f"{model} on {dataset}")
-            ax.set_xlim(left=0)
+            ax.set_xlim(0, 1.08 * ax.dataLim.x1)
             ax.grid(alpha=0.3)
     # Outside of the axes, where it covers no point.
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
