@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from replfx.measure import MIB, Cost, Sample
 HEADS = (
     "model",
     "variant",
-    "trainable parameters",
+    "params, M",
     "step, ms",
     "step/full [quartiles]",
     "η time",
@@ -68,8 +67,8 @@ def cells(row: Row) -> list[str]:
     return [
         row.model,
         row.variant,
-        f"{row.cost.trainable_parameters:,}",
-        f"{1e3 * row.cost.step_seconds.median:.1f}",
+        f"{row.cost.trainable_parameters / 1e6:.2f}",
+        f"{1e3 * row.cost.step_seconds.median:.0f}",
         f"{row.time_ratio.median:.2f} [{lower:.2f}–{upper:.2f}]",
         _share(row.eta_time),
         f"{row.cost.peak_bytes / MIB:.0f}",
@@ -86,7 +85,7 @@ def _share(eta: float | None) -> str:
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Lay the rows out for the terminal, a table a model; what does not exist is listed below the figures."""
     for model, group in groupby(rows, key=lambda row: row.model):
-        result = Table(title=model, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        result = Table(title=model, box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for index, head in enumerate(HEADS[1:]):
             result.add_column(head.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
         missing = []
@@ -147,5 +146,6 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
         ax.axvline(1, color="gray", linewidth=0.8)
         ax.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    axes[0].legend(loc="lower left", fontsize="small")
+    # Outside of the axes, where it covers no point.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
