@@ -91,7 +91,10 @@ def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 def _put(model: nn.Module, path: str, layer: FusionLayer, plain: nn.Module) -> None:
     """Put a plain module in a fusion layer's place, with its hooks and its training mode."""
     move_hooks(layer, plain)
-    plain.training = layer.training
+    known = set(layer.modules())
+    for module in plain.modules():
+        if module not in known:  # the others have modes of their own: a norm may be frozen in a block that trains
+            module.training = layer.training
     set_submodule(model, path, plain)
 
 

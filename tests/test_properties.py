@@ -235,6 +235,7 @@ def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
     plain = replfx.materialize(model)
     assert type(plain) is type(model)
     assert not list(of_replfx(plain))
+    assert {module.training for module in plain.modules()} == {case.training}
     assert b"replfx" not in pickle.dumps(plain)
     inputs = case.inputs()
     for one, other in zip(outputs(plain, inputs), outputs(model, inputs), strict=True):
@@ -243,6 +244,25 @@ def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
     assert all(p.grad is not None for p in plain.parameters())
     shared = {id(t) for t in model.state_dict(keep_vars=True).values()}
     assert not any(id(t) in shared for t in plain.state_dict(keep_vars=True).values())
+
+
+@pytest.mark.parametrize("operator", ["block", "light"])
+def test_a_frozen_norm_stays_frozen(operator: str) -> None:
+    policy = Policy({"every": 2}, "channel", operator, 1.0)
+    case = Case("basic", Options(width=4), 4, policy, torch.float64, False, True, False, seed=3)
+    model = case.model()
+    for block in model.blocks:
+        block.get_submodule("bn2").eval()
+    made = case.transformed(model)
+    for stage in (made, replfx.materialize(made)):
+        norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
+        modes = [module.training for module in norms]
+        assert modes == ([True, False] * 4 if operator == "block" else [True, False, False, True, False, True, False])
+        assert stage.training
+        assert stage.blocks[1].training
+    inputs = case.inputs()
+    for one, other in zip(outputs(replfx.materialize(made), inputs), outputs(made, inputs), strict=True):
+        assert torch.equal(one, other)
 
 
 _LOAD = """

@@ -48,7 +48,9 @@ class FusionLayer(nn.Module):
         self.neighbour_gradient = neighbour_gradient
         self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
         move_hooks(replaced, self)
-        self.train(replaced.training)
+        if fusion is not None:
+            fusion.train(replaced.training)
+        self.training = operator.training = replaced.training  # what is inside keeps its own: a frozen norm
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -180,3 +180,18 @@ def test_a_constant_made_on_the_way_is_kept() -> None:
     model = Positions()
     graph = replfx.capture(model, X)
     assert torch.equal(graph(X), model(X))
+
+
+def test_a_real_run_leaves_random_state_and_statistics_alone() -> None:
+    class NoisyByValue(ByValue):
+        def run(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.norm(super().run(x)), 0.5, self.training)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+    model = NoisyByValue()
+    before = snapshot(model)
+    replfx.capture(model, X)
+    assert_unchanged(model, before)
