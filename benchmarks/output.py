@@ -118,7 +118,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = {m: list(group) for m, group in groupby(rows, key=lambda row: row.model)}
-    figure = Figure(figsize=(4.2 * len(models), 4), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 4.2 * len(models)), 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for ax, (model, group) in zip(axes, models.items(), strict=True):
