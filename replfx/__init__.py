@@ -32,6 +32,7 @@ from replfx.fusion import (
 )
 from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
+from replfx.state import load_state_dict
 from replfx.tracing import CaptureInfo, Cost, capture
 from replfx.unrolling import materialize, unroll
 
@@ -64,6 +65,7 @@ __all__ = [
     "apply",
     "capture",
     "inspect",
+    "load_state_dict",
     "materialize",
     "plan",
     "register_fusion",

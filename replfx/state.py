@@ -12,7 +12,7 @@ from replfx.fusion import FusionLayer
 from replfx.plans import Plan
 from replfx.reports import Report
 
-__all__ = ["Transformed", "fusion_layers", "mark", "state_of", "unmark"]
+__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "state_of", "unmark"]
 
 _ATTRIBUTE = "_replfx"
 
@@ -56,6 +56,38 @@ def state_of(model: nn.Module) -> Transformed:
     return state
 
 
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a state_dict that fits `model` exactly, or say what it belongs to and load nothing.
+
+    `model.load_state_dict` of a transformed model refuses by itself what is of the untransformed one or of
+    another plan. An untransformed model knows nothing of replfx, so there only this function can tell; and unlike
+    PyTorch's it leaves the model as it was when keys or shapes do not fit.
+
+    Args:
+        model: transformed or not.
+        state_dict: all parameters and persistent buffers of `model`, by name.
+
+    Raises:
+        StateDictError: it is of a transformed model and `model` is not, the other way round, of another plan,
+            or of another model.
+
+    Example:
+        >>> model = replfx.apply(build_model(), Plan.from_json(text))
+        >>> replfx.load_state_dict(model, torch.load("weights.pt"))
+    """
+    _guard(model, state_dict, "")
+    own = model.state_dict()
+    advice = "if one of the two is transformed, apply the same plan to the other first (replfx.apply)"
+    for key in (*own, *state_dict):
+        if key not in state_dict or key not in own:
+            side = "the state_dict" if key not in state_dict else type(model).__name__
+            raise StateDictError(f"{side} has no `{key}`: the state_dict is of another model; {advice}")
+        given, wanted = getattr(state_dict[key], "shape", None), getattr(own[key], "shape", None)
+        if given != wanted:
+            raise StateDictError(f"`{key}` is {given} in the state_dict and {wanted} in the model; {advice}")
+    model.load_state_dict(state_dict)
+
+
 def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
     """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
     expected = {prefix + key for key in module.state_dict()}
@@ -68,6 +100,11 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
                 "of the untransformed model. Load it before replfx.transform, or into replfx.unroll(model)"
             )
     foreign = sorted(k for k in state_dict if k not in expected and (".fusion." in k or ".operator." in k))
+    if foreign and not fusion_layers(module):
+        raise StateDictError(
+            f"the state_dict has `{foreign[0]}`: it is of a transformed model, and this {type(module).__name__} is not "
+            "transformed. Apply its plan first (replfx.apply), or save replfx.materialize(model).state_dict()"
+        )
     if foreign:
         raise StateDictError(
             f"the state_dict has `{foreign[0]}`, this model has not: it was saved under another plan. Save "

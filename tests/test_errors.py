@@ -295,6 +295,30 @@ def test_a_transformed_state_dict_does_not_load_into_the_original(operator: str)
         model.load_state_dict(state)
 
 
+@pytest.mark.parametrize("operator", ["block", "light", "identity"])
+def test_load_state_dict_refuses_in_both_directions_and_loads_nothing(operator: str) -> None:
+    plain, made = tower(5), replfx.transform(tower(5), X, operator=operator)
+    before = snapshot(plain)
+    with pytest.raises(replfx.StateDictError, match=r"blocks\.1.*(is not transformed|apply the same plan)"):
+        replfx.load_state_dict(plain, made.state_dict())
+    assert_unchanged(plain, before)
+    before = snapshot(made)
+    with pytest.raises(replfx.StateDictError, match="untransformed model"):
+        replfx.load_state_dict(made, plain.state_dict())
+    assert_unchanged(made, before)
+
+
+def test_load_state_dict_refuses_another_shape_and_loads_what_fits() -> None:
+    model, other = tower(5), tower(5)
+    replfx.load_state_dict(model, other.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    wrong = {**other.state_dict(), "blocks.0.fc1.weight": torch.zeros(1, 1)}
+    before = snapshot(model)
+    with pytest.raises(replfx.StateDictError, match=r"blocks\.0\.fc1\.weight"):
+        replfx.load_state_dict(model, wrong)
+    assert_unchanged(model, before)
+
+
 def test_ways_out_of_a_model_that_was_never_in() -> None:
     model = tower(5)
     message = "this Tower is not a transformed model; call replfx.transform first"
