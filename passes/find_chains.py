@@ -88,7 +88,7 @@ class _Search:
         self.modules = dict(self.root.named_modules(remove_duplicate=False))
         self.counts = Counter(call.path for call in info.calls)
         self.refused: dict[str, str] = {}
-        self.flow = nx.DiGraph()
+        self.flow: nx.DiGraph[fx.Node] = nx.DiGraph()
         self.flow.add_nodes_from(graph.nodes)
         self.flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
         self.signatures: dict[str, Signature] = {}
@@ -146,7 +146,7 @@ class _Search:
             for slot, node in output_slots(call).items():
                 if node not in given:  # a mask that a block hands through links it to none
                     producers[node].append((index, slot))
-        networks: dict[tuple[int, Joined], nx.DiGraph] = defaultdict(nx.DiGraph)
+        networks: dict[tuple[int, Joined], nx.DiGraph[int]] = defaultdict(nx.DiGraph)
         for index, call in enumerate(candidates):
             links: dict[int, list[tuple[str, str]]] = defaultdict(list)
             for slot, node in input_slots(call).items():
@@ -196,7 +196,7 @@ def _owners(root: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _longest_paths(network: nx.DiGraph) -> Iterator[list[int]]:
+def _longest_paths(network: "nx.DiGraph[int]") -> Iterator[list[int]]:
     """Disjoint longest paths, longest first, of each connected part."""
     for part in nx.weakly_connected_components(network):
         rest = network.subgraph(sorted(part)).copy()
