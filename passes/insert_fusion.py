@@ -17,6 +17,7 @@ from replfx.fusion.operators import Source
 from replfx.passes.find_chains import chains_of
 from replfx.passes.select_blocks import plan_of
 from replfx.plans import Plan, Replacement
+from replfx.state import fusion_layers
 from replfx.structure import block_digest, set_submodule
 from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
 
@@ -30,12 +31,11 @@ def build_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
         PlanError: the plan was made for another model, or the model is transformed already.
         FusionError: an unknown fusion or operator, options that it does not have, non-finite weights.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, FusionLayer):
-            raise PlanError(
-                f"the model is transformed already: `{path}` is a fusion layer; "
-                "transform the original model, or call replfx.materialize or replfx.unroll first"
-            )
+    for path in fusion_layers(model):
+        raise PlanError(
+            f"the model is transformed already: `{path}` is a fusion layer; "
+            "transform the original model, or call replfx.materialize or replfx.unroll first"
+        )
     replaced = {replacement.path for replacement in plan.replacements}
     return {r.path: _build(model, r, replaced, plan.model) for r in plan.replacements}
 

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils import _pytree as pytree
 
 from replfx.errors import VerifyError
-from replfx.fusion import FusionLayer
-from replfx.structure import structural_copy
-from replfx.tracing import Inputs, info_of
+from replfx.state import fusion_layers
+from replfx.tracing import Inputs, ghost_of, info_of
 
 __all__ = ["Verify"]
 
@@ -59,22 +57,18 @@ class Verify(PassBase):
 
 def _check_synthesis(model: nn.Module) -> None:
     with torch.no_grad():
-        for path, module in model.named_modules():
-            if isinstance(module, FusionLayer):
-                for name, tensor in module.synthesized().items():
-                    if not torch.isfinite(tensor).all():
-                        raise VerifyError(
-                            f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options"
-                        )
+        for path, layer in fusion_layers(model).items():
+            for name, tensor in layer.synthesized().items():
+                if not torch.isfinite(tensor).all():
+                    raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 
 def _dry_run(model: nn.Module, inputs: Inputs) -> tuple[list[tuple[int, ...]], set[str]]:
     """Output shapes, and the trainable parameters that get no gradient, of a run under fake tensors."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = structural_copy(model, mode.from_tensor)
-    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (inputs.args, inputs.kwargs))
+    mode, ghost, fakes = ghost_of(model, inputs)
     with mode, torch.enable_grad():
-        leaves = [leaf for leaf in pytree.tree_leaves(ghost(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        output = ghost(*fakes.args, **fakes.kwargs)
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         losses = [leaf.sum() for leaf in leaves if leaf.requires_grad and leaf.dtype.is_floating_point]
         if losses:
             torch.stack([loss.double() for loss in losses]).sum().backward()

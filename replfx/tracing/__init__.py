@@ -2,7 +2,7 @@
 
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
-from replfx.tracing.ladder import capture, fake_run
+from replfx.tracing.ladder import capture, ghost_of
 
 __all__ = [
     "CaptureInfo",
@@ -12,7 +12,7 @@ __all__ = [
     "ModuleCall",
     "capture",
     "check_has_weights",
-    "fake_run",
+    "ghost_of",
     "info_of",
     "nodes_in",
 ]

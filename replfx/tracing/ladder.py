@@ -16,7 +16,7 @@ from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
 from replfx.tracing.recorder import record
 from replfx.tracing.symbolic import trace_symbolically
 
-__all__ = ["capture", "fake_run"]
+__all__ = ["capture", "ghost_of"]
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
@@ -76,10 +76,8 @@ def _measured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 
 def _measure(graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs) -> None:
     """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output shapes."""
-    expected = fake_run(model, inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = structural_copy(root, mode.from_tensor)
-    fakes = _map_tensors(inputs, mode.from_tensor)
+    expected = _fake_run(model, inputs)
+    mode, ghost, fakes = ghost_of(root, inputs)
     with mode, torch.enable_grad():
         by_name = _bind_to_placeholders(graph_module, model, fakes)
         output = annotate(graph_module, ghost, by_name)
@@ -95,22 +93,25 @@ def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs
     return tuple(bound[name] for name in names)
 
 
-def fake_run(model: nn.Module, inputs: Inputs) -> object:
-    """Run `model` under fake tensors: shapes and dtypes of its output, at no compute and no memory."""
+def ghost_of(model: nn.Module, inputs: Inputs) -> tuple[FakeTensorMode, nn.Module, Inputs]:
+    """A fake mode, the structure of `model` with fake tensors in it, and fake inputs for it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = structural_copy(model, mode.from_tensor)
-    fakes = _map_tensors(inputs, mode.from_tensor)
+    return mode, structural_copy(model, mode.from_tensor), _map_tensors(inputs, mode.from_tensor)
+
+
+def _fake_run(model: nn.Module, inputs: Inputs) -> object:
+    """Run `model` under fake tensors: shapes and dtypes of its output, at no compute and no memory."""
+    mode, ghost, fakes = ghost_of(model, inputs)
     with mode:
         return ghost(*fakes.args, **fakes.kwargs)
 
 
 def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     root = structural_copy(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ghost = structural_copy(model, mode.from_tensor)
     try:
+        mode, ghost, fakes = ghost_of(model, inputs)
         with mode:
-            return record(root, ghost, _map_tensors(inputs, mode.from_tensor))
+            return record(root, ghost, fakes)
     except Exception:  # values are needed, or an operator has no fake form: run it for real
         pass
     root = structural_copy(model)
