@@ -13,6 +13,10 @@ __all__ = ["ancestors", "why_not"]
 
 def ancestors(path: str) -> Iterator[str]:
     """The paths of the modules that hold the one at `path`, the innermost first, without the root."""
+    if path.endswith("]"):  # a window lies in its container
+        path = path.rpartition("[")[0]
+        if path:
+            yield path
     while "." in path:
         path = path.rpartition(".")[0]
         yield path

@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from replfx.blocks import block_at, head_of
+from replfx.building import build_layers, insert
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
 from replfx.fusion import Choice
@@ -16,8 +18,6 @@ from replfx.passes import (
     InsertFusion,
     SelectBlocks,
     Verify,
-    build_layers,
-    insert,
     plan_of,
     run_passes,
 )
@@ -94,13 +94,15 @@ def transform(
     graph = capture(target, example_inputs)
     run_passes(graph, [FindChains(), policy])
     planned, draft, original = plan_of(graph), describe_chains(graph, target), structural_copy(target)
-    blocks = {r.path: target.get_submodule(r.path) for r in planned.replacements}
+    blocks = {r.path: block_at(target, r.path) for r in planned.replacements}
     try:
         run_passes(graph, [InsertFusion(target), Verify(target, original, inputs)])
     except ReplfxError:
         insert(target, blocks)  # with inplace=True the model is the user's
         raise
-    mark(target, planned, with_layers(draft, planned, fusion_layers(target), trainable_parameters(target)))
+    placed = fusion_layers(target)
+    layers = {r.path: placed[head_of(target, r.path)] for r in planned.replacements}
+    mark(target, planned, with_layers(draft, planned, layers, trainable_parameters(target)))
     return target
 
 

@@ -12,7 +12,7 @@ from replfx.fusion.registry import Choice
 
 __all__ = ["Plan", "Replacement"]
 
-_FORMAT, _VERSION = "replfx-plan", 1
+_FORMAT, _VERSION = "replfx-plan", 2
 _LARGEST = 64 * 1024 * 1024  # characters; a plan of 100,000 blocks is about half of it
 _DEEPEST = 32
 
@@ -26,7 +26,8 @@ class Replacement:
         previous, next: its kept neighbours; None for an operator that needs none.
         fusion, operator: what takes its place.
         interface: how the block is called.
-        kind: digest of the block's structure, by which `apply` knows a plan that was made for another model.
+        kind, previous_kind, next_kind: digests of the structure of the block and of its neighbours, by which `apply`
+            knows a plan that was made for another model.
         neighbour_gradient: factor on the gradient into the neighbours.
     """
 
@@ -37,6 +38,8 @@ class Replacement:
     operator: Choice
     interface: Interface
     kind: str
+    previous_kind: str | None = None
+    next_kind: str | None = None
     neighbour_gradient: float = 1.0
 
     def to_dict(self) -> dict[str, object]:
@@ -49,6 +52,8 @@ class Replacement:
             "operator": {"name": self.operator.name, "options": dict(self.operator.options)},
             "interface": {"inputs": list(self.interface.inputs), "output": self.interface.output},
             "kind": self.kind,
+            "previous_kind": self.previous_kind,
+            "next_kind": self.next_kind,
             "neighbour_gradient": self.neighbour_gradient,
         }
 
@@ -148,7 +153,8 @@ class _Fields:
         return value
 
 
-_REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", "kind", "neighbour_gradient")
+_KINDS = ("kind", "previous_kind", "next_kind")
+_REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", *_KINDS, "neighbour_gradient")
 
 
 def _read_replacement(entry: object, where: str) -> Replacement:
@@ -170,6 +176,8 @@ def _read_replacement(entry: object, where: str) -> Replacement:
         operator=_read_choice(fields.take("operator", dict), f"{where}, operator"),
         interface=Interface(tuple(inputs), output),
         kind=fields.take("kind", str),
+        previous_kind=fields.take("previous_kind", str, type(None)),
+        next_kind=fields.take("next_kind", str, type(None)),
         neighbour_gradient=float(gradient),
     )
 

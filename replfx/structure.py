@@ -7,7 +7,7 @@ decide, because nothing of theirs is fused: two ViT blocks that differ in their 
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import reduce
 from typing import TypeAlias
 
@@ -22,6 +22,7 @@ __all__ = [
     "attribute_at",
     "block_digest",
     "drop_hooks",
+    "family",
     "first_difference",
     "move_hooks",
     "set_submodule",
@@ -122,6 +123,13 @@ def signature(module: nn.Module) -> Signature:
     return facts
 
 
+def family(module: nn.Module) -> Hashable:
+    """What the members of a chain have in common: their class; of containers, those of their children too."""
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        return (type(module), *(family(child) for child in module if next(child.parameters(), None) is not None))
+    return type(module)
+
+
 def _is_setting(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_setting(item) for item in value)
@@ -182,22 +190,19 @@ def _is_wrapped(parameter: Tensor) -> bool:
     return kind not in (Tensor, nn.Parameter) and kind.__module__.split(".")[0] != "torch"
 
 
-def unfit_to_replace(path: str, block: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
-    """Why `block` must stay although a neighbour may read it, or None.
+def unfit_to_replace(named: Mapping[str, Tensor], owners: Mapping[int, list[str]]) -> str | None:
+    """Why a block must stay although a neighbour may read it, or None.
 
     Args:
-        path: where the block is in the model.
-        block: the module.
+        named: the block's parameters by their names in the model, all names of a tied one.
         owners: for each parameter (by id) all the names that it has in the model.
     """
-    if not any(p.requires_grad for p in block.parameters()):
+    if not any(p.requires_grad for p in named.values()):
         return "all its parameters are frozen: replacing it would save no training"
-    for parameter in block.parameters():
-        names = owners[id(parameter)]
-        outside = [n for n in names if not n.startswith(path + ".")]
+    for name, parameter in named.items():
+        outside = [other for other in owners[id(parameter)] if other not in named]
         if outside:
-            inside = next(n for n in names if n.startswith(path + "."))
-            return f"its parameter `{inside}` is shared with `{outside[0]}`"
+            return f"its parameter `{name}` is shared with `{outside[0]}`"
         if not parameter.requires_grad:
-            return f"its parameter `{names[0]}` is frozen and the others are not"
+            return f"its parameter `{name}` is frozen and the others are not"
     return None
