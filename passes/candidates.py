@@ -67,7 +67,7 @@ class Candidates:
 
     def windows(self) -> list[Candidate]:
         """Runs of siblings in a container, from one layer with weights to before the next one."""
-        found = []
+        found: list[Candidate] = []
         calls = {call.path: call for call in self.info.calls if self.counts[call.path] == 1}
         for parent, module in self.modules.items():
             if isinstance(module, nn.Sequential | nn.ModuleList):

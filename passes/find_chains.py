@@ -58,7 +58,6 @@ class _Search:
         chains = self._search(self.candidates.blocks(), dropped)
         if not any(chain.replaceable() for chain in chains):
             chains = self._search(self.candidates.windows(), dropped) or chains
-        chains = _steady_if_any(chains, dropped)
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
         in_chain = {path for chain in chains for path in chain.paths}
         known = {**dropped, **self.candidates.refused}
@@ -81,7 +80,7 @@ class _Search:
                 found.append(chain)
             else:
                 dropped.update({block.path: block.unlike for block in chain.blocks[1:-1] if block.unlike})
-        return _levels_worth_it(found)
+        return _levels_worth_it(_steady_if_any(found, dropped))
 
     def _chain(self, candidates: Sequence[Candidate], kinds: Sequence[int], path: Path) -> Chain:
         indices, joins = path
@@ -197,7 +196,9 @@ def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
     steady = [chain for chain in chains if any(chain.blocks[i].turn is None for i in chain.replaceable())]
     for chain in chains if steady else ():
         if chain not in steady and chain.replaceable():
-            dropped.update({b.path: f"it changes the shape of its activation: {b.turn}" for b in chain.blocks if b.turn})
+            dropped.update(
+                {b.path: f"it changes the shape of its activation: {b.turn}" for b in chain.blocks if b.turn}
+            )
     return [chain for chain in chains if chain in steady or not chain.replaceable()] if steady else chains
 
 
@@ -228,6 +229,7 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
 
 def _worth(chain: Chain) -> int:
     """How many parameters every second block has, or else the largest one that can be replaced."""
+
     def size(position: int) -> int:
         return sum(p.numel() for p in chain.blocks[position].site.block.parameters())
 

@@ -24,7 +24,9 @@ _NEAREST = 4  # origins that a value remembers of each family: its residual stre
 
 
 def paths_of(
-    candidates: Sequence[Candidate], nodes: Sequence[fx.Node], families: Sequence[Hashable],
+    candidates: Sequence[Candidate],
+    nodes: Sequence[fx.Node],
+    families: Sequence[Hashable],
     likeness: Callable[[int, int], float],
 ) -> Iterator[Path]:
     """Disjoint longest paths through candidates of one family, each of two candidates at least.
@@ -40,7 +42,9 @@ def paths_of(
         for source, (joined, direct) in links.items():
             alike = likeness(source, target)
             if alike > 0:
-                weight = 1 + alike + 0.5 * direct
+                # Two links between unlike blocks don't outweigh one between like ones: attention goes with
+                # attention, not with the MLP between.
+                weight = 2.0 * alike + 0.25 * direct if alike == 1 else 0.8 * alike + 0.1 * direct
                 networks[families[target]].add_edge(source, target, joined=joined, weight=weight)
     for network in networks.values():
         for path in _longest_paths(network):

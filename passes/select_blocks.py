@@ -117,18 +117,21 @@ class SelectBlocks(PassBase):
         return made
 
     def _replacement(self, site: Site, chain: Chain, position: int, choice: Choice) -> Replacement:
-        alone = not operators[choice.name].needs_neighbours
-        before, after = (None if alone else chain.blocks[position + step] for step in (-1, 1))
+        sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
+        if operators[choice.name].needs_neighbours:
+            neighbours = (chain.blocks[position + step] for step in (-1, 1))
+            sides = [(block.path, block_digest(block.site.block)) for block in neighbours]
+        (previous, previous_kind), (next, next_kind) = sides
         return Replacement(
             path=site.path,
-            previous=before and before.path,
-            next=after and after.path,
+            previous=previous,
+            next=next,
             fusion=self.fusion,
             operator=choice,
             interface=site.interface,
             kind=block_digest(site.block),
-            previous_kind=before and block_digest(before.site.block),
-            next_kind=after and block_digest(after.site.block),
+            previous_kind=previous_kind,
+            next_kind=next_kind,
             neighbour_gradient=float(self.neighbour_gradient),
         )
 

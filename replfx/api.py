@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from replfx.blocks import block_at, head_of
+from replfx.blocks import block_at
 from replfx.building import build_layers, insert
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
@@ -23,7 +23,7 @@ from replfx.passes import (
 )
 from replfx.plans import Plan
 from replfx.reports import Report
-from replfx.state import fusion_layers, mark, state_of
+from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
 from replfx.tracing import ExampleInputs, Inputs, capture, check_has_weights
 
@@ -100,8 +100,7 @@ def transform(
     except ReplfxError:
         insert(target, blocks)  # with inplace=True the model is the user's
         raise
-    placed = fusion_layers(target)
-    layers = {r.path: placed[head_of(target, r.path)] for r in planned.replacements}
+    layers = placed_layers(target, planned)
     mark(target, planned, with_layers(draft, planned, layers, trainable_parameters(target)))
     return target
 

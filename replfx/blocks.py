@@ -43,7 +43,7 @@ def head_of(model: nn.Module, path: str) -> str:
 
 
 def block_at(model: nn.Module, path: str) -> nn.Module:
-    """The block at `path`; of a window, an `nn.Sequential` that holds the very siblings under "0", "1", …
+    """The block at `path`; for a window, an `nn.Sequential` that holds the very siblings.
 
     Raises:
         AttributeError: the model has no such block.

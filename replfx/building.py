@@ -81,9 +81,7 @@ class _Builder:
             raise PlanError(f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1")
         readings = self._readings(made, block, previous, next)
         fusion = self._fusion(made, block, readings)
-        return FusionLayer(
-            made, fusion, readings, neighbour_gradient=replacement.neighbour_gradient, replaced=block
-        )
+        return FusionLayer(made, fusion, readings, neighbour_gradient=replacement.neighbour_gradient, replaced=block)
 
     def _block(self, path: str, kind: str | None) -> nn.Module:
         """The block at `path`, which must be of the kind that the plan was made for."""
@@ -142,9 +140,7 @@ class _Builder:
         return AlignedFusion(rule, *aligned)
 
 
-def _readings_of(
-    made: Operator, block: nn.Module, found: Counterparts, sides: Mapping[str, nn.Module]
-) -> Readings:
+def _readings_of(made: Operator, block: nn.Module, found: Counterparts, sides: Mapping[str, nn.Module]) -> Readings:
     readings = {}
     for name, source in made.sources.items():
         side, theirs = found[source.path]

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from replfx.blocks import parameters_of
 from replfx.fusion import FusionLayer
 from replfx.measure import trainable_parameters
-from replfx.blocks import parameters_of
 from replfx.passes import chains_of
 from replfx.plans import Plan
 from replfx.reports import BlockReport, Report, Totals

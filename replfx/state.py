@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from replfx.blocks import head_of
 from replfx.errors import PlanError, StateDictError
 from replfx.fusion import FusionLayer
 from replfx.plans import Plan
 from replfx.reports import Report
 
-__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "state_of", "unmark"]
+__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "placed_layers", "state_of", "unmark"]
 
 _ATTRIBUTE = "_replfx"
 
@@ -29,6 +30,15 @@ class Transformed:
 def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
     """The fusion layers of a model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
+
+
+def placed_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
+    """The fusion layers of a model by the paths of the blocks that they replaced.
+
+    Those of `fusion_layers`, but for windows: there the layer stands in the place of the first member.
+    """
+    layers = fusion_layers(model)
+    return {r.path: layers[head_of(model, r.path)] for r in plan.replacements}
 
 
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:

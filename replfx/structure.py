@@ -126,8 +126,9 @@ def signature(module: nn.Module) -> Signature:
 def family(module: nn.Module) -> Hashable:
     """What the members of a chain have in common: their class; of containers, those of their children too."""
     if isinstance(module, nn.Sequential | nn.ModuleList):
-        return (type(module), *(family(child) for child in module if next(child.parameters(), None) is not None))
-    return type(module)
+        inner = (family(child) for child in module if next(child.parameters(), None) is not None)
+        return (id(type(module)), *inner)
+    return id(type(module))
 
 
 def _is_setting(value: object) -> bool:

@@ -55,7 +55,8 @@ def counterparts(
     """What θ_prev and θ_next of each parameter are; one that only one neighbour has is taken from it for both.
 
     Args:
-        previous, next: what `pair` gave for the two neighbours.
+        previous: what `pair` gave for the neighbour before.
+        next: what it gave for the one after.
         names: the parameters to synthesise; those without a counterpart on either side are left out.
     """
     before: Counterparts = {}
