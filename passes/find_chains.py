@@ -17,7 +17,7 @@ from replfx.passes.chains import SHORTEST, Block, Chain, Chains
 from replfx.passes.links import Path, paths_of
 from replfx.passes.slots import Joined, input_slots, interface_of, output_slots
 from replfx.passes.why_not import ancestors, why_not
-from replfx.structure import Signature, family, first_difference, signature, unfit_to_replace
+from replfx.structure import Signature, family, first_difference, first_setting, signature, unfit_to_replace
 from replfx.tracing import info_of
 
 __all__ = ["FindChains"]
@@ -62,7 +62,7 @@ class _Search:
         in_chain = {path for chain in chains for path in chain.paths}
         known = {**dropped, **self.candidates.refused}
         modules, counts = self.candidates.modules, self.candidates.counts
-        return Chains(chains, why_not(modules, lambda p: self.kinds.signature(modules[p]), counts, known, in_chain))
+        return Chains(chains, why_not(modules, self._difference, counts, known, in_chain))
 
     def _search(self, candidates: list[Candidate], dropped: dict[str, str]) -> list[Chain]:
         """The chains among these candidates; blocks of those that can't be used go to `dropped` with the reason."""
@@ -122,14 +122,14 @@ class _Search:
         unlike = None
         if share_paired(block.site.block, *pairs) < _LEAST_SHARE:
             other = min((before, after), key=lambda o: share_paired(block.site.block, pair(block.site.block, o.module)))
-            unlike = f"too little of it can be made from `{other.path}`: " + self._difference(block, other)
+            differs = self.kinds.difference(block.site.block, other.module) or "nothing of it is the other's"
+            unlike = f"too little of it can be made from `{other.path}`: {differs}"
         alike = self.kinds.of(before.module) == self.kinds.of(block.site.block) == self.kinds.of(after.module)
         fixed = unfit_to_replace(parameters_of(self.root, block.path), self.owners)
         return replace(block, turn=_turn(block.site, alike), fixed=fixed, unlike=unlike)
 
-    def _difference(self, block: Block, other: Candidate) -> str:
-        signatures = (self.kinds.signature(module) for module in (block.site.block, other.module))
-        return first_difference(*signatures) or "nothing of the one is read by the other"
+    def _difference(self, path: str, other: str) -> str | None:
+        return self.kinds.difference(self.candidates.modules[path], self.candidates.modules[other])
 
 
 class _Kinds:
@@ -156,6 +156,12 @@ class _Kinds:
             self._numbers[key] = len(self._examples)
             self._examples.append(module)
         return self._numbers[key]
+
+    def difference(self, one: nn.Module, other: nn.Module) -> str | None:
+        """The first thing in which two modules differ; with a parameter's shape, the setting that it comes from."""
+        differs = first_difference(self.signature(one), self.signature(other))
+        setting = None if differs is None else first_setting(one, other, differs[1 : differs.index("`", 1)])
+        return differs if setting is None else f"{setting} ({differs})"
 
     def likeness(self, one: int, other: int) -> float:
         """The larger share of either's weights that has a counterpart in the other; 0 if it is under a half."""

@@ -24,6 +24,7 @@ __all__ = [
     "drop_hooks",
     "family",
     "first_difference",
+    "first_setting",
     "move_hooks",
     "set_submodule",
     "signature",
@@ -147,6 +148,31 @@ def first_difference(one: Signature, other: Signature) -> str | None:
         if one.get(key) != other.get(key):
             return f"`{key}`: {_show(one.get(key))} ≠ {_show(other.get(key))}"
     return None
+
+
+def first_setting(one: nn.Module, other: nn.Module, fact: str) -> str | None:
+    """Name a setting of the modules around a differing fact that differs too, as "`attn.window_size`: 7 ≠ 14".
+
+    Args:
+        one: a module.
+        other: another one.
+        fact: the key of a signature, such as "attn.relative_position_bias_table".
+    """
+    path = fact
+    while path:
+        path = path.rpartition(".")[0]
+        try:
+            mine, theirs = (_settings(attribute_at(module, path)) for module in (one, other))
+        except AttributeError:  # the other has no such part
+            continue
+        for name, value in mine.items():
+            if name in theirs and theirs[name] != value:
+                return f"`{_join(path, name)}`: {value} ≠ {theirs[name]}"
+    return None
+
+
+def _settings(module: object) -> dict[str, object]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _is_setting(v)}
 
 
 def _show(fact: object) -> str:
