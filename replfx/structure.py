@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from replfx.errors import CaptureError
+from replfx.tree import tensors_in
 
 __all__ = [
     "Signature",
@@ -74,7 +75,11 @@ def drop_hooks(module: nn.Module) -> None:
 
 
 def structural_copy(
-    model: nn.Module, replace: Callable[[Tensor], Tensor] | None = None, *, hooks: bool = False
+    model: nn.Module,
+    replace: Callable[[Tensor], Tensor] | None = None,
+    *,
+    plain: Callable[[Tensor], Tensor] | None = None,
+    hooks: bool = False,
 ) -> nn.Module:
     """Copy the modules of `model` but not its tensors.
 
@@ -82,13 +87,18 @@ def structural_copy(
         model: any module.
         replace: gives the tensor to put for each parameter and buffer (tied ones stay tied); without it
             the copy shares the tensors of `model`.
-        hooks: keep the user's forward and backward hooks. Off by default: a capture must not fire them.
+        plain: the same for tensors that are mere attributes; without it they are copied.
+        hooks: keep the user's forward and backward hooks. Off by default: a capture must not fire them. Those of
+            `torch.nn.utils` are kept anyway: without its hook, a weight norm would not compute its weight.
 
     Raises:
         CaptureError: the model holds something that `copy.deepcopy` cannot copy.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo: dict[int, object] = {key: replace(t) if replace else t for key, t in tensors.items()}
+    for tensor in _plain_tensors(model):
+        if id(tensor) not in memo:  # deepcopy refuses those that autograd made
+            memo[id(tensor)] = plain(tensor) if plain else _copied(tensor)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -98,8 +108,29 @@ def structural_copy(
         ) from error
     if not hooks:
         for module in twin.modules():
-            drop_hooks(module)
+            _drop_foreign_hooks(module)
     return twin
+
+
+def _plain_tensors(model: nn.Module) -> list[Tensor]:
+    registered = {"_parameters", "_buffers", "_modules"}
+    found: list[Tensor] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in registered:
+                found += tensors_in(value)
+    return found
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _drop_foreign_hooks(module: nn.Module) -> None:
+    for name in _HOOKS:
+        hooks = getattr(module, name)
+        for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
+            del hooks[key]
 
 
 def signature(module: nn.Module) -> Signature:
