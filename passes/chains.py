@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from replfx.fusion import Site
+from replfx.passes.regions import Region
 from replfx.tracing import ModuleCall
 
 __all__ = ["SHORTEST", "Block", "Chain", "Chains", "chains_of"]
@@ -24,6 +25,7 @@ class Block:
         turn: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
         fixed: why it must stay, though its neighbours may be made from it: it is frozen, or tied.
         unlike: why it cannot be made from its neighbours.
+        region: the piece of the graph that it is, where it is no module.
     """
 
     call: ModuleCall
@@ -32,6 +34,7 @@ class Block:
     turn: str | None = None
     fixed: str | None = None
     unlike: str | None = None
+    region: Region | None = None
 
     @property
     def obstacle(self) -> str | None:

@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.blocks import members_of, parameters_of
+from replfx.blocks import members_of, parameters_of, region_path
 from replfx.fusion import Site
 from replfx.fusion.anatomy import keeps_shape
-from replfx.fusion.interface import read_slot
+from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import SHORTEST, Block, Chain, Chains
+from replfx.passes.find_regions import find_regions
 from replfx.passes.links import Path, paths_of
+from replfx.passes.regions import Region, region_module
 from replfx.passes.slots import Joined, input_slots, interface_of, output_slots
 from replfx.passes.why_not import ancestors, why_not
 from replfx.structure import Signature, family, first_difference, first_setting, signature, unfit_to_replace
-from replfx.tracing import info_of
+from replfx.tracing import ModuleCall, info_of
 
 __all__ = ["FindChains"]
 
@@ -32,7 +34,8 @@ class FindChains(PassBase):
     Blocks are of one family when their modules are of one class. Two of them follow each other when the later
     one's input descends from the earlier one's output and at least half of its weights have a counterpart
     there (`replfx.fusion.pairing`). Where chains nest (blocks in stages), the level is taken that lets most
-    parameters be replaced. Where no module is a block, windows of siblings are tried ([Conv, BN, ReLU] × n).
+    parameters be replaced. Where no module is a block, windows of siblings are tried ([Conv, BN, ReLU] × n), and
+    where there are none, regions of the graph that repeat (`replfx.passes.find_regions`).
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -45,9 +48,11 @@ class _Search:
     """The state of one search."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
         self.info = info_of(graph_module)
         self.root = self.info.root
         self.candidates = Candidates(self.info, graph_module.graph)
+        self.positions = {node: position for position, node in enumerate(self.info.nodes)}
         self.kinds = _Kinds()
         self.owners: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
@@ -58,6 +63,10 @@ class _Search:
         chains = self._search(self.candidates.blocks(), dropped)
         if not any(chain.replaceable() for chain in chains):
             chains = self._search(self.candidates.windows(), dropped) or chains
+        if not any(chain.replaceable() for chain in chains):
+            regions = find_regions(self.graph_module)
+            chains = [self._region_chain(found.regions) for found in regions.chains] or chains
+            dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
         in_chain = {path for chain in chains for path in chain.paths}
         known = {**dropped, **self.candidates.refused}
@@ -109,6 +118,25 @@ class _Search:
         nodes = tuple(self.info.nodes[call.start : call.stop])
         site = Site(call.path, candidate.module, interface, _shape(gives), nodes, given, gives, names)
         return Block(call, site)
+
+    def _region_chain(self, regions: Sequence[Region]) -> Chain:
+        """Regions of the graph as blocks: all of one kind, and nothing but their weights is their own."""
+        blocks = []
+        for position, region in enumerate(regions):
+            path = region_path(next(iter(region.parameters.values())))
+            interface = Interface(("0",), {"input": "0"})
+            start, stop = (self.positions[region.nodes[end]] for end in (0, -1))
+            call = ModuleCall(path, (region.input, *region.extras), {}, start, stop + 1, region.output)
+            names = {target: name for name, target in region.modules.items()}
+            module = region_module(region, self.root)
+            site = Site(
+                path, module, interface, _shape(region.output), region.nodes, region.input, region.output, names
+            )
+            block = Block(call, site, region=region)
+            if 0 < position < len(regions) - 1:
+                block = replace(block, turn=_turn(site, alike=True))
+            blocks.append(block)
+        return Chain(tuple(blocks))
 
     @staticmethod
     def _adjacent(before: Candidate, after: Candidate, joined: Joined) -> bool:

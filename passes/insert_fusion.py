@@ -13,7 +13,9 @@ from replfx.blocks import head_of, put_block
 from replfx.building import build_layers, insert
 from replfx.fusion import FusionLayer
 from replfx.passes.chains import chains_of
+from replfx.passes.regions import replace_regions, without_regions
 from replfx.passes.select_blocks import plan_of
+from replfx.plans import has_regions
 from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
 
 __all__ = ["InsertFusion"]
@@ -23,6 +25,9 @@ __all__ = ["InsertFusion"]
 class InsertFusion(PassBase):
     """Carry out the plan in the graph's meta, on the model and on the graph.
 
+    Where the blocks are regions of the graph, only the graph can be rewritten: then the model stays as it is, and
+    the result is a fresh GraphModule that shares its parameters.
+
     Attributes:
         model: the model that was captured; its submodules are swapped in place.
     """
@@ -31,6 +36,8 @@ class InsertFusion(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Swap submodules of the model, and give each a `call_module` node of the graph."""
+        if has_regions(plan_of(graph_module)):
+            return PassResult(_rewrite_regions(graph_module, self.model), True)
         layers = build_layers(self.model, plan_of(graph_module))
         insert(self.model, layers)
         info = info_of(graph_module)
@@ -40,6 +47,32 @@ class InsertFusion(PassBase):
             _rewrite(graph_module, info, calls[path], layer, renamed)
         graph_module.recompile()
         return PassResult(graph_module, bool(layers))
+
+
+def _rewrite_regions(graph_module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """A fresh graph in which fusion layers are called in the place of the planned regions."""
+    plan, info = plan_of(graph_module), info_of(graph_module)
+    blocks = {block.path: block for chain in chains_of(graph_module).chains for block in chain.blocks}
+    layers = build_layers(model, plan, {path: block.site.block for path, block in blocks.items()})
+    regions = {path: region for path in layers if (region := blocks[path].region) is not None}
+    replace_regions(graph_module, [(region, head_of(model, path), layers[path]) for path, region in regions.items()])
+    fresh = without_regions(graph_module, list(regions.values()))
+    homes = {id(b.site.block): b.region.parameters for b in blocks.values() if b.region is not None}
+
+    def home(owner: nn.Module, leaf: str) -> tuple[nn.Module, str]:
+        """Where a parameter of a region is in the fresh graph; those of called modules are where they were."""
+        if id(owner) not in homes:
+            return owner, leaf
+        path, _, name = homes[id(owner)][leaf].rpartition(".")
+        return fresh.get_submodule(path), name
+
+    for layer in layers.values():
+        layer.rebind(home)
+    note = f"the blocks are no modules: {type(model).__name__} has become a torch.fx.GraphModule"
+    recorded = "; it was recorded, and holds for inputs of these shapes" if info.rung == "recorded" else ""
+    info.notes.append(note + recorded)
+    fresh.meta.update(graph_module.meta)
+    return fresh.train(model.training)
 
 
 def _rewrite(

@@ -66,7 +66,7 @@ def _unlike(path: str, called: list[str], difference: Callable[[str, str], str |
 def _recurrent(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Stacked recurrent layers are one call of one kernel: there is no layer between two others to replace."""
     return {
-        path: f"its {module.num_layers} layers run in one call of {type(module).__name__}, which none can be taken out of"
+        path: f"its {module.num_layers} layers run in one call of {type(module).__name__}: none can be taken out"
         for path, module in modules.items()
         if isinstance(module, nn.RNNBase) and module.num_layers > 2
     }

@@ -1,8 +1,11 @@
-"""Blocks by their paths: a submodule, or a window of siblings in a container.
+"""Blocks by their paths: a submodule, a window of siblings in a container, or a region of the graph.
 
 A *window* "features[3:5]" is what `features[3]` and `features[4]` compute one after the other, counted by
 position among the children of `features`; "[0:2]" are children of the model itself. A fusion layer that
 replaces a window stands in the place of its first member, and `nn.Identity` in those of the others.
+
+A *region* "@weights.3" is the piece of the captured graph that begins with the parameter `weights.3`. It is no
+module until it is replaced: in the rewritten graph the fusion layer is `replaced_weights_3`.
 """
 
 import re
@@ -11,7 +14,16 @@ from torch import nn
 
 from replfx.structure import set_submodule
 
-__all__ = ["block_at", "head_of", "members_of", "parameters_of", "put_block", "window_path"]
+__all__ = [
+    "block_at",
+    "head_of",
+    "is_region",
+    "members_of",
+    "parameters_of",
+    "put_block",
+    "region_path",
+    "window_path",
+]
 
 _WINDOW = re.compile(r"(?P<parent>.*)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
@@ -21,12 +33,24 @@ def window_path(parent: str, start: int, stop: int) -> str:
     return f"{parent}[{start}:{stop}]"
 
 
+def region_path(parameter: str) -> str:
+    """The path of the region that begins with a parameter."""
+    return f"@{parameter}"
+
+
+def is_region(path: str) -> bool:
+    """Whether the path is that of a region."""
+    return path.startswith("@")
+
+
 def members_of(model: nn.Module, path: str) -> list[str]:
-    """The paths of the modules that make up a block: itself, or the members of a window.
+    """The paths of the modules that make up a block: itself, the members of a window, what replaced a region.
 
     Raises:
         AttributeError: the model has no such block.
     """
+    if is_region(path):
+        return ["replaced_" + path[1:].replace(".", "_")]
     found = _WINDOW.fullmatch(path)
     if found is None:
         return [path]

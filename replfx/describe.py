@@ -28,7 +28,7 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
     blocks = []
     for index, chain in enumerate(found.chains):
         for block in chain.blocks:
-            flops, saved = _sum_costs(info.nodes[block.call.start : block.call.stop])
+            flops, saved = _sum_costs(block.site.nodes)
             size, kept = trainable_parameters(block.site.block), found.kept.get(block.path)
             blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept))
     count = trainable_parameters(model)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from replfx.blocks import is_region
 from replfx.errors import PlanError
 from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
 
-__all__ = ["Plan", "Replacement"]
+__all__ = ["Plan", "Replacement", "has_regions"]
 
 _FORMAT, _VERSION = "replfx-plan", 2
 _LARGEST = 64 * 1024 * 1024  # characters; a plan of 100,000 blocks is about half of it
@@ -105,6 +106,11 @@ class Plan:
         if len(set(paths)) != len(paths):
             raise PlanError("the plan replaces a block twice")
         return cls(top.take("model", str), replacements)
+
+
+def has_regions(plan: Plan) -> bool:
+    """Whether the plan replaces regions of a graph, which are no modules."""
+    return any(is_region(replacement.path) for replacement in plan.replacements)
 
 
 def _parse(text: object) -> object:

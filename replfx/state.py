@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from replfx.blocks import head_of
@@ -20,7 +20,7 @@ _ATTRIBUTE = "_replfx"
 
 @dataclass
 class Transformed:
-    """Kept on a transformed model as a plain attribute: it is copied and pickled with the model."""
+    """Kept on a transformed model: it is copied and pickled with the model."""
 
     plan: Plan
     report: Report
@@ -43,13 +43,19 @@ def placed_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
 
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     """Let a model that was just transformed remember how."""
-    setattr(model, _ATTRIBUTE, Transformed(plan, report, model.register_load_state_dict_pre_hook(_guard)))
+    _memory(model)[_ATTRIBUTE] = Transformed(plan, report, model.register_load_state_dict_pre_hook(_guard))
 
 
 def unmark(model: nn.Module) -> None:
     """Forget it again."""
-    state_of(model).guard.remove()
-    delattr(model, _ATTRIBUTE)
+    # By its number: the handle of a copy still speaks of the model that it was copied from.
+    model._load_state_dict_pre_hooks.pop(state_of(model).guard.id, None)
+    del _memory(model)[_ATTRIBUTE]
+
+
+def _memory(model: nn.Module) -> dict[str, Any]:
+    """What of a model is copied and pickled with it: of a GraphModule its meta, else its attributes."""
+    return model.meta if isinstance(model, fx.GraphModule) else model.__dict__
 
 
 def state_of(model: nn.Module) -> Transformed:
@@ -60,7 +66,7 @@ def state_of(model: nn.Module) -> Transformed:
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    state = model.__dict__.get(_ATTRIBUTE)
+    state = _memory(model).get(_ATTRIBUTE)
     if not isinstance(state, Transformed):
         raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")
     return state

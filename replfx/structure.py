@@ -12,7 +12,7 @@ from functools import reduce
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from replfx.errors import CaptureError
@@ -22,6 +22,7 @@ __all__ = [
     "Signature",
     "attribute_at",
     "block_digest",
+    "class_of",
     "drop_hooks",
     "family",
     "first_difference",
@@ -143,7 +144,7 @@ def signature(module: nn.Module) -> Signature:
     for path, sub in module.named_modules(remove_duplicate=False):
         if next(sub.parameters(), None) is None:
             continue
-        facts[_join(path, "class")] = type(sub)
+        facts[_join(path, "class")] = class_of(sub)
         for name, parameter in sub._parameters.items():
             shape = None if parameter is None else (tuple(parameter.shape), parameter.dtype)
             facts[_join(path, name)] = shape
@@ -155,12 +156,17 @@ def signature(module: nn.Module) -> Signature:
     return facts
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as its author wrote it: every GraphModule has one of its own."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+
+
 def family(module: nn.Module) -> Hashable:
     """What the members of a chain have in common: their class; of containers, those of their children too."""
     if isinstance(module, nn.Sequential | nn.ModuleList):
         inner = (family(child) for child in module if next(child.parameters(), None) is not None)
         return (id(type(module)), *inner)
-    return id(type(module))
+    return id(class_of(module))
 
 
 def _is_setting(value: object) -> bool:

@@ -1,6 +1,6 @@
 """The fusion layer: the module that stands in a replaced block's place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -68,6 +68,15 @@ class FusionLayer(nn.Module):
             if block is None or name.startswith("_"):
                 raise
             return getattr(block, name)
+
+    def rebind(self, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> None:
+        """Read from where the neighbours' parameters are now: `home` gives owner and name for what they were."""
+        if self._readings is not None:
+            before, after = (
+                {name: (*home(owner, leaf), rows) for name, (owner, leaf, rows) in side.items()}
+                for side in self._readings
+            )
+            self._readings = (before, after)
 
     def synthesized(self) -> dict[str, Tensor]:
         """The operator's weights as they stand: parameter name in the block → tensor.

@@ -160,7 +160,9 @@ class BlockOperator(Operator):
 
     def _own(self, name: str, value: nn.Parameter | None) -> None:
         path, _, leaf = name.rpartition(".")
-        self.block.get_submodule(path)._parameters[leaf] = value
+        owner = self.block.get_submodule(path)
+        owner.__dict__.pop(leaf, None)  # where torch.fx puts the None when it copies a GraphModule
+        owner._parameters[leaf] = value
 
     @classmethod
     def match(cls, site: Site) -> Match:
@@ -175,6 +177,8 @@ class BlockOperator(Operator):
     def plain(self, theta: dict[str, Tensor]) -> nn.Module:
         for name, value in theta.items():
             self._own(name, nn.Parameter(value))
+        if isinstance(self.block, fx.GraphModule):  # a region: as a GraphModule of torch's own class
+            return fx.GraphModule(self.block, self.block.graph, "Region").train(self.block.training)
         return self.block
 
 

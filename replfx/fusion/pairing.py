@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from replfx.structure import class_of
+
 __all__ = ["Counterpart", "Counterparts", "counterparts", "pair", "share_paired", "synthesizable"]
 
 Side: TypeAlias = Literal["previous", "next"]
@@ -83,8 +85,8 @@ def _roles(block: nn.Module) -> dict[str, _Role]:
 
 def _role(block: nn.Module, name: str, parameter: Tensor) -> _Role:
     path, _, leaf = name.rpartition(".")
-    holder = type(block.get_submodule(path.rpartition(".")[0])) if path else None
-    return _Role(type(block.get_submodule(path)), holder, leaf, parameter.dim(), _kernel(parameter))
+    holder = class_of(block.get_submodule(path.rpartition(".")[0])) if path else None
+    return _Role(class_of(block.get_submodule(path)), holder, leaf, parameter.dim(), _kernel(parameter))
 
 
 def _kernel(parameter: Tensor) -> str:
