@@ -165,7 +165,8 @@ class Recorder(TorchFunctionMode):
         self._stack[key] = (path, type(module))
         try:
             whole = is_leaf(module) or (is_small(module) and _reads_training(module))
-            leaf = whole and _representable((record.args, record.kwargs))
+            # The model itself is never one, even if it has no submodules but only parameters.
+            leaf = bool(path) and whole and _representable((record.args, record.kwargs))
             if leaf:
                 with self._pause():
                     result = call(module, *args, **kwargs)
