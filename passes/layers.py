@@ -202,9 +202,10 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
     for start in starts:
         piece = template.fit(start)
         reason = None if piece is None else _unfit(stream, piece)
-        if piece is not None and reason is not None and piece.parameters:
-            found.refused[next(iter(piece.parameters.values()))] = reason
-        if chain and (piece is None or reason is not None or piece.input is not chain[-1].output):
+        back = None if piece is None or reason is not None else _reads_back(stream, chain, piece)
+        if piece is not None and piece.parameters and (reason or back):
+            found.refused[next(iter(piece.parameters.values()))] = reason or str(back)
+        if chain and (piece is None or reason or back or piece.input is not chain[-1].output):
             found.chains.append(chain)
             chain = []
         if piece is not None and reason is None:
@@ -215,6 +216,14 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
 
 
 # ---- what a piece must be
+
+
+def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
+    """Why a piece cannot follow a chain although it takes its output, or None: then a new chain begins with it."""
+    for extra in piece.extras:
+        if chain and stream.position.get(extra, -1) >= chain[0].start:
+            return f"it reads `{extra.name}` of an earlier piece, besides the output of the one before"
+    return None
 
 
 def _unfit(stream: Stream, piece: Piece) -> str | None:

@@ -38,7 +38,7 @@ def runs(items: Sequence[Hashable], copies: int = 3) -> list[Run]:
     ranks = [numbers.setdefault(item, len(numbers)) for item in items]
     found: list[Run] = []
     width = 1
-    while len(ranks) > width and max(ranks) < len(ranks) - 1 and width * copies < 2 * len(items):
+    while ranks and max(ranks) < len(ranks) - 1 and width * copies < 2 * len(items):
         found += [run for run in _runs_of_width(ranks, width) if run.length >= copies * run.period]
         pairs: dict[tuple[int, int], int] = {}
         ranks = [pairs.setdefault(pair, len(pairs)) for pair in zip(ranks, ranks[width:], strict=False)]

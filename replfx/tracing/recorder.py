@@ -294,8 +294,11 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _is_whole(self, path: str, module: nn.Module, arguments: tuple[Any, Any]) -> bool:
-        """Whether the call can be one node: it computes with its own tensors, on what a graph can hold."""
-        if path in self.opened or not (is_leaf(module) or (is_small(module) and _reads_training(module))):
+        """Whether the call can be one node: it computes with its own tensors, on what a graph can hold.
+
+        The model itself never is one, even if it has no submodules but only parameters.
+        """
+        if not path or path in self.opened or not (is_leaf(module) or (is_small(module) and _reads_training(module))):
             return False
         own = all(own_tensors(part) == self._own.get(id(part)) for part in module.modules())
         return own and not holds_modules(arguments)

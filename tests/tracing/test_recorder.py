@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import replfx
 from replfx.tracing import info_of
@@ -195,3 +195,18 @@ def test_a_real_run_leaves_random_state_and_statistics_alone() -> None:
     before = snapshot(model)
     replfx.capture(model, X)
     assert_unchanged(model, before)
+
+
+def test_a_model_without_submodules_is_not_called_as_a_whole() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert type(x) is not fx.Proxy  # the first rung ends here
+            return (x @ self.weight).relu()
+
+    graph_module = replfx.capture(Bare(), torch.ones(2, 3))
+    assert [node.op for node in graph_module.graph.nodes].count("call_module") == 0
+    assert torch.equal(graph_module(torch.ones(2, 3)), torch.ones(2, 3))
