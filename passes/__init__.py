@@ -4,22 +4,22 @@
 options, on `torch.fx.passes.infra`; only `insert_fusion` changes the model.
 """
 
-from replfx.passes.find_chains import Chain, Chains, FindChains, chains_of
-from replfx.passes.insert_fusion import InsertFusion, build_layers, insert
+from replfx.passes.chains import Block, Chain, Chains, chains_of
+from replfx.passes.find_chains import FindChains
+from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.passes.select_blocks import SelectBlocks, plan_of
 from replfx.passes.verify import Verify
 
 __all__ = [
+    "Block",
     "Chain",
     "Chains",
     "FindChains",
     "InsertFusion",
     "SelectBlocks",
     "Verify",
-    "build_layers",
     "chains_of",
-    "insert",
     "plan_of",
     "run_passes",
 ]

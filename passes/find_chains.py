@@ -1,229 +1,255 @@
 """find_chains: the chains of like blocks in a captured graph, and why not where not."""
 
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
-import networkx as nx
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.fusion.interface import Interface
-from replfx.passes.slots import input_slots, interface_of, output_slots
+from replfx.blocks import members_of, parameters_of, region_path
+from replfx.fusion import Site
+from replfx.fusion.anatomy import keeps_shape
+from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.pairing import pair, share_paired
+from replfx.passes.candidates import Candidate, Candidates, is_layer
+from replfx.passes.chains import SHORTEST, Block, Chain, Chains
+from replfx.passes.find_regions import find_regions
+from replfx.passes.links import Path, paths_of
+from replfx.passes.regions import Region, region_module
+from replfx.passes.slots import Joined, input_slots, interface_of, output_slots
 from replfx.passes.why_not import ancestors, why_not
-from replfx.structure import Signature, signature, unfit_to_replace, unfit_to_share
-from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
+from replfx.structure import Signature, family, first_difference, first_setting, signature, unfit_to_replace
+from replfx.tracing import ModuleCall, info_of
 
-__all__ = ["Chain", "Chains", "FindChains", "chains_of"]
+__all__ = ["FindChains"]
 
-Joined: TypeAlias = tuple[tuple[str, str], ...]  # (output slot, input slot of the next block), …
-
-SHORTEST = 3  # a replaced block and a kept one on each side
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Blocks of one kind, each taking the one before's output.
-
-    Attributes:
-        calls: the call of each block.
-        interfaces: how each is called.
-        shape: shape of the main activation; None if no example inputs were given.
-    """
-
-    calls: tuple[ModuleCall, ...]
-    interfaces: tuple[Interface, ...]
-    shape: tuple[int, ...] | None
-
-    @property
-    def paths(self) -> list[str]:
-        """The blocks' paths, in the order in which they run."""
-        return [call.path for call in self.calls]
-
-
-@dataclass(frozen=True)
-class Chains:
-    """The findings of the pass, kept at `graph_module.meta["replfx_chains"]`.
-
-    Attributes:
-        chains: all chains of three blocks and more, in the order in which they run.
-        fixed: blocks of a chain that must stay, with the reason; their neighbours may still read them.
-        refused: blocks that are in no chain, with the reason.
-    """
-
-    chains: list[Chain]
-    fixed: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
-def chains_of(graph_module: fx.GraphModule) -> Chains:
-    """What `FindChains` found in this graph."""
-    found = graph_module.meta["replfx_chains"]
-    assert isinstance(found, Chains)
-    return found
+_LEAST_SHARE = 0.5  # of a block's weights that have a counterpart in a neighbour
 
 
 @dataclass(frozen=True)
 class FindChains(PassBase):
-    """Find maximal chains of blocks that have the same structure; changes nothing.
+    """Find maximal chains of blocks of one family; changes nothing.
 
-    Two blocks are of one kind when their parameter trees are alike (`replfx.structure.signature`) and their
-    activations have the same shape. Where chains nest (stages of blocks), the level is taken that lets most
-    parameters be replaced, the inner one if it is a tie.
+    Blocks are of one family when their modules are of one class. Two of them follow each other when the later
+    one's input descends from the earlier one's output and at least half of its weights have a counterpart
+    there (`replfx.fusion.pairing`). Where chains nest (blocks in stages), the level is taken that lets most
+    parameters be replaced. Where no module is a block, windows of siblings are tried ([Conv, BN, ReLU] × n), and
+    where there are none, regions of the graph that repeat (`replfx.passes.find_regions`).
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put `Chains` into the graph's meta."""
-        graph_module.meta["replfx_chains"] = _Search(info_of(graph_module), graph_module.graph).run()
+        graph_module.meta["replfx_chains"] = _Search(graph_module).run()
         return PassResult(graph_module, False)
 
 
 class _Search:
     """The state of one search."""
 
-    def __init__(self, info: CaptureInfo, graph: fx.Graph) -> None:
-        self.info = info
-        self.root = info.root
-        self.modules = dict(self.root.named_modules(remove_duplicate=False))
-        self.counts = Counter(call.path for call in info.calls)
-        self.refused: dict[str, str] = {}
-        self.flow: nx.DiGraph[fx.Node] = nx.DiGraph()
-        self.flow.add_nodes_from(graph.nodes)
-        self.flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
-        self.signatures: dict[str, Signature] = {}
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.info = info_of(graph_module)
+        self.root = self.info.root
+        self.candidates = Candidates(self.info, graph_module.graph)
+        self.positions = {node: position for position, node in enumerate(self.info.nodes)}
+        self.kinds = _Kinds()
+        self.owners: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.root.named_parameters(remove_duplicate=False):
+            self.owners[id(parameter)].append(name)
 
     def run(self) -> Chains:
-        candidates = [call for call in self.info.calls if self._is_candidate(call)]
-        chains = _outermost_worth_it(self._links_to_chains(candidates), self.modules)
-        chains.sort(key=lambda chain: chain.calls[0].start)
-        owners = _owners(self.root)
+        dropped: dict[str, str] = {}
+        chains = self._search(self.candidates.blocks(), dropped)
+        if not any(chain.replaceable() for chain in chains):
+            chains = self._search(self.candidates.windows(), dropped) or chains
+        if not any(chain.replaceable() for chain in chains):
+            regions = find_regions(self.graph_module)
+            chains = [self._region_chain(found.regions) for found in regions.chains] or chains
+            dropped.update({region_path(name): why for name, why in regions.refused.items()})
+        chains.sort(key=lambda chain: chain.blocks[0].call.start)
         in_chain = {path for chain in chains for path in chain.paths}
-        fixed = {p: why for p in sorted(in_chain) if (why := unfit_to_replace(p, self.modules[p], owners))}
-        reasons = why_not(self.modules, self.signature, self.counts, self.refused, in_chain)
-        return Chains(chains, fixed, reasons)
+        known = {**dropped, **self.candidates.refused}
+        modules, counts = self.candidates.modules, self.candidates.counts
+        return Chains(chains, why_not(modules, self._difference, counts, known, in_chain))
 
-    # ---- candidates
+    def _search(self, candidates: list[Candidate], dropped: dict[str, str]) -> list[Chain]:
+        """The chains among these candidates; blocks of those that can't be used go to `dropped` with the reason."""
+        kinds = [self.kinds.of(candidate.module) for candidate in candidates]
+        families = [_family(candidate) for candidate in candidates]
+        paths = paths_of(
+            candidates, self.info.nodes, families, lambda one, other: self.kinds.likeness(kinds[one], kinds[other])
+        )
+        found = []
+        for path in paths:
+            if len(path[0]) < SHORTEST:
+                continue
+            chain = self._chain(candidates, kinds, path)
+            if any(block.unlike is None for block in chain.blocks[1:-1]):
+                found.append(chain)
+            else:
+                dropped.update({block.path: block.unlike for block in chain.blocks[1:-1] if block.unlike})
+        return _levels_worth_it(_steady_if_any(found, dropped))
 
-    def _is_candidate(self, call: ModuleCall) -> bool:
-        """A block has parameters, runs once, and gives its result through its output alone."""
-        module = self.modules.get(call.path)
-        if module is None or not call.path or next(module.parameters(), None) is None:
-            return False
-        reason = self._unfit(call, module)
-        if reason is not None:
-            self.refused[call.path] = reason
-        return reason is None
+    def _chain(self, candidates: Sequence[Candidate], kinds: Sequence[int], path: Path) -> Chain:
+        indices, joins = path
+        blocks: list[Block] = []
+        for position, index in enumerate(indices):
+            entered = joins[position - 1] if position else joins[0]
+            left = joins[position] if position < len(joins) else joins[-1]
+            block = self._block(candidates[index], entered, left)
+            if position:
+                alike = kinds[indices[position - 1]] == kinds[index]
+                adjacent = entered and self._adjacent(candidates[indices[position - 1]], candidates[index], entered)
+                block = replace(block, new_stage=not alike and not adjacent)
+            if 0 < position < len(indices) - 1:
+                before, after = (candidates[indices[position + step]] for step in (-1, 1))
+                block = self._judged(block, before, after)
+            blocks.append(block)
+        return Chain(tuple(blocks))
 
-    def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
-        if self.counts[call.path] > 1:
-            return f"it is called {self.counts[call.path]} times in one forward pass"
-        return unfit_to_share(module) or self._leak(call)
+    def _block(self, candidate: Candidate, entered: Joined, left: Joined) -> Block:
+        call = candidate.call
+        interface = interface_of(call, entered, left)
+        given, gives = read_slot(interface.main, call.args, call.kwargs), output_slots(call)[left[0][0]]
+        assert isinstance(given, fx.Node)
+        members = members_of(self.root, call.path)
+        names = {call.path: ""} if members == [call.path] else {path: str(i) for i, path in enumerate(members)}
+        nodes = tuple(self.info.nodes[call.start : call.stop])
+        site = Site(call.path, candidate.module, interface, _shape(gives), nodes, given, gives, names)
+        return Block(call, site)
 
-    def _leak(self, call: ModuleCall) -> str | None:
-        """Why the call's nodes are no region with its arguments as entry and its output as exit."""
-        region = set(self.info.nodes[call.start : call.stop])
-        outputs, arguments = set(nodes_in(call.output)), set(nodes_in((call.args, call.kwargs)))
-        for inner, _ in nx.edge_boundary(self.flow, region):
-            if inner not in outputs and inner.op != "get_attr" and not _is_flag(inner):
-                return f"an intermediate result of it (`{inner.name}`) is used outside of it"
-        for node in region:
-            for outer in self.flow.predecessors(node):
-                if outer not in region and outer not in arguments and outer.op != "get_attr" and not _is_flag(outer):
-                    return f"it reads `{outer.name}`, which is not among its arguments"
-        return None
+    def _region_chain(self, regions: Sequence[Region]) -> Chain:
+        """Regions of the graph as blocks: all of one kind, and nothing but their weights is their own."""
+        blocks = []
+        for position, region in enumerate(regions):
+            path = region_path(next(iter(region.parameters.values())))
+            interface = Interface(("0",), {"input": "0"})
+            start, stop = (self.positions[region.nodes[end]] for end in (0, -1))
+            call = ModuleCall(path, (region.input, *region.extras), {}, start, stop + 1, region.output)
+            names = {target: name for name, target in region.modules.items()}
+            module = region_module(region, self.root)
+            site = Site(
+                path, module, interface, _shape(region.output), region.nodes, region.input, region.output, names
+            )
+            block = Block(call, site, region=region)
+            if 0 < position < len(regions) - 1:
+                block = replace(block, turn=_turn(site, alike=True))
+            blocks.append(block)
+        return Chain(tuple(blocks))
 
-    # ---- chains
+    @staticmethod
+    def _adjacent(before: Candidate, after: Candidate, joined: Joined) -> bool:
+        """Whether the one's very output is the other's input."""
+        outputs, inputs = output_slots(before.call), input_slots(after.call)
+        return any(outputs[out] is inputs[slot] for out, slot in joined)
 
-    def _links_to_chains(self, candidates: list[ModuleCall]) -> Iterator[Chain]:
-        """Longest paths among calls of one kind whose links join the same slots."""
-        candidates = sorted(candidates, key=lambda call: (call.start, -call.stop))
-        kinds: dict[Hashable, int] = {}
-        kind_of = [kinds.setdefault(tuple(self.signature(c.path).items()), len(kinds)) for c in candidates]
-        producers: dict[fx.Node, list[tuple[int, str]]] = defaultdict(list)
-        for index, call in enumerate(candidates):
-            given = set(input_slots(call).values())
-            for slot, node in output_slots(call).items():
-                if node not in given:  # a mask that a block hands through links it to none
-                    producers[node].append((index, slot))
-        networks: dict[tuple[int, Joined], nx.DiGraph[int]] = defaultdict(nx.DiGraph)
-        for index, call in enumerate(candidates):
-            links: dict[int, list[tuple[str, str]]] = defaultdict(list)
-            for slot, node in input_slots(call).items():
-                for source, out in producers.get(node, ()):
-                    if kind_of[source] == kind_of[index] and candidates[source].stop <= call.start:
-                        links[source].append((out, slot))
-            for source, joined in links.items():
-                networks[(kind_of[index], tuple(joined))].add_edge(source, index)
-        for (_, joint), network in networks.items():
-            for path in _longest_paths(network):
-                yield from self._same_shape_runs(tuple(candidates[i] for i in path), joint)
+    def _judged(self, block: Block, before: Candidate, after: Candidate) -> Block:
+        """The block with what speaks against replacing it."""
+        pairs = [pair(block.site.block, other.module) for other in (before, after)]
+        unlike = None
+        if share_paired(block.site.block, *pairs) < _LEAST_SHARE:
+            other = min((before, after), key=lambda o: share_paired(block.site.block, pair(block.site.block, o.module)))
+            differs = self.kinds.difference(block.site.block, other.module) or "nothing of it is the other's"
+            unlike = f"too little of it can be made from `{other.path}`: {differs}"
+        alike = self.kinds.of(before.module) == self.kinds.of(block.site.block) == self.kinds.of(after.module)
+        fixed = unfit_to_replace(parameters_of(self.root, block.path), self.owners)
+        return replace(block, turn=_turn(block.site, alike), fixed=fixed, unlike=unlike)
 
-    def _same_shape_runs(self, calls: tuple[ModuleCall, ...], joined: Joined) -> Iterator[Chain]:
-        """Split a path where the shape of the activation changes, and build each part's interfaces."""
-        run: list[ModuleCall] = []
-        shape: tuple[int, ...] | None = None
-        out, slot = joined[0]
-        for call in (*calls, None):
-            before = None if call is None else _shape(input_slots(call)[slot])
-            after = None if call is None else _shape(output_slots(call)[out])
-            if run and (call is None or before != shape or after != shape):
-                yield Chain(tuple(run), tuple(interface_of(c, joined) for c in run), shape)
-                run = []
-            if call is not None and before == after:
-                run.append(call)
-                shape = before
+    def _difference(self, path: str, other: str) -> str | None:
+        return self.kinds.difference(self.candidates.modules[path], self.candidates.modules[other])
 
-    def signature(self, path: str) -> Signature:
-        """The signature of the module at `path`, computed once."""
-        if path not in self.signatures:
-            self.signatures[path] = signature(self.modules[path])
-        return self.signatures[path]
+
+class _Kinds:
+    """Numbers the kinds of blocks, and compares them once a pair of kinds."""
+
+    def __init__(self) -> None:
+        self._signatures: dict[int, Signature] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._examples: list[nn.Module] = []
+        self._likeness: dict[tuple[int, int], float] = {}
+        self._keep: list[nn.Module] = []  # an id would be given out again
+
+    def signature(self, module: nn.Module) -> Signature:
+        """The signature of a module, computed once."""
+        if id(module) not in self._signatures:
+            self._keep.append(module)
+            self._signatures[id(module)] = signature(module)
+        return self._signatures[id(module)]
+
+    def of(self, module: nn.Module) -> int:
+        """The number of the module's kind: the same for modules of equal signatures."""
+        key = tuple(self.signature(module).items())
+        if key not in self._numbers:
+            self._numbers[key] = len(self._examples)
+            self._examples.append(module)
+        return self._numbers[key]
+
+    def difference(self, one: nn.Module, other: nn.Module) -> str | None:
+        """The first thing in which two modules differ; with a parameter's shape, the setting that it comes from."""
+        differs = first_difference(self.signature(one), self.signature(other))
+        setting = None if differs is None else first_setting(one, other, differs[1 : differs.index("`", 1)])
+        return differs if setting is None else f"{setting} ({differs})"
+
+    def likeness(self, one: int, other: int) -> float:
+        """The larger share of either's weights that has a counterpart in the other; 0 if it is under a half."""
+        if one == other:
+            return 1.0
+        key = (min(one, other), max(one, other))
+        if key not in self._likeness:
+            a, b = (self._examples[kind] for kind in key)
+            share = max(share_paired(a, pair(a, b)), share_paired(b, pair(b, a)))
+            self._likeness[key] = 0.9 * share if share >= _LEAST_SHARE else 0.0
+        return self._likeness[key]
+
+
+def _family(candidate: Candidate) -> Hashable:
+    """Windows are of one family when they begin with the same kind of layer."""
+    if "[" in candidate.path or is_layer(candidate.module):
+        first = candidate.module if is_layer(candidate.module) else next(candidate.module.children())
+        return ("window", type(first))
+    return family(candidate.module)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     return node.meta.get("shape")
 
 
-def _is_flag(node: fx.Node) -> bool:
-    return node.op == "call_module" and str(node.target).endswith("training_flag")
+def _turn(site: Site, alike: bool) -> str | None:
+    """How the block changes the shape of its activation; without example inputs, as far as its structure tells."""
+    before, after = _shape(site.input), _shape(site.output)
+    if before is not None and after is not None:
+        return None if before == after else f"{before} → {after}"
+    if alike or keeps_shape(site):
+        return None
+    return "as far as is known without example_inputs"
 
 
-def _owners(root: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    return owners
-
-
-def _longest_paths(network: "nx.DiGraph[int]") -> Iterator[list[int]]:
-    """Disjoint longest paths, longest first, of each connected part."""
-    for part in nx.weakly_connected_components(network):
-        rest = network.subgraph(sorted(part)).copy()
-        while len(rest) > 1:
-            path = nx.dag_longest_path(rest)
-            if len(path) < 2:
-                break
-            yield path
-            rest.remove_nodes_from(path)
+def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
+    """Without the chains all of whose blocks change the shape of their activation, if there are others."""
+    steady = [chain for chain in chains if any(chain.blocks[i].turn is None for i in chain.replaceable())]
+    for chain in chains if steady else ():
+        if chain not in steady and chain.replaceable():
+            dropped.update(
+                {b.path: f"it changes the shape of its activation: {b.turn}" for b in chain.blocks if b.turn}
+            )
+    return [chain for chain in chains if chain in steady or not chain.replaceable()] if steady else chains
 
 
 # ---- nesting
 
 
-def _outermost_worth_it(chains: Iterable[Chain], modules: dict[str, nn.Module]) -> list[Chain]:
+def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
     """Of chains that lie inside each other's blocks, keep the level that lets most be replaced."""
     kept: dict[str, tuple[Chain, int]] = {}  # by the path of the first block
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept within it
-    taken: set[str] = set()
-    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), -len(c.calls), c.calls[0].start)):
-        if len(chain.calls) < SHORTEST or not taken.isdisjoint(chain.paths):
-            continue  # of chains through one block (joined by other slots) the longest counts
-        taken.update(chain.paths)
-        size = sum(p.numel() for p in modules[chain.paths[0]].parameters())
-        worth = size * ((len(chain.calls) - 1) // 2)
+    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.blocks[0].call.start)):
+        worth = _worth(chain)
         inner = {key for path in chain.paths for key in inside[path] if key in kept}
-        if inner and worth <= sum(kept[key][1] for key in inner):
+        # A container is only worth more than its blocks if it is; a class of its own is what its author calls a block.
+        margin = 1 if isinstance(chain.blocks[0].site.block, nn.Sequential) else 2
+        rival = sum(kept[key][1] for key in inner)
+        if inner and (worth * margin < rival or (margin == 1 and worth == rival)):
             continue
         for key in inner:
             del kept[key]
@@ -233,3 +259,13 @@ def _outermost_worth_it(chains: Iterable[Chain], modules: dict[str, nn.Module]) 
             for ancestor in ancestors(path):
                 inside[ancestor].add(name)
     return [chain for chain, _ in kept.values()]
+
+
+def _worth(chain: Chain) -> int:
+    """How many parameters every second block has, or else the largest one that can be replaced."""
+
+    def size(position: int) -> int:
+        return sum(p.numel() for p in chain.blocks[position].site.block.parameters())
+
+    chosen = chain.every(2)
+    return sum(map(size, chosen)) if chosen else max(map(size, chain.replaceable()), default=0)

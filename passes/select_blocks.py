@@ -1,7 +1,7 @@
 """select_blocks: from chains and a policy to a plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import fx
@@ -10,11 +10,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
 from replfx.fusion.anatomy import is_residual
-from replfx.fusion.interface import read_slot
-from replfx.passes.find_chains import SHORTEST, Chain, Chains, chains_of
+from replfx.passes.chains import SHORTEST, Block, Chain, Chains, chains_of
 from replfx.plans import Plan, Replacement
 from replfx.structure import block_digest
-from replfx.tracing import info_of, nodes_in
+from replfx.tracing import info_of
 
 __all__ = ["SelectBlocks", "plan_of"]
 
@@ -33,7 +32,8 @@ class SelectBlocks(PassBase):
     Exactly one of `every`, `fraction` and `select` is given.
 
     Attributes:
-        every: k ≥ 2 replaces blocks k, 2k, … of each chain, counted from 1, never its last.
+        every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. They are counted from 1, anew from
+            each block that changes the shape of its activation or begins a new stage; those that change it stay.
         fraction: 0 < f ≤ ½ replaces that part of each chain, spread evenly, never two in a row.
         select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
         fusion, operator: what takes a replaced block's place.
@@ -79,74 +79,69 @@ class SelectBlocks(PassBase):
         wanted = None if self.select is None else _matches(self.select, graph_module, found)
         replacements: list[Replacement] = []
         for chain in found.chains:
-            positions = self._positions(chain, found) if wanted is None else _selected(wanted, chain, found)
-            replacements += self._replace(graph_module, chain, positions, found)
+            positions = self._positions(chain) if wanted is None else _selected(wanted, chain)
+            made = self._replace(chain, positions, found)
+            found.kept.update(_kept(chain, made))
+            replacements += made
         if not replacements:
             raise NoChainError(_nothing_left(self, found))
         model = type(info_of(graph_module).root).__name__
         graph_module.meta["replfx_plan"] = Plan(model, tuple(replacements))
         return PassResult(graph_module, False)
 
-    def _positions(self, chain: Chain, found: Chains) -> list[int]:
+    def _positions(self, chain: Chain) -> list[int]:
         """Which blocks of the chain, counted from 0, the policy asks for."""
-        length = len(chain.calls)
         if self.every is not None:
-            chosen = range(self.every - 1, length - 1, self.every)
-            return [i for i in chosen if chain.paths[i] not in found.fixed]
+            return chain.every(self.every)
         assert self.fraction is not None
-        count = min(int(self.fraction * length + 0.5), (length - 1) // 2)
-        if count == 0:
-            return []
-        step = (length - 1) / count  # at least 2, so no two are adjacent and neither end is chosen
-        spread = [max(int(step * (i + 0.5)), 1) for i in range(count)]
-        return [i for i in spread if chain.paths[i] not in found.fixed]
+        return chain.fraction(self.fraction)
 
-    def _replace(
-        self, graph_module: fx.GraphModule, chain: Chain, positions: Sequence[int], found: Chains
-    ) -> list[Replacement]:
+    def _replace(self, chain: Chain, positions: Sequence[int], found: Chains) -> list[Replacement]:
         operator = operators[self.operator.name]
         made: list[Replacement] = []
         for i in positions:
             path = chain.paths[i]
-            kept = [j for j in range(len(chain.calls)) if j not in positions]
-            if operator.needs_neighbours and not {i - 1, i + 1} <= set(kept):
-                raise PlanError(_lonely(chain, i, positions))
-            site = _site(graph_module, chain, i)
-            match = operator.match(site) if chain.shape or self.operator.name != "identity" else _unmeasured(site)
+            if operator.needs_neighbours:
+                _check_neighbours(chain, i, positions)
+            site = _site(chain, i)
+            match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
+            if match and self.operator.name == "identity" and chain.blocks[i].turn is not None:
+                match = Match(reason=f"it changes the shape of its activation: {chain.blocks[i].turn}")
             if not match:
                 found.refused[path] = f"operator {self.operator.name!r} does not fit it: {match.reason}"
                 if self.select is not None:
                     raise FusionError(f"`{path}`: {found.refused[path]}")
                 continue
-            made.append(
-                Replacement(
-                    path=path,
-                    previous=chain.paths[i - 1] if operator.needs_neighbours else None,
-                    next=chain.paths[i + 1] if operator.needs_neighbours else None,
-                    fusion=self.fusion,
-                    operator=Choice(self.operator.name, {**match.options, **self.operator.options}),
-                    interface=chain.interfaces[i],
-                    kind=block_digest(site.block),
-                    neighbour_gradient=float(self.neighbour_gradient),
-                )
-            )
+            options = {**match.options, **self.operator.options}
+            made.append(self._replacement(site, chain, i, Choice(self.operator.name, options)))
         return made
 
+    def _replacement(self, site: Site, chain: Chain, position: int, choice: Choice) -> Replacement:
+        sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
+        if operators[choice.name].needs_neighbours:
+            neighbours = (chain.blocks[position + step] for step in (-1, 1))
+            sides = [(block.path, block_digest(block.site.block)) for block in neighbours]
+        (previous, previous_kind), (next, next_kind) = sides
+        return Replacement(
+            path=site.path,
+            previous=previous,
+            next=next,
+            fusion=self.fusion,
+            operator=choice,
+            interface=site.interface,
+            kind=block_digest(site.block),
+            previous_kind=previous_kind,
+            next_kind=next_kind,
+            neighbour_gradient=float(self.neighbour_gradient),
+        )
 
-def _site(graph_module: fx.GraphModule, chain: Chain, position: int) -> Site:
-    info, call, interface = info_of(graph_module), chain.calls[position], chain.interfaces[position]
-    source = read_slot(interface.main, call.args, call.kwargs)
-    outputs = nodes_in(call.output)
-    assert isinstance(source, fx.Node)
-    return Site(
-        path=call.path,
-        block=info.root.get_submodule(call.path),
-        interface=interface,
-        shape=chain.shape,
-        nodes=tuple(info.nodes[call.start : call.stop]),
-        input=source,
-        output=outputs[0],
+
+def _site(chain: Chain, position: int) -> Site:
+    """The block's site, with its neighbours."""
+    before, after = (
+        chain.blocks[p].site.block if 0 <= p < len(chain.blocks) else None for p in (position - 1, position + 1)
     )
+    return replace(chain.blocks[position].site, previous=before, next=after)
 
 
 def _unmeasured(site: Site) -> Match:
@@ -182,12 +177,44 @@ def _no_match(glob: str, graph_module: fx.GraphModule, in_chain: list[str], foun
     return f"select={glob!r} matches nothing; blocks that are in a chain: {_some(in_chain)}"
 
 
-def _selected(wanted: set[str], chain: Chain, found: Chains) -> list[int]:
+def _selected(wanted: set[str], chain: Chain) -> list[int]:
     positions = [i for i, path in enumerate(chain.paths) if path in wanted]
     for i in positions:
-        if chain.paths[i] in found.fixed:
-            raise PlanError(f"`{chain.paths[i]}` cannot be replaced: {found.fixed[chain.paths[i]]}")
+        if chain.blocks[i].obstacle is not None:
+            raise PlanError(f"`{chain.paths[i]}` cannot be replaced: {chain.blocks[i].obstacle}")
     return positions
+
+
+def _check_neighbours(chain: Chain, position: int, positions: Sequence[int]) -> None:
+    """A replaced block needs a kept one on each side."""
+    if not 0 < position < len(chain.blocks) - 1 or {position - 1, position + 1} & set(positions):
+        raise PlanError(_lonely(chain, position, positions))
+
+
+# ---- why the others stay
+
+
+def _kept(chain: Chain, made: Sequence[Replacement]) -> dict[str, str]:
+    """For each block of the chain that stays, the rule that keeps it."""
+    replaced = {replacement.path for replacement in made}
+    readers = {side: r.path for r in reversed(made) for side in (r.previous, r.next) if side}
+    return {
+        block.path: _rule(block, readers, position, len(chain.blocks))
+        for position, block in enumerate(chain.blocks)
+        if block.path not in replaced
+    }
+
+
+def _rule(block: Block, readers: dict[str, str], position: int, length: int) -> str:
+    if block.obstacle is not None:
+        return block.obstacle
+    if block.path in readers:
+        return f"`{readers[block.path]}` is made from it"
+    if position in (0, length - 1):
+        return f"it is the {'first' if position == 0 else 'last'} block of its chain"
+    if block.turn is not None:
+        return f"it changes the shape of its activation: {block.turn}"
+    return "the policy leaves it"
 
 
 # ---- messages
@@ -202,7 +229,7 @@ def _lonely(chain: Chain, position: int, positions: Sequence[int]) -> str:
     path = chain.paths[position]
     if position == 0:
         why = "it is the first block of its chain"
-    elif position == len(chain.calls) - 1:
+    elif position == len(chain.blocks) - 1:
         why = "it is the last block of its chain"
     else:
         twin = next(i for i in (position - 1, position + 1) if i in positions)
@@ -220,8 +247,9 @@ def _no_chain(found: Chains) -> str:
 
 
 def _nothing_left(policy: SelectBlocks, found: Chains) -> str:
-    longest = max(len(chain.calls) for chain in found.chains)
-    reasons = [f"`{path}`: {why}" for path, why in (*found.fixed.items(), *found.refused.items())]
+    longest = max(len(chain.blocks) for chain in found.chains)
+    obstacles = [(b.path, b.obstacle) for chain in found.chains for b in chain.blocks if b.obstacle]
+    reasons = [f"`{path}`: {why}" for path, why in (*obstacles, *found.refused.items())]
     if reasons:
         return f"nothing can be replaced: {'; '.join(reasons[:4])}"
     asked = f"every={policy.every}" if policy.every is not None else f"fraction={policy.fraction}"

@@ -1,11 +1,15 @@
 """Slots: which node sits where among the inputs and the outputs of a module call."""
 
+from typing import TypeAlias
+
 from torch import fx
 
 from replfx.fusion.interface import Interface
 from replfx.tracing import ModuleCall
 
-__all__ = ["input_slots", "interface_of", "output_slots"]
+__all__ = ["Joined", "input_slots", "interface_of", "output_slots"]
+
+Joined: TypeAlias = tuple[tuple[str, str], ...]  # (output slot, input slot of the next block), …
 
 
 def input_slots(call: ModuleCall) -> dict[str, fx.Node]:
@@ -45,10 +49,20 @@ def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
                 _walk(f"{slot}.{key}".lstrip("."), item, slots)
 
 
-def interface_of(call: ModuleCall, joined: tuple[tuple[str, str], ...]) -> Interface:
-    """How a call of a chain is made; `joined` pairs its output slots with the next one's input slots."""
-    carried = {output_slots(call)[out]: slot for out, slot in joined}
-    handed = {node: slot for slot, node in input_slots(call).items()}
+def interface_of(call: ModuleCall, entered: Joined, left: Joined) -> Interface:
+    """How a call of a chain is made.
+
+    Args:
+        call: the call.
+        entered: pairs of the previous block's output slots and the input slots that they fill; the first is
+            that of the main activation.
+        left: pairs of its own output slots and the next block's input slots. One goes with the input slot of
+            the same name, or else with the main one.
+    """
+    inputs, outputs = input_slots(call), output_slots(call)
+    slots = tuple(dict.fromkeys(slot for _, slot in entered if slot in inputs)) or tuple(inputs)[:1]
+    carried = {outputs[out]: slot if slot in slots else slots[0] for out, slot in reversed(left) if out in outputs}
+    handed = {node: slot for slot, node in inputs.items()}
 
     def template(value: object) -> object:
         if isinstance(value, fx.Node):
@@ -62,4 +76,4 @@ def interface_of(call: ModuleCall, joined: tuple[tuple[str, str], ...]) -> Inter
             return {"dict": {key: template(item) for key, item in value.items()}}
         return value if value is None or isinstance(value, bool | int | float | str) else {"computed": True}
 
-    return Interface(tuple(slot for _, slot in joined), template(call.output))
+    return Interface(slots, template(call.output))

@@ -22,35 +22,36 @@ class Verify(PassBase):
     the shapes that it had, and every trainable parameter gets a gradient that had one before.
 
     Attributes:
-        model: the transformed model.
+        model: the transformed model; None if it is the graph itself.
         original: the model before, or any twin of it in structure.
         inputs: example inputs, or None.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     original: nn.Module
     inputs: Inputs | None = None
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Raise VerifyError if the model is not sound."""
-        _check_synthesis(self.model)
+        model = graph_module if self.model is None else self.model
+        _check_synthesis(model)
         if self.inputs is not None:
-            self._check_run(graph_module, self.inputs)
+            self._check_run(graph_module, model, self.inputs)
         return PassResult(graph_module, False)
 
-    def _check_run(self, graph_module: fx.GraphModule, inputs: Inputs) -> None:
+    def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> None:
         try:
             before, without = _dry_run(self.original, inputs)
         except Exception as error:  # the capture ran the model for real for the same reason
             info_of(graph_module).notes.append(f"shapes not verified: {type(error).__name__} under fake tensors")
             return
         try:
-            after, still_without = _dry_run(self.model, inputs)
+            after, still_without = _dry_run(model, inputs)
         except Exception as error:
             raise VerifyError(f"the transformed model does not run: {type(error).__name__}: {error}") from error
         if before != after:
             raise VerifyError(f"the output's shapes were {before} and would become {after}; please report this")
-        lost = sorted(name for name in still_without - without if name in dict(self.model.named_parameters()))
+        lost = sorted(name for name in still_without - without if name in dict(model.named_parameters()))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Set
 
 from torch import nn
 
-from replfx.structure import Signature, first_difference
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["ancestors", "why_not"]
@@ -13,6 +12,10 @@ __all__ = ["ancestors", "why_not"]
 
 def ancestors(path: str) -> Iterator[str]:
     """The paths of the modules that hold the one at `path`, the innermost first, without the root."""
+    if path.endswith("]"):  # a window lies in its container
+        path = path.rpartition("[")[0]
+        if path:
+            yield path
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
@@ -20,7 +23,7 @@ def ancestors(path: str) -> Iterator[str]:
 
 def why_not(
     modules: Mapping[str, nn.Module],
-    signature: Callable[[str], Signature],
+    difference: Callable[[str, str], str | None],
     counts: Mapping[str, int],
     refused: Mapping[str, str],
     in_chain: Set[str],
@@ -29,7 +32,7 @@ def why_not(
 
     Args:
         modules: the model's modules by path.
-        signature: gives the signature of the module at a path.
+        difference: names the first thing in which the modules at two paths differ; None if they are alike.
         counts: how often each path was called.
         refused: reasons that are known already.
         in_chain: the paths of all blocks that are in a chain.
@@ -41,22 +44,32 @@ def why_not(
     reasons = {}
     for path in blocks:
         if path in called:
-            reasons[path] = refused.get(path) or _unlike(path, called, signature)
+            reasons[path] = refused.get(path) or _unlike(path, called, difference)
         else:
             reasons[path] = "it is not called in a forward pass"
-    return reasons
+    inner = {path: why for path, why in refused.items() if "[" in path and path not in in_chain}
+    return {**reasons, **({} if in_chain else inner), **_recurrent(modules)}
 
 
-def _unlike(path: str, called: list[str], signature: Callable[[str], Signature]) -> str:
+def _unlike(path: str, called: list[str], difference: Callable[[str, str], str | None]) -> str:
     """What sets a block apart from the next one (or, for the last, from the one before)."""
     if len(called) < 2:
         return "no other block is like it"
     position = called.index(path)
     twin = called[position + 1] if position + 1 < len(called) else called[position - 1]
-    difference = first_difference(signature(path), signature(twin))
-    if difference is None:
+    differs = difference(path, twin)
+    if differs is None:
         return f"no three like it in a row: it is like `{twin}`, but a block must be kept on each side of it"
-    return f"no three like it in a row: it is not like `{twin}`: {difference}"
+    return f"no three like it in a row: it is not like `{twin}`: {differs}"
+
+
+def _recurrent(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Stacked recurrent layers are one call of one kernel: there is no layer between two others to replace."""
+    return {
+        path: f"its {module.num_layers} layers run in one call of {type(module).__name__}: none can be taken out"
+        for path, module in modules.items()
+        if isinstance(module, nn.RNNBase) and module.num_layers > 2
+    }
 
 
 def _block_like(modules: Mapping[str, nn.Module], in_chain: Set[str], *, composite: bool) -> list[str]:
@@ -70,6 +83,6 @@ def _block_like(modules: Mapping[str, nn.Module], in_chain: Set[str], *, composi
             continue
         if next(module.parameters(), None) is not None:
             found.append(path)
-    kinds = Counter(type(modules[path]) for path in found)
+    kinds = Counter(type(modules[path]) for path in (*found, *(p for p in in_chain if p in modules)))
     repeated = {path for path in found if kinds[type(modules[path])] > 1}
     return [p for p in found if p in repeated and not any(a in repeated for a in ancestors(p))]

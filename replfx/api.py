@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from torch import nn
+from torch import fx, nn
 
+from replfx.blocks import block_at
+from replfx.building import build_layers, insert
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
 from replfx.fusion import Choice
@@ -16,16 +18,14 @@ from replfx.passes import (
     InsertFusion,
     SelectBlocks,
     Verify,
-    build_layers,
-    insert,
     plan_of,
     run_passes,
 )
-from replfx.plans import Plan
+from replfx.plans import Plan, has_regions
 from replfx.reports import Report
-from replfx.state import fusion_layers, mark, state_of
+from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture, check_has_weights
+from replfx.tracing import ExampleInputs, Inputs, capture, check_has_weights, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -66,7 +66,9 @@ def transform(
         inplace: change `model` itself rather than a copy.
 
     Returns:
-        A model of the same class. `replfx.report(model)` says what was done.
+        A model of the same class; where its blocks are no modules (a loop over weights in one forward), a
+        `torch.fx.GraphModule` with the same parameter names, and a note in the report. `replfx.report(model)`
+        says what was done.
 
     Raises:
         NoChainError: there is nothing to replace; the message says why.
@@ -86,22 +88,13 @@ def transform(
         named = [name for name, value in given.items() if value is not None]
         if named:
             raise PlanError(f"give plan= or {named[0]}=, not both")
-        return apply(model, plan, inplace=inplace)
+        return apply(model, plan, example_inputs, inplace=inplace)
     policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
     _refuse_transformed(model)
-    inputs = Inputs.of(example_inputs, model)
     target = model if inplace else _copy(model)
     graph = capture(target, example_inputs)
     run_passes(graph, [FindChains(), policy])
-    planned, draft, original = plan_of(graph), describe_chains(graph, target), structural_copy(target)
-    blocks = {r.path: target.get_submodule(r.path) for r in planned.replacements}
-    try:
-        run_passes(graph, [InsertFusion(target), Verify(target, original, inputs)])
-    except ReplfxError:
-        insert(target, blocks)  # with inplace=True the model is the user's
-        raise
-    mark(target, planned, with_layers(draft, planned, fusion_layers(target), trainable_parameters(target)))
-    return target
+    return _carry_out(graph, target, Inputs.of(example_inputs, model), inplace=inplace)
 
 
 def inspect(
@@ -135,10 +128,12 @@ def inspect(
     except NoChainError as error:
         draft = describe_chains(graph, model)
         return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
-    twin = structural_copy(model)
-    layers = build_layers(twin, plan_of(graph))
-    insert(twin, layers)
-    found = with_layers(describe_chains(graph, model), plan_of(graph), layers, trainable_parameters(twin))
+    draft, twin = describe_chains(graph, model), structural_copy(model)
+    result = run_passes(graph, [InsertFusion(twin)]).graph_module
+    if has_regions(plan_of(graph)):
+        draft, twin = replace(draft, notes=list(info_of(graph).notes)), result
+    layers = placed_layers(twin, plan_of(graph))
+    found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
     if example_inputs is None:
         return found
     return replace(found, before=totals_of(graph), after=totals_of(capture(twin, example_inputs)))
@@ -181,12 +176,16 @@ def plan(
     return plan_of(graph)
 
 
-def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
-    """Carry out a plan. Needs no inputs and captures nothing; the same plan always gives the same model.
+def apply(
+    model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = None, *, inplace: bool = False
+) -> nn.Module:
+    """Carry out a plan. Captures nothing; the same plan always gives the same model.
 
     Args:
         model: a fresh model of the kind that the plan was made for.
         plan: from `replfx.plan`, `Plan.from_json`, or empty: that changes nothing.
+        example_inputs: as for `transform`. Needed only for a plan whose blocks are regions of the graph ("@…"):
+            that alone captures the model, as `transform` did, and gives a GraphModule too.
         inplace: change `model` itself rather than a copy.
 
     Raises:
@@ -202,6 +201,11 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         raise PlanError(f"plan must be a replfx.Plan, not {type(plan).__name__}; JSON text goes through Plan.from_json")
     check_has_weights(model)
     target = model if inplace else _copy(model)
+    if has_regions(plan):
+        graph = capture(target, example_inputs)
+        run_passes(graph, [FindChains()])
+        graph.meta["replfx_plan"] = plan
+        return _carry_out(graph, target, Inputs.of(example_inputs, model), inplace=inplace)
     layers = build_layers(target, plan)
     draft = describe_plan(target, plan)
     insert(target, layers)
@@ -210,6 +214,32 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
 
 # ---- the pieces
+
+
+def _carry_out(graph: fx.GraphModule, target: nn.Module, inputs: Inputs | None, *, inplace: bool) -> nn.Module:
+    """Put the fusion layers of the graph's plan into `target`, or where that is impossible into the graph."""
+    planned, draft, original = plan_of(graph), describe_chains(graph, target), structural_copy(target)
+    rewritten = has_regions(planned)
+    if rewritten and inplace:
+        raise PlanError(
+            f"the blocks of this {type(target).__name__} are no modules (`{planned.replacements[0].path}`): only its "
+            "graph can be rewritten, not the model itself; leave inplace=True out"
+        )
+    blocks = {r.path: block_at(target, r.path) for r in planned.replacements if not rewritten}
+    try:
+        passes = [InsertFusion(target), Verify(None if rewritten else target, original, inputs)]
+        result = run_passes(graph, passes).graph_module
+    except ReplfxError:
+        insert(target, blocks)  # with inplace=True the model is the user's
+        raise
+    if rewritten:
+        assert isinstance(result, fx.GraphModule)
+        target, draft = result, replace(draft, notes=list(info_of(graph).notes))
+        for key in [key for key in target.meta if key.startswith("replfx")]:
+            del target.meta[key]  # it speaks of nodes of the captured graph
+    layers = placed_layers(target, planned)
+    mark(target, planned, with_layers(draft, planned, layers, trainable_parameters(target)))
+    return target
 
 
 def _policy(

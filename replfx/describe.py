@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from replfx.blocks import parameters_of
 from replfx.fusion import FusionLayer
 from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
@@ -26,18 +27,17 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
     info, found = info_of(graph_module), chains_of(graph_module)
     blocks = []
     for index, chain in enumerate(found.chains):
-        for call in chain.calls:
-            flops, saved = _sum_costs(info.nodes[call.start : call.stop])
-            blocks.append(
-                BlockReport(call.path, index, trainable_parameters(model.get_submodule(call.path)), flops, saved)
-            )
+        for block in chain.blocks:
+            flops, saved = _sum_costs(block.site.nodes)
+            size, kept = trainable_parameters(block.site.block), found.kept.get(block.path)
+            blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept))
     count = trainable_parameters(model)
     return Report(
         model=type(model).__name__,
         capture=info.rung,
         chains=[chain.paths for chain in found.chains],
         blocks=blocks,
-        refused={**found.fixed, **found.refused},
+        refused={**{b.path: b.obstacle for chain in found.chains for b in chain.blocks if b.obstacle}, **found.refused},
         parameters_before=count,
         parameters_after=count,
         notes=list(info.notes),
@@ -47,7 +47,7 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
 def describe_plan(model: nn.Module, plan: Plan) -> Report:
     """What a plan alone says of `model`, where nothing was captured."""
     blocks = [
-        BlockReport(r.path, index, trainable_parameters(model.get_submodule(r.path)))
+        BlockReport(r.path, index, sum(p.numel() for p in parameters_of(model, r.path).values() if p.requires_grad))
         for index, r in enumerate(plan.replacements)
     ]
     count = trainable_parameters(model)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from replfx.blocks import is_region
 from replfx.errors import PlanError
 from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
 
-__all__ = ["Plan", "Replacement"]
+__all__ = ["Plan", "Replacement", "has_regions"]
 
-_FORMAT, _VERSION = "replfx-plan", 1
+_FORMAT, _VERSION = "replfx-plan", 2
 _LARGEST = 64 * 1024 * 1024  # characters; a plan of 100,000 blocks is about half of it
 _DEEPEST = 32
 
@@ -26,7 +27,8 @@ class Replacement:
         previous, next: its kept neighbours; None for an operator that needs none.
         fusion, operator: what takes its place.
         interface: how the block is called.
-        kind: digest of the block's structure, by which `apply` knows a plan that was made for another model.
+        kind, previous_kind, next_kind: digests of the structure of the block and of its neighbours, by which `apply`
+            knows a plan that was made for another model.
         neighbour_gradient: factor on the gradient into the neighbours.
     """
 
@@ -37,6 +39,8 @@ class Replacement:
     operator: Choice
     interface: Interface
     kind: str
+    previous_kind: str | None = None
+    next_kind: str | None = None
     neighbour_gradient: float = 1.0
 
     def to_dict(self) -> dict[str, object]:
@@ -49,6 +53,8 @@ class Replacement:
             "operator": {"name": self.operator.name, "options": dict(self.operator.options)},
             "interface": {"inputs": list(self.interface.inputs), "output": self.interface.output},
             "kind": self.kind,
+            "previous_kind": self.previous_kind,
+            "next_kind": self.next_kind,
             "neighbour_gradient": self.neighbour_gradient,
         }
 
@@ -102,6 +108,11 @@ class Plan:
         return cls(top.take("model", str), replacements)
 
 
+def has_regions(plan: Plan) -> bool:
+    """Whether the plan replaces regions of a graph, which are no modules."""
+    return any(is_region(replacement.path) for replacement in plan.replacements)
+
+
 def _parse(text: object) -> object:
     if not isinstance(text, str):
         raise PlanError(f"a plan is JSON text, not {type(text).__name__}")
@@ -148,7 +159,8 @@ class _Fields:
         return value
 
 
-_REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", "kind", "neighbour_gradient")
+_KINDS = ("kind", "previous_kind", "next_kind")
+_REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", *_KINDS, "neighbour_gradient")
 
 
 def _read_replacement(entry: object, where: str) -> Replacement:
@@ -170,6 +182,8 @@ def _read_replacement(entry: object, where: str) -> Replacement:
         operator=_read_choice(fields.take("operator", dict), f"{where}, operator"),
         interface=Interface(tuple(inputs), output),
         kind=fields.take("kind", str),
+        previous_kind=fields.take("previous_kind", str, type(None)),
+        next_kind=fields.take("next_kind", str, type(None)),
         neighbour_gradient=float(gradient),
     )
 

@@ -22,6 +22,7 @@ class BlockReport:
         saved_bytes: what autograd keeps for backward because of it; None without example inputs.
         previous, next, fusion, operator: how it is replaced; None where it is kept.
         parameters_after: trainable parameters of what takes its place; None where it is kept.
+        kept: the rule that keeps it, where it is kept.
     """
 
     path: str
@@ -34,6 +35,7 @@ class BlockReport:
     fusion: str | None = None
     operator: str | None = None
     parameters_after: int | None = None
+    kept: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from replfx.blocks import head_of
 from replfx.errors import PlanError, StateDictError
 from replfx.fusion import FusionLayer
 from replfx.plans import Plan
 from replfx.reports import Report
 
-__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "state_of", "unmark"]
+__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "placed_layers", "state_of", "unmark"]
 
 _ATTRIBUTE = "_replfx"
 
 
 @dataclass
 class Transformed:
-    """Kept on a transformed model as a plain attribute: it is copied and pickled with the model."""
+    """Kept on a transformed model: it is copied and pickled with the model."""
 
     plan: Plan
     report: Report
@@ -31,15 +32,30 @@ def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
 
 
+def placed_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
+    """The fusion layers of a model by the paths of the blocks that they replaced.
+
+    Those of `fusion_layers`, but for windows: there the layer stands in the place of the first member.
+    """
+    layers = fusion_layers(model)
+    return {r.path: layers[head_of(model, r.path)] for r in plan.replacements}
+
+
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     """Let a model that was just transformed remember how."""
-    setattr(model, _ATTRIBUTE, Transformed(plan, report, model.register_load_state_dict_pre_hook(_guard)))
+    _memory(model)[_ATTRIBUTE] = Transformed(plan, report, model.register_load_state_dict_pre_hook(_guard))
 
 
 def unmark(model: nn.Module) -> None:
     """Forget it again."""
-    state_of(model).guard.remove()
-    delattr(model, _ATTRIBUTE)
+    # By its number: the handle of a copy still speaks of the model that it was copied from.
+    model._load_state_dict_pre_hooks.pop(state_of(model).guard.id, None)
+    del _memory(model)[_ATTRIBUTE]
+
+
+def _memory(model: nn.Module) -> dict[str, Any]:
+    """What of a model is copied and pickled with it: of a GraphModule its meta, else its attributes."""
+    return model.meta if isinstance(model, fx.GraphModule) else model.__dict__
 
 
 def state_of(model: nn.Module) -> Transformed:
@@ -50,7 +66,7 @@ def state_of(model: nn.Module) -> Transformed:
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    state = model.__dict__.get(_ATTRIBUTE)
+    state = _memory(model).get(_ATTRIBUTE)
     if not isinstance(state, Transformed):
         raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")
     return state

@@ -7,22 +7,26 @@ decide, because nothing of theirs is fused: two ViT blocks that differ in their 
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import reduce
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from replfx.errors import CaptureError
+from replfx.tree import tensors_in
 
 __all__ = [
     "Signature",
     "attribute_at",
     "block_digest",
+    "class_of",
     "drop_hooks",
+    "family",
     "first_difference",
+    "first_setting",
     "move_hooks",
     "set_submodule",
     "signature",
@@ -72,7 +76,11 @@ def drop_hooks(module: nn.Module) -> None:
 
 
 def structural_copy(
-    model: nn.Module, replace: Callable[[Tensor], Tensor] | None = None, *, hooks: bool = False
+    model: nn.Module,
+    replace: Callable[[Tensor], Tensor] | None = None,
+    *,
+    plain: Callable[[Tensor], Tensor] | None = None,
+    hooks: bool = False,
 ) -> nn.Module:
     """Copy the modules of `model` but not its tensors.
 
@@ -80,13 +88,18 @@ def structural_copy(
         model: any module.
         replace: gives the tensor to put for each parameter and buffer (tied ones stay tied); without it
             the copy shares the tensors of `model`.
-        hooks: keep the user's forward and backward hooks. Off by default: a capture must not fire them.
+        plain: the same for tensors that are mere attributes; without it they are copied.
+        hooks: keep the user's forward and backward hooks. Off by default: a capture must not fire them. Those of
+            `torch.nn.utils` are kept anyway: without its hook, a weight norm would not compute its weight.
 
     Raises:
         CaptureError: the model holds something that `copy.deepcopy` cannot copy.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo: dict[int, object] = {key: replace(t) if replace else t for key, t in tensors.items()}
+    for tensor in _plain_tensors(model):
+        if id(tensor) not in memo:  # deepcopy refuses those that autograd made
+            memo[id(tensor)] = plain(tensor) if plain else _copied(tensor)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -96,8 +109,29 @@ def structural_copy(
         ) from error
     if not hooks:
         for module in twin.modules():
-            drop_hooks(module)
+            _drop_foreign_hooks(module)
     return twin
+
+
+def _plain_tensors(model: nn.Module) -> list[Tensor]:
+    registered = {"_parameters", "_buffers", "_modules"}
+    found: list[Tensor] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in registered:
+                found += tensors_in(value)
+    return found
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _drop_foreign_hooks(module: nn.Module) -> None:
+    for name in _HOOKS:
+        hooks = getattr(module, name)
+        for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
+            del hooks[key]
 
 
 def signature(module: nn.Module) -> Signature:
@@ -110,7 +144,7 @@ def signature(module: nn.Module) -> Signature:
     for path, sub in module.named_modules(remove_duplicate=False):
         if next(sub.parameters(), None) is None:
             continue
-        facts[_join(path, "class")] = type(sub)
+        facts[_join(path, "class")] = class_of(sub)
         for name, parameter in sub._parameters.items():
             shape = None if parameter is None else (tuple(parameter.shape), parameter.dtype)
             facts[_join(path, name)] = shape
@@ -120,6 +154,19 @@ def signature(module: nn.Module) -> Signature:
                 if _is_setting(value):
                     facts[_join(path, name)] = value
     return facts
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as its author wrote it: every GraphModule has one of its own."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+
+
+def family(module: nn.Module) -> Hashable:
+    """What the members of a chain have in common: their class; of containers, those of their children too."""
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        inner = (family(child) for child in module if next(child.parameters(), None) is not None)
+        return (id(type(module)), *inner)
+    return id(class_of(module))
 
 
 def _is_setting(value: object) -> bool:
@@ -138,6 +185,31 @@ def first_difference(one: Signature, other: Signature) -> str | None:
         if one.get(key) != other.get(key):
             return f"`{key}`: {_show(one.get(key))} ≠ {_show(other.get(key))}"
     return None
+
+
+def first_setting(one: nn.Module, other: nn.Module, fact: str) -> str | None:
+    """Name a setting of the modules around a differing fact that differs too, as "`attn.window_size`: 7 ≠ 14".
+
+    Args:
+        one: a module.
+        other: another one.
+        fact: the key of a signature, such as "attn.relative_position_bias_table".
+    """
+    path = fact
+    while path:
+        path = path.rpartition(".")[0]
+        try:
+            mine, theirs = (_settings(attribute_at(module, path)) for module in (one, other))
+        except AttributeError:  # the other has no such part
+            continue
+        for name, value in mine.items():
+            if name in theirs and theirs[name] != value:
+                return f"`{_join(path, name)}`: {value} ≠ {theirs[name]}"
+    return None
+
+
+def _settings(module: object) -> dict[str, object]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _is_setting(v)}
 
 
 def _show(fact: object) -> str:
@@ -182,22 +254,19 @@ def _is_wrapped(parameter: Tensor) -> bool:
     return kind not in (Tensor, nn.Parameter) and kind.__module__.split(".")[0] != "torch"
 
 
-def unfit_to_replace(path: str, block: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
-    """Why `block` must stay although a neighbour may read it, or None.
+def unfit_to_replace(named: Mapping[str, Tensor], owners: Mapping[int, list[str]]) -> str | None:
+    """Why a block must stay although a neighbour may read it, or None.
 
     Args:
-        path: where the block is in the model.
-        block: the module.
+        named: the block's parameters by their names in the model, all names of a tied one.
         owners: for each parameter (by id) all the names that it has in the model.
     """
-    if not any(p.requires_grad for p in block.parameters()):
+    if not any(p.requires_grad for p in named.values()):
         return "all its parameters are frozen: replacing it would save no training"
-    for parameter in block.parameters():
-        names = owners[id(parameter)]
-        outside = [n for n in names if not n.startswith(path + ".")]
+    for name, parameter in named.items():
+        outside = [other for other in owners[id(parameter)] if other not in named]
         if outside:
-            inside = next(n for n in names if n.startswith(path + "."))
-            return f"its parameter `{inside}` is shared with `{outside[0]}`"
+            return f"its parameter `{name}` is shared with `{outside[0]}`"
         if not parameter.requires_grad:
-            return f"its parameter `{names[0]}` is frozen and the others are not"
+            return f"its parameter `{name}` is frozen and the others are not"
     return None

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from replfx.blocks import put_block
 from replfx.errors import FusionError
 from replfx.fusion import FusionLayer
-from replfx.state import fusion_layers, state_of, unmark
-from replfx.structure import move_hooks, set_submodule
+from replfx.state import placed_layers, state_of, unmark
+from replfx.structure import move_hooks
 
 __all__ = ["materialize", "unroll"]
 
@@ -33,10 +34,10 @@ def materialize(model: nn.Module) -> nn.Module:
         >>> torch.equal(plain(x), model(x))
         True
     """
-    state_of(model)
+    plan = state_of(model).plan
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for path, layer in fusion_layers(twin).items():
+        for path, layer in placed_layers(twin, plan).items():
             plain = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
             _put(twin, path, layer, plain)
     unmark(twin)
@@ -65,8 +66,7 @@ def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         >>> replfx.unroll(model, optimizer)
         >>> ...                                # the rest at full depth
     """
-    state_of(model)
-    layers = fusion_layers(model)
+    layers = placed_layers(model, state_of(model).plan)
     for path, layer in layers.items():
         if not layer.operator.unrolls:
             raise FusionError(
@@ -95,7 +95,7 @@ def _put(model: nn.Module, path: str, layer: FusionLayer, plain: nn.Module) -> N
     for module in plain.modules():
         if module not in known:  # the others have modes of their own: a norm may be frozen in a block that trains
             module.training = layer.training
-    set_submodule(model, path, plain)
+    put_block(model, path, plain)
 
 
 def _hand_over(optimizer: Optimizer, old: set[nn.Parameter], full: nn.Module) -> None:

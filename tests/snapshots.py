@@ -25,7 +25,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """Modules by identity, classes, flags, plain attributes, hooks, tensors by identity and to the bit."""
     facts: dict[str, Any] = {"random": bits(torch.get_rng_state()), "grad": torch.is_grad_enabled()}
     for path, module in model.named_modules(remove_duplicate=False):
-        facts[f"{path}:module"] = (id(module), type(module), module.training, list(module._modules))
+        facts[f"{path}:module"] = (id(module), type(module), module.training, [n for n, _ in module.named_children()])
         facts[f"{path}:hooks"] = [list(getattr(module, name, ())) for name in _HOOKS]
         plain = {k: v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")}
         facts[f"{path}:attributes"] = sorted(plain)

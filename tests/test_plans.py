@@ -38,7 +38,7 @@ def test_there_and_back() -> None:
 
 def test_it_is_plain_json_with_a_format_and_a_version() -> None:
     document = json.loads(TEXT)
-    assert (document["format"], document["version"], document["model"]) == ("replfx-plan", 1, "Tower")
+    assert (document["format"], document["version"], document["model"]) == ("replfx-plan", 2, "Tower")
     assert [r["path"] for r in document["replacements"]] == ["blocks.1", "blocks.3", "blocks.5"]
     assert document["replacements"][0]["fusion"] == {"name": "channel", "options": {"initial": 0.25}}
 
@@ -111,7 +111,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("dict", json.loads(TEXT), "JSON text, not dict"),
     ("twice", TEXT + TEXT, "cut short|whole JSON"),
     ("other format", changed(put("format", value="onnx")), "its format is 'onnx'"),
-    ("version 2", changed(put("version", value=2)), "version 2, this replfx reads version 1"),
+    ("version 1", changed(put("version", value=1)), "version 1, this replfx reads version 2"),
     ("version true", changed(put("version", value=True)), "'version' must be int, not bool"),
     ("version text", changed(put("version", value="1")), "'version' must be int, not str"),
     ("no model", changed(drop("model")), "no field 'model'"),

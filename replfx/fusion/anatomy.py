@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from replfx.fusion.operators import Site
 
-__all__ = ["Anatomy", "MapPair", "Norm", "activation_of", "dissect", "is_residual"]
+__all__ = ["Anatomy", "MapPair", "Norm", "activation_of", "dissect", "is_residual", "keeps_shape"]
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
@@ -93,6 +93,23 @@ def is_residual(site: Site) -> bool:
     return _residual(site) is not None
 
 
+def keeps_shape(site: Site) -> bool:
+    """Whether the block keeps its activation's shape, as far as that can be told without knowing the shape.
+
+    A residual block does; so does a window whose one layer maps as many channels as it gives, at stride 1.
+    """
+    if is_residual(site):
+        return True
+    layers = [m for m in site.block.modules() if any(p.dim() >= 2 for p in m._parameters.values() if p is not None)]
+    if len(layers) != 1:
+        return False
+    (layer,) = layers
+    inward, outward = (
+        getattr(layer, f"{way}_features", getattr(layer, f"{way}_channels", None)) for way in ("in", "out")
+    )
+    return inward is not None and inward == outward and set(getattr(layer, "stride", (1,))) == {1}
+
+
 def _residual(site: Site) -> tuple[str | None] | None:
     """A one-tuple with the activation after the sum; None if the block is no sum with its input."""
     node, activation = site.output, None
@@ -134,19 +151,14 @@ def _elementwise(site: Site, node: fx.Node) -> str | None:
     if node.op == "call_module":
         module = _module(site, node)
         plain = next(iter((*module.parameters(), *module.buffers())), None) is None
-        return f"module:{_inside(site, node)}" if plain and _inside(site, node) else None
+        return f"module:{site.inside(node)}" if plain and site.inside(node) else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.rstrip("_")
     return f"function:{name}" if node.op != "get_attr" and name in _ACTIVATIONS else None
 
 
-def _inside(site: Site, node: fx.Node) -> str:
-    """Path of a called module relative to the block."""
-    return str(node.target).removeprefix(site.path).lstrip(".")
-
-
 def _module(site: Site, node: fx.Node) -> nn.Module:
-    return site.block.get_submodule(_inside(site, node))
+    return site.block.get_submodule(site.inside(node))
 
 
 # ---- the maps
@@ -235,7 +247,7 @@ def _depthwise(site: Site, width: int) -> str | None:
             module = _module(site, node)
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() >= 3 and tuple(weight.shape[:2]) == (width, 1):
-                return f"{_inside(site, node)}.weight"
+                return f"{site.inside(node)}.weight"
     return None
 
 
@@ -244,7 +256,7 @@ def _depthwise(site: Site, width: int) -> str | None:
 
 def _norm(site: Site, width: int, linear: bool) -> Norm | None:
     """The normalisation that takes the activation itself, or else the last one that the block applies."""
-    called = [n for n in site.nodes if n.op == "call_module" and _inside(site, n)]
+    called = [n for n in site.nodes if n.op == "call_module" and site.inside(n)]
     norms = [n for n in called if _is_norm(_module(site, n), width)]
     if not norms:
         return None
@@ -252,7 +264,7 @@ def _norm(site: Site, width: int, linear: bool) -> Norm | None:
     node = first or norms[-1]
     dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
     last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)
-    return Norm(_inside(site, node), first is not None, last_dim)
+    return Norm(site.inside(node), first is not None, last_dim)
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ class Fusion(nn.Module):
         dtype, device: where coefficients are to live.
         **options: the fusion's own options, plain JSON values.
 
+    Attributes:
+        elementwise: each element of θ comes from the same element of both neighbours alone, so that the fusion can
+            run on the shards of sharded parameters.
+
     Example:
         >>> @replfx.register_fusion("mean")
         ... class Mean(replfx.Fusion):
@@ -30,6 +35,8 @@ class Fusion(nn.Module):
         ...         return (previous + next) / 2
         >>> model = replfx.transform(model, fusion="mean")
     """
+
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, shapes: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

@@ -1,31 +1,35 @@
 """The fusion layer: the module that stands in a replaced block's place."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
-from replfx.fusion.operators import Operator, Source
+from replfx.fusion.operators import Operator
 from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
 from replfx.structure import move_hooks
 
-__all__ = ["FusionLayer"]
+__all__ = ["FusionLayer", "Readings"]
+
+# By the block's name for a parameter: the module that owns its counterpart, its name there, and which of its rows.
+Readings: TypeAlias = Mapping[str, tuple[nn.Module, str, tuple[int, int] | None]]
 
 
 class FusionLayer(nn.Module):
     """Synthesises an operator from two neighbouring blocks and applies it.
 
-    The neighbours are held as plain references, not as submodules, and their parameters are read at each
-    call: so they appear once in `state_dict`, follow `.to()` and `deepcopy`, and take part in
-    `torch.func.functional_call` and FSDP.
+    The modules that own the neighbours' parameters are held as plain references, not as submodules, and
+    the parameters are read at each call: so they appear once in `state_dict`, follow `.to()` and `deepcopy`,
+    and take part in `torch.func.functional_call` and FSDP.
 
     Args:
         operator: what runs with the synthesised parameters.
         fusion: how they are made, or None if the operator has none.
-        neighbours: the kept block before and the one after; None if the operator has no parameters.
+        readings: what is read of the kept block before and of the one after; None if the operator has no
+            parameters.
         neighbour_gradient: factor λ on the gradient that flows through this layer into the neighbours;
             1 is the paper's, 0 detaches them.
         replaced: the block that this layer replaces, for its simple attributes (a model may ask a block for
@@ -36,7 +40,7 @@ class FusionLayer(nn.Module):
         self,
         operator: Operator,
         fusion: Fusion | None,
-        neighbours: tuple[nn.Module, nn.Module] | None,
+        readings: tuple[Readings, Readings] | None,
         *,
         neighbour_gradient: float = 1.0,
         replaced: nn.Module,
@@ -44,7 +48,7 @@ class FusionLayer(nn.Module):
         super().__init__()
         self.operator = operator
         self.fusion = fusion
-        self._neighbours = neighbours
+        self._readings = readings
         self.neighbour_gradient = neighbour_gradient
         self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
         move_hooks(replaced, self)
@@ -65,15 +69,24 @@ class FusionLayer(nn.Module):
                 raise
             return getattr(block, name)
 
+    def rebind(self, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> None:
+        """Read from where the neighbours' parameters are now: `home` gives owner and name for what they were."""
+        if self._readings is not None:
+            before, after = (
+                {name: (*home(owner, leaf), rows) for name, (owner, leaf, rows) in side.items()}
+                for side in self._readings
+            )
+            self._readings = (before, after)
+
     def synthesized(self) -> dict[str, Tensor]:
         """The operator's weights as they stand: parameter name in the block → tensor.
 
         Of a fused query-key-value projection the light operator takes the value rows alone. Empty for an
         operator without weights. Gradients flow from these tensors into coefficients and neighbours.
         """
-        if self.fusion is None or self._neighbours is None:
+        if self.fusion is None or self._readings is None:
             return {}
-        previous, next = (self._read(block) for block in self._neighbours)
+        previous, next = (self._read(readings) for readings in self._readings)
         if any_sharded(previous) or any_sharded(next):
             return self._synthesize_sharded(self.fusion, previous, next)
         result: dict[str, Tensor] = self.fusion(previous, next)
@@ -81,7 +94,7 @@ class FusionLayer(nn.Module):
 
     @staticmethod
     def _synthesize_sharded(fusion: Fusion, previous: dict[str, Tensor], next: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_shards = all_sharded(previous) and all_sharded(next)
+        on_shards = fusion.elementwise and all_sharded(previous) and all_sharded(next)
         if on_shards:
             coefficients = replicated(fusion, previous)
         else:
@@ -90,10 +103,10 @@ class FusionLayer(nn.Module):
         made: dict[str, Tensor] = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
         return gathered(made) if on_shards else made
 
-    def _read(self, block: nn.Module) -> dict[str, Tensor]:
+    def _read(self, readings: Readings) -> dict[str, Tensor]:
         return {
-            name: _scale_gradient(_read_source(block, source), self.neighbour_gradient)
-            for name, source in self.operator.sources.items()
+            name: _scale_gradient(_read_parameter(*reading), self.neighbour_gradient)
+            for name, reading in readings.items()
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,15 +117,12 @@ class FusionLayer(nn.Module):
         return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"
 
 
-def _read_source(block: nn.Module, source: Source) -> Tensor:
-    *path, leaf = source.path.split(".")
-    for name in path:
-        block = getattr(block, name)
-    theta = getattr(block, leaf)
+def _read_parameter(owner: nn.Module, leaf: str, rows: tuple[int, int] | None) -> Tensor:
+    theta = getattr(owner, leaf)
     if not isinstance(theta, Tensor):
-        raise FusionError(f"the neighbour's parameter `{source.path}` is gone: it is no tensor but {theta!r}")
+        raise FusionError(f"the neighbour's parameter `{leaf}` is gone: it is no tensor but {theta!r}")
     theta = as_sharded(theta)
-    return theta if source.rows is None else theta[source.rows[0] : source.rows[1]]
+    return theta if rows is None else theta[rows[0] : rows[1]]
 
 
 def _scale_gradient(theta: Tensor, factor: float) -> Tensor:

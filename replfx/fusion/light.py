@@ -163,7 +163,10 @@ class LightOperator(Operator):
         if site.interface.computed() or len(site.interface.inputs) != 1:
             return Match(reason="it gives more than one activation")
         recipe = Recipe.choose(anatomy, site.block)
-        return Match(reason=recipe) if isinstance(recipe, str) else Match(asdict(recipe))
+        if isinstance(recipe, str):
+            return Match(reason=recipe)
+        lacking = sorted(set(recipe.maps) & set(site.without_counterpart()))
+        return Match(reason=f"neither neighbour has its like of `{lacking[0]}`") if lacking else Match(asdict(recipe))
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = read_slot(self.interface.main, args, kwargs)

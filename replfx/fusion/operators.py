@@ -1,6 +1,6 @@
 """Operators: what runs with the synthesised parameters, in the place of a replaced block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.pairing import pair, synthesizable
 from replfx.fusion.plain import plain_module
 from replfx.fusion.registry import Registry
 from replfx.structure import drop_hooks, structural_copy
@@ -51,6 +52,9 @@ class Site:
         shape: shape of its main activation; None if no example inputs were given.
         nodes: the nodes of its region in the captured graph.
         input, output: the nodes of its main activation, before and after.
+        names: for the modules of the model that make up the block, the names that they have in `block`; that of
+            the block itself is empty.
+        previous, next: the blocks that its parameters would be fused from; None at the ends of a chain.
     """
 
     path: str
@@ -60,6 +64,24 @@ class Site:
     nodes: tuple[fx.Node, ...]
     input: fx.Node
     output: fx.Node
+    names: Mapping[str, str]
+    previous: nn.Module | None = None
+    next: nn.Module | None = None
+
+    def inside(self, node: fx.Node) -> str:
+        """The name in `block` of the module that a node of it calls."""
+        target = str(node.target)
+        for path, name in self.names.items():
+            if target == path or target.startswith(f"{path}."):
+                return f"{name}.{target[len(path) + 1 :]}".strip(".")
+        return target
+
+    def without_counterpart(self) -> list[str]:
+        """Parameters of two dimensions and up that neither neighbour has the like of."""
+        if self.previous is None or self.next is None:
+            return []
+        found = {**pair(self.block, self.previous), **pair(self.block, self.next)}
+        return [name for name in synthesizable(self.block) if name not in found]
 
 
 @dataclass(frozen=True)
@@ -117,27 +139,37 @@ class BlockOperator(Operator):
     θ are the parameters of two dimensions and up; norms, biases, other vectors and running statistics stay
     the block's own (the 2024 rule, arXiv 2410.01239, for a whole block). Saves parameters, gradients and
     optimizer state, and next to no time. Fits any block.
+
+    Args:
+        block, interface: as for every operator.
+        keep: parameters of two dimensions and up that stay the block's own too, because neither neighbour
+            has their like (the shortcut convolution of a block that changes the shape).
     """
 
     unrolls = True
 
-    def __init__(self, block: nn.Module, interface: Interface) -> None:
+    def __init__(self, block: nn.Module, interface: Interface, *, keep: Sequence[str] = ()) -> None:
         super().__init__(block, interface)
+        if unknown := set(keep) - set(synthesizable(block)):
+            raise ValueError(f"keep names {sorted(unknown)[0]!r}, which the block has not")
         self.block = structural_copy(block, hooks=True)
         drop_hooks(self.block)  # those on the block itself are the fusion layer's now
-        self.sources = {name: Source(name) for name, p in block.named_parameters() if p.dim() >= 2}
+        self.sources = {name: Source(name) for name in synthesizable(block) if name not in keep}
         for name in self.sources:
             self._own(name, None)
 
     def _own(self, name: str, value: nn.Parameter | None) -> None:
         path, _, leaf = name.rpartition(".")
-        self.block.get_submodule(path)._parameters[leaf] = value
+        owner = self.block.get_submodule(path)
+        owner.__dict__.pop(leaf, None)  # where torch.fx puts the None when it copies a GraphModule
+        owner._parameters[leaf] = value
 
     @classmethod
     def match(cls, site: Site) -> Match:
-        if not any(p.dim() >= 2 for p in site.block.parameters()):
+        if not synthesizable(site.block):
             return Match(reason="it has no parameter of two dimensions or more to synthesise")
-        return Match()
+        kept = site.without_counterpart()
+        return Match({"keep": kept}) if kept else Match()
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
@@ -145,6 +177,8 @@ class BlockOperator(Operator):
     def plain(self, theta: dict[str, Tensor]) -> nn.Module:
         for name, value in theta.items():
             self._own(name, nn.Parameter(value))
+        if isinstance(self.block, fx.GraphModule):  # a region: as a GraphModule of torch's own class
+            return fx.GraphModule(self.block, self.block.graph, "Region").train(self.block.training)
         return self.block
 
 

@@ -1,17 +1,63 @@
 """Shapes and costs of nodes: FLOPs, and the bytes that autograd keeps for backward."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from replfx.tracing.info import Cost
 
 __all__ = ["Meter", "annotate", "innermost_path", "set_shapes"]
+
+
+Runner: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Below(TorchDispatchMode):
+    """Sees every operator below autograd: counts FLOPs, and lets `run(func, args, kwargs)` make the call.
+
+    A `FlopCounterMode` would count too, but it also follows modules, with hooks on all their arguments.
+    """
+
+    def __init__(self, run: Runner | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.run = run or (lambda func, args, kwargs: func(*args, **kwargs))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = getattr(func, "_overloadpacket", None)
+        count = flop_registry.get(packet)
+        if count is None and torch.is_inference_mode_enabled() and hasattr(func, "decompose"):
+            with self:  # inference mode skips autograd's kernels, which take composite operators apart
+                result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        if packet in _PRODUCTS:
+            _check_dtypes(packet, args)
+        result = self.run(func, args, kwargs)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        return result
+
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+def _check_dtypes(packet: Any, args: tuple[Any, ...]) -> None:
+    """Refuse what a real matrix product refuses and a fake one does not."""
+    dtypes = {arg.dtype for arg in args[:3] if isinstance(arg, Tensor)}
+    if len(dtypes) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise RuntimeError(f"a matrix product ({packet.__name__}) of {names}: give inputs of the model's own dtype")
 
 
 class Meter:
@@ -19,33 +65,41 @@ class Meter:
 
     Args:
         owned: tensors whose storage never counts as saved (parameters and buffers).
+        run: makes the call of every operator.
     """
 
-    def __init__(self, owned: Iterable[Tensor]) -> None:
-        self._seen = {t.untyped_storage()._cdata for t in owned}
-        self._keep: list[Tensor] = []  # a freed storage's address could be given out again
+    def __init__(self, owned: Iterable[Tensor], run: Runner | None = None) -> None:
+        # The storages themselves are kept: a freed one's address could be given out again.
+        self._storages = {s._cdata: s for t in owned if (s := _storage(t)) is not None}
         self._saved = 0
         self._flops = 0
-        self._counter = FlopCounterMode(display=False)
+        self._below = Below(run)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._keep.append(tensor.detach())
+        storage = _storage(tensor)
+        if storage is not None and storage._cdata not in self._storages:
+            self._storages[storage._cdata] = storage
             self._saved += storage.nbytes()
         return tensor
 
     def take(self) -> tuple[int, int]:
         """FLOPs and saved bytes since the last call."""
-        total = self._counter.get_total_flops()
-        taken = total - self._flops, self._saved
-        self._flops, self._saved = total, 0
+        taken = self._below.flops - self._flops, self._saved
+        self._flops, self._saved = self._below.flops, 0
         return taken
 
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Where PyTorch allows no hooks on saved tensors, as in `torch.func.grad`: nothing is counted as saved."""
+        self._hooks.__exit__()
+        try:
+            yield
+        finally:
+            self._hooks.__enter__()
+
     def __enter__(self) -> "Meter":
-        self._counter.__enter__()
+        self._below.__enter__()  # type: ignore[no-untyped-call]
         self._hooks.__enter__()
         return self
 
@@ -53,7 +107,16 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
-        self._counter.__exit__(kind, error, trace)
+        self._below.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The tensor's storage; None if it has none of its own, as a sparse one."""
+    try:
+        with torch._C.DisableTorchFunction():
+            return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def innermost_path(node: fx.Node) -> str:

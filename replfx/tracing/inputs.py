@@ -1,13 +1,13 @@
 """Example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from replfx.errors import CaptureError
+from replfx.tree import tensors_in, with_tensors
 
 __all__ = ["ExampleInputs", "Inputs"]
 
@@ -46,7 +46,11 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """All tensors in the inputs, however deep."""
-        return [x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        return tensors_in((self.args, self.kwargs))
+
+    def map(self, replace: Callable[[Tensor], Tensor]) -> "Inputs":
+        """A copy, containers and all, with `replace` of every tensor."""
+        return Inputs(*with_tensors((self.args, self.kwargs), replace))
 
     def _check_devices(self, model: nn.Module) -> None:
         homes = {t.device for t in (*model.parameters(), *model.buffers())}

@@ -13,7 +13,7 @@ from replfx.structure import structural_copy
 from replfx.tracing.costs import annotate, innermost_path, parameter_count
 from replfx.tracing.info import Cost, info_of
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
-from replfx.tracing.recorder import record
+from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
 
 __all__ = ["capture", "ghost_of"]
@@ -47,7 +47,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
     """
     check_has_weights(model)
     inputs = Inputs.of(example_inputs, model)
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode(False):
         return _symbolic(model, None)[0] if inputs is None else _measured(model, inputs)
 
 
@@ -96,7 +96,8 @@ def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs
 def ghost_of(model: nn.Module, inputs: Inputs) -> tuple[FakeTensorMode, nn.Module, Inputs]:
     """A fake mode, the structure of `model` with fake tensors in it, and fake inputs for it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return mode, structural_copy(model, mode.from_tensor), _map_tensors(inputs, mode.from_tensor)
+    # Plain attributes stay as they are: an operator on them gives a fake tensor, and so keeps them unchanged.
+    return mode, structural_copy(model, mode.from_tensor, plain=lambda t: t), inputs.map(mode.from_tensor)
 
 
 def _fake_run(model: nn.Module, inputs: Inputs) -> object:
@@ -107,17 +108,12 @@ def _fake_run(model: nn.Module, inputs: Inputs) -> object:
 
 
 def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    root = structural_copy(model)
     try:
-        mode, ghost, fakes = ghost_of(model, inputs)
-        with mode:
-            return record(root, ghost, fakes)
+        return record_on_fakes(model, inputs)
     except Exception:  # values are needed, or an operator has no fake form: run it for real
         pass
-    root = structural_copy(model)
-    ghost = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.clone())
     try:
-        return record(root, ghost, _map_tensors(inputs, torch.clone))
+        return record_on_values(model, inputs)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs in "
@@ -125,9 +121,42 @@ def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         ) from error
 
 
-def _map_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    args, kwargs = pytree.tree_map_only(Tensor, function, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)
+def record_on_fakes(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The second rung: no compute, no memory."""
+
+    def attempt(opened: frozenset[str]) -> fx.GraphModule:
+        mode, ghost, fakes = ghost_of(model, inputs)
+        root = structural_copy(model, plain=lambda t: t)
+        with mode:
+            return record(root, ghost, fakes, opened=opened)
+
+    return _opening(attempt)
+
+
+def record_on_values(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The last rung: a real run, on copies of the buffers and of the inputs."""
+
+    def attempt(opened: frozenset[str]) -> fx.GraphModule:
+        ghost = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.clone())
+        return record(structural_copy(model), ghost, inputs.map(_twin), opened=opened, real=True)
+
+    return _opening(attempt)
+
+
+def _opening(attempt: Callable[[frozenset[str]], fx.GraphModule]) -> fx.GraphModule:
+    """Record; again, if a module that was called whole has to be looked into."""
+    opened: frozenset[str] = frozenset()
+    while True:
+        try:
+            return attempt(opened)
+        except HiddenResult as hidden:
+            if hidden.path in opened:
+                raise
+            opened |= {hidden.path}
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _shapes(tree: object) -> list[tuple[int, ...]]:

@@ -1,41 +1,63 @@
 """The second rung: run the model once and record what happens into the same kind of graph.
 
-Every call of a torch function, of a tensor method and of a leaf module becomes a node; which node made a
-tensor is known by the tensor's identity. Run under fake tensors it costs no compute and no memory; where
+Every call of a torch function, of a tensor method, of a leaf module and of a custom autograd function becomes
+a node; which node made a tensor is known by the tensor's identity. Operators that none of those calls, as under
+`torch.func.vmap`, become nodes of their own. Run under fake tensors it costs no compute and no memory; where
 the model's control flow asks for values, it is run for real on a copy of its buffers.
 """
 
-import builtins
 import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import base_types
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.structure import set_submodule
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall
 from replfx.tracing.inputs import Inputs
-from replfx.tracing.symbolic import TrainingFlag, is_leaf, is_small
+from replfx.tracing.rebuild import Rebuild
+from replfx.tracing.symbolic import TrainingFlag, is_leaf, is_small, own_tensors
+from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
+from replfx.tree import parts_of, tensors_in
 
-__all__ = ["record"]
+__all__ = ["HiddenResult", "record"]
+
+_SET_GRAD = torch._C._set_grad_enabled
+_DETACH = torch.ops.aten.detach.default
+
+
+class HiddenResult(Exception):  # noqa: N818 - not an error: it says how to record
+    """A tensor made inside a module that was called whole came out in another way than through its result."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 class Recorder(TorchFunctionMode):
-    """Records one run of `ghost` into `graph`; see the module's docstring."""
+    """Records one run of `ghost` into `graph`; see the module's docstring.
 
-    def __init__(self, ghost: nn.Module, meter: Meter) -> None:
+    Args:
+        ghost: the module to be run.
+        opened: paths of modules that are not to be called whole.
+        real: the run is on real tensors, so constants have to be copied before they are changed in place.
+    """
+
+    def __init__(self, ghost: nn.Module, opened: frozenset[str], real: bool) -> None:
         super().__init__()
         self.ghost = ghost
-        self.meter = meter
+        self.opened = opened
+        self.real = real
+        self.meter = Meter((*ghost.parameters(), *ghost.buffers()), self.run_operator)
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
@@ -43,17 +65,26 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, Tensor] = {}
         self.flags: dict[str, bool] = {}  # targets of the `TrainingFlag` submodules that the graph needs
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
+        self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
         self._paths = {id(m): path for path, m in ghost.named_modules()}
+        self._own = {id(m): own_tensors(m) for m in ghost.modules()}
         self._stack: dict[str, tuple[str, type[nn.Module]]] = {}
+        self._signatures: dict[Any, inspect.Signature | None] = {}
         self._paused = 0
+        self._owner = ""  # path of the module that is being called whole
+        self._mutated = False
+        self._detaching = False
+        self._inside = False  # of a Function that runs modules
 
     # ---- values to nodes
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> fx.Node:
-        """Append a node."""
+        """Append a node that costs nothing; `bind` says otherwise."""
         made = self.graph.create_node(op, target, args, kwargs or {})
         made.meta["nn_module_stack"] = dict(self._stack)
+        made.meta["replfx"] = Cost(innermost_path(made), 0, 0, 0)
         self.nodes.append(made)
         return made
 
@@ -69,20 +100,15 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._node_of[value] = node
             return
-        items: Iterator[tuple[Any, Any]] = iter(())
-        if isinstance(value, dict):
-            items = iter(value.items())
-        elif isinstance(value, tuple | list):
-            items = iter(enumerate(value))
-        for key, item in items:
-            if isinstance(item, Tensor | tuple | list | dict):
-                part = self.node("call_function", operator.getitem, (node, key))
-                part.meta["replfx"] = Cost(innermost_path(part), 0, 0, 0)
+        indexed = isinstance(value, dict | tuple | list)
+        for key, item in parts_of(value):
+            if isinstance(item, Tensor) or tensors_in(item):
+                part = self.node("call_function", operator.getitem if indexed else getattr, (node, key))
                 set_shapes(part, item)
                 self._bind_parts(part, item)
 
     def to_nodes(self, tree: Any) -> Any:
-        """The same structure with a node for every tensor in it."""
+        """The same structure of tuples, lists and dicts, with a node for every tensor in it."""
         if isinstance(tree, Tensor):
             return self._node_for(tree)
         if isinstance(tree, dict):
@@ -92,28 +118,79 @@ class Recorder(TorchFunctionMode):
         if isinstance(tree, torch.Size):
             return tuple(tree)
         if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            return type(tree)(*(self.to_nodes(item) for item in tree))
+            return tuple.__new__(type(tree), [self.to_nodes(item) for item in tree])
         if isinstance(tree, tuple | list):
-            return (
-                type(tree)(self.to_nodes(item) for item in tree)
-                if type(tree) in (tuple, list)
-                else [self.to_nodes(item) for item in tree]
-            )
-        return tree
+            kind = tuple if type(tree) is tuple else list
+            return kind(self.to_nodes(item) for item in tree)
+        if hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
+            return {str(key): self.to_nodes(item) for key, item in parts_of(tree)}
+        return tree if _is_plain(tree) or not _holds_tensors(tree) else type(tree)  # not its tensors: they are fake
+
+    def to_arguments(self, tree: Any) -> Any:
+        """What a node's arguments can hold: other objects are put together by nodes of their own."""
+        if isinstance(tree, Tensor):
+            return self._node_for(tree)
+        if isinstance(tree, _Ready):
+            return tree.node
+        if isinstance(tree, torch.Size):
+            return tuple(tree)
+        if type(tree) in (tuple, list):
+            return type(tree)(self.to_arguments(item) for item in tree)
+        if type(tree) is dict and all(isinstance(key, str) for key in tree):
+            return {key: self.to_arguments(item) for key, item in tree.items()}
+        if isinstance(tree, slice):
+            return slice(*(self.to_arguments(part) for _, part in parts_of(tree)))
+        if _is_plain(tree):
+            return tree
+        rebuild = Rebuild(tree)
+        return self.node("call_function", rebuild, tuple(self._node_for(t) for t in rebuild.forget()))
 
     def _node_for(self, tensor: Tensor) -> fx.Node:
         node: fx.Node | None = self._node_of.get(tensor)
         if node is None:
-            name = self._names.get(id(tensor))
-            if name is None:
-                name = f"_tensor_constant{len(self.constants)}"
-                self.constants[name] = tensor
+            node = self._rewrapped(tensor)
+        if node is None:
+            name = self._names.get(id(tensor)) or self._constant(tensor)
             node = self.node("get_attr", name)
             with self._pause():
                 node.meta["replfx"] = Cost(innermost_path(node), parameter_count(self.ghost, node), 0, 0)
                 set_shapes(node, tensor)
             self._node_of[tensor] = node
         return node
+
+    def _rewrapped(self, tensor: Tensor) -> fx.Node | None:
+        """A node for another object around the memory of a known tensor: a subclass, or what numpy gave back."""
+        if not self.real or tensor in self._constant_names or id(tensor) in self._names:
+            return None
+        with self._pause():
+            place = _place(tensor)
+            for known, node in list(self._node_of.items()) if place else ():
+                if _place(known) == place and known.requires_grad == tensor.requires_grad:
+                    made = self.node("call_method", "as_subclass", (node, self.to_arguments(type(tensor))))
+                    self.bind(made, tensor)
+                    return made
+        return None
+
+    def _constant(self, tensor: Tensor) -> str:
+        """The name under which a tensor that no node made is kept, as it is when it is first seen."""
+        name: str | None = self._constant_names.get(tensor)
+        if name is None:
+            owner = self._hidden.get(tensor)
+            if owner:
+                raise HiddenResult(owner)
+            if isinstance(tensor, FakeTensor):
+                raise RuntimeError("a fake tensor of unknown origin")
+            name = self._constant_names[tensor] = f"_tensor_constant{len(self.constants)}"
+            with self._pause():
+                self.constants[name] = tensor.detach().clone() if self.real else tensor
+        return name
+
+    def _keep_constants(self, tree: object) -> None:
+        """Copy the constants among the arguments before a call can change them."""
+        if self.real:
+            for tensor in tensors_in(tree):
+                if tensor not in self._node_of and id(tensor) not in self._names:
+                    self._node_for(tensor)
 
     # ---- what happens to nodes
 
@@ -127,49 +204,87 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        if _under_transform():  # the tensors are wrapped: what happens is seen below, by `run_operator`
+            return self._detaching_if(func in (Tensor.detach, torch.detach), func, args, kwargs)
         target = _target(func)
-        if target is None:  # a property that gives no tensor, or one of the interpreter's own questions
+        if target is None or (self._inside and func is _SET_GRAD):  # one of the interpreter's own questions
             return func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        gives_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
-        if not gives_tensor and target[1] not in (operator.setitem, torch._C._set_grad_enabled):
+        self._keep_constants((args, kwargs))
+        self._mutated = False
+        with self._pause():
+            result = func(*args, **kwargs)
+        if self._mutated or target[1] in (_set_attribute, _SET_GRAD) or _holds_tensors(result):
+            args, kwargs = self._follow_training(func, args, kwargs)
+            op, name, extra = target
+            if op == "call_method" and not isinstance(args[0], Tensor):
+                op, name = "call_function", func  # `1 / x` as a method of x
+            self.bind(self.node(op, name, (*self.to_arguments(args), *extra), self.to_arguments(kwargs)), result)
+        return result
+
+    def _detaching_if(self, detaching: bool, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, self._detaching = self._detaching, self._detaching or detaching
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._detaching = before
+
+    def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator; one that no recorded call is about becomes a node itself."""
+        self._mutated |= func._schema.is_mutable
+        if self._paused:
+            result = func(*args, **kwargs)
+            if self._owner:
+                for tensor in tensors_in(result):
+                    self._hidden[tensor] = self._owner
             return result
-        args, kwargs = self._follow_training(func, args, kwargs)
-        node_args, node_kwargs = self.to_nodes(args), self.to_nodes(kwargs)
-        op, name, extra = target
-        self.bind(self.node(op, name, (*node_args, *extra), node_kwargs), result)
+        self._keep_constants((args, kwargs))
+        with self._pause():
+            result = func(*args, **kwargs)
+        if func is _DETACH and not self._detaching:
+            # Autograd's own: another object for what is the same to a reader of the graph.
+            if args[0] in self._node_of or id(args[0]) in self._names:
+                self._node_of[result] = self._node_for(args[0])
+        elif func._schema.is_mutable or _holds_tensors(result):
+            self.bind(self.node("call_function", func, self.to_arguments(args), self.to_arguments(kwargs)), result)
         return result
 
     def _follow_training(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let an argument `training`, as `F.dropout` has, follow the module that the call is made in."""
-        if not isinstance(func, types.FunctionType) or "training" not in inspect.signature(func).parameters:
+        signature = self._signature_with_training(func)
+        if signature is None:
             return args, kwargs
         path = str(next(reversed(self._stack.values()))[0]) if self._stack else ""
-        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         if bound.arguments.get("training") is not self.ghost.get_submodule(path).training:
             return args, kwargs
         target = f"{path}.training_flag" if path else "training_flag"
         self.flags[target] = self.ghost.get_submodule(path).training
-        bound.arguments["training"] = self.node("call_module", target)
+        bound.arguments["training"] = _Ready(self.node("call_module", target))
         return bound.args, bound.kwargs
+
+    def _signature_with_training(self, func: Callable[..., Any]) -> inspect.Signature | None:
+        if not isinstance(func, types.FunctionType):
+            return None
+        if func not in self._signatures:
+            signature = inspect.signature(func)
+            self._signatures[func] = signature if "training" in signature.parameters else None
+        return self._signatures[func]
+
+    # ---- modules
 
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called: one node if it is a leaf, else what happens inside it."""
         path = self._paths.get(id(module))
-        if path is None or self._paused:
+        if path is None or self._paused or _under_transform():
             return call(module, *args, **kwargs)
         record = ModuleCall(path, self.to_nodes(args), self.to_nodes(kwargs), len(self.nodes))
         key = path if path not in self._stack else f"{path}@{len(self._stack)}"
         self._stack[key] = (path, type(module))
         try:
-            whole = is_leaf(module) or (is_small(module) and _reads_training(module))
-            leaf = whole and _representable((record.args, record.kwargs))
-            if leaf:
-                with self._pause():
-                    result = call(module, *args, **kwargs)
-                self.bind(self.node("call_module", path, record.args, record.kwargs), result)
+            if self._is_whole(path, module, (args, kwargs)):
+                result = self._whole_call(path, module, call, args, kwargs)
             else:
                 result = call(module, *args, **kwargs)
         finally:
@@ -177,6 +292,60 @@ class Recorder(TorchFunctionMode):
         record.stop, record.output = len(self.nodes), self.to_nodes(result)
         self.calls.append(record)
         return result
+
+    def _is_whole(self, path: str, module: nn.Module, arguments: tuple[Any, Any]) -> bool:
+        """Whether the call can be one node: it computes with its own tensors, on what a graph can hold."""
+        if path in self.opened or not (is_leaf(module) or (is_small(module) and _reads_training(module))):
+            return False
+        own = all(own_tensors(part) == self._own.get(id(part)) for part in module.modules())
+        return own and not holds_modules(arguments)
+
+    def _whole_call(self, path: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._keep_constants((args, kwargs))
+        self._owner = path
+        try:
+            with self._pause():
+                result = call(module, *args, **kwargs)
+        finally:
+            self._owner = ""
+        self.bind(self.node("call_module", path, self.to_arguments(args), self.to_arguments(kwargs)), result)
+        return result
+
+    # ---- what is watched besides
+
+    def applied(self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A custom autograd function: one node, with its own backward, unless it runs modules."""
+        if self._paused or _under_transform():
+            return call(*args, **kwargs)
+        if runs_modules(function, (args, kwargs)):
+            return self._inside_function(call, args, kwargs)
+        self._keep_constants((args, kwargs))
+        with self._pause():
+            result = call(*args, **kwargs)
+        node_args, node_kwargs = self.to_arguments(args), self.to_arguments(kwargs)
+        self.bind(self.node("call_function", ApplyFunction(function), node_args, node_kwargs), result)
+        return result
+
+    def _inside_function(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Autograd turns gradients off while a Function runs; the nodes that are recorded must have them."""
+        before, self._inside = self._inside, True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._inside = before
+
+    def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
+        """A context is entered by a node."""
+        return None if self._paused else self.node("call_function", target, args)
+
+    def left(self, entry: object) -> None:
+        """And left by another."""
+        if isinstance(entry, fx.Node):
+            self.node("call_function", leave, (entry,))
+
+    def without_hooks(self) -> AbstractContextManager[None]:
+        """A context in which no hooks on saved tensors are set."""
+        return self.meter.without_hooks()
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -192,7 +361,9 @@ def _target(func: Callable[..., Any]) -> tuple[str, Any, tuple[Any, ...]] | None
     name = getattr(func, "__name__", "")
     if name == "__get__":  # a property of a tensor, such as x.T: kept only if it gives a tensor
         return "call_function", getattr, (func.__self__.__name__,)  # type: ignore[attr-defined]
-    if name in ("__set__", "__delete__", "__repr__", "__len__", "__bool__", "__format__", "__hash__"):
+    if name == "__set__":
+        return "call_function", _set_attribute, (func.__self__.__name__,)  # type: ignore[attr-defined]
+    if name in ("__delete__", "__repr__", "__len__", "__bool__", "__format__", "__hash__"):
         return None
     if name == "__setitem__":
         return "call_function", operator.setitem, ()
@@ -211,52 +382,80 @@ def _reads_training(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def _representable(tree: Any) -> bool:
-    """Whether a graph can hold these arguments: nodes, plain values, and tuples, lists and dicts of them."""
-    if isinstance(tree, dict):
-        return all(_representable(item) for item in tree.values())
-    if isinstance(tree, tuple | list):
-        return all(_representable(item) for item in tree)
-    if isinstance(tree, slice):
-        return all(_representable(item) for item in (tree.start, tree.stop, tree.step))
-    return tree is None or tree is builtins.Ellipsis or isinstance(tree, (fx.Node, *base_types))
+def _set_attribute(tensor: Tensor, value: object, name: str) -> None:
+    """`tensor.name = value`, in the order in which a setter's arguments come."""
+    setattr(tensor, name, value)
 
 
-@contextmanager
-def _watching_modules(recorder: Recorder) -> Iterator[None]:
-    original = nn.Module.__call__
+class _Ready:
+    """A node among values that are still to be turned into nodes."""
 
-    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return recorder.module_call(module, original, args, kwargs)
-
-    nn.Module.__call__ = watched  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
 
 
-def record(root: nn.Module, ghost: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def _under_transform() -> bool:
+    """Whether a `torch.func` transformation is running: tensors are wrapped in its own ones."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _place(tensor: Tensor) -> object:
+    """Where its values lie; None if it has none."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _is_plain(value: object) -> bool:
+    """Whether source code can spell it."""
+    return value is None or value is Ellipsis or (type(value) in base_types and not isinstance(value, Tensor))
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Tensor) or bool(tensors_in(value))
+
+
+def record(
+    root: nn.Module, ghost: nn.Module, inputs: Inputs, *, opened: frozenset[str] = frozenset(), real: bool = False
+) -> fx.GraphModule:
     """Run `ghost` on `inputs` and give what happened as a graph over `root`.
 
     Args:
         root: the structural copy that the GraphModule will hold.
         ghost: a copy of the same structure to run, on fake or on real tensors.
         inputs: the example inputs, as fake or as real as `ghost`.
+        opened: paths of modules to look into, however small they are.
+        real: whether the tensors are real ones.
+
+    Raises:
+        HiddenResult: a module has to be looked into.
     """
-    with Meter((*ghost.parameters(), *ghost.buffers())) as meter:
-        recorder = Recorder(ghost, meter)
+    recorder = Recorder(ghost, opened, real)
+    with recorder.meter:
         for index, tensor in enumerate(inputs.tensors()):
             recorder.bind(recorder.node("placeholder", f"input_{index}"), tensor)
-        with torch.enable_grad(), recorder, _watching_modules(recorder):
+        with torch.enable_grad(), recorder, watching(recorder), watching_modules(recorder.module_call):
             result = ghost(*inputs.args, **inputs.kwargs)
-        output = recorder.to_nodes(result)
-        if not _representable(output):
-            output = [recorder._node_for(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-            recorder.notes.append(f"the output, a {type(result).__name__}, is given as a list of its tensors")
-        recorder.graph.output(output)
+        recorder.graph.output(_output(recorder, result))
+    return _graph_module(root, recorder)
+
+
+def _output(recorder: Recorder, result: object) -> Any:
+    if _has_plain_leaves(result):
+        return recorder.to_arguments(result)
+    recorder.notes.append(f"the output, a {type(result).__name__}, is given as a list of its tensors")
+    return [recorder._node_for(tensor) for tensor in tensors_in(result)]
+
+
+def _has_plain_leaves(value: object) -> bool:
+    if isinstance(value, nn.Module) or callable(value):
+        return False
+    return all(_has_plain_leaves(part) for _, part in parts_of(value)) if _holds_tensors(value) else True
+
+
+def _graph_module(root: nn.Module, recorder: Recorder) -> fx.GraphModule:
     for name, tensor in recorder.constants.items():
-        root.register_buffer(name, tensor.detach(), persistent=False)
+        root.register_buffer(name, tensor, persistent=False)
     for target, training in recorder.flags.items():
         set_submodule(root, target, TrainingFlag().train(training))
     graph_module = fx.GraphModule(root, recorder.graph, type(root).__name__)

@@ -7,19 +7,24 @@ Python code branches on it becomes a leaf and is called as it is.
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy, Proxy
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from replfx.tracing.info import CaptureInfo, ModuleCall
 from replfx.tracing.inputs import Inputs
+from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
 
-__all__ = ["TrainingFlag", "is_leaf", "is_small", "trace_symbolically"]
+__all__ = ["TrainingFlag", "is_leaf", "is_small", "own_tensors", "trace_symbolically"]
+
+_SET_GRAD = torch._C._set_grad_enabled
 
 
 class TrainingFlag(nn.Module):
@@ -43,6 +48,52 @@ def is_small(module: nn.Module) -> bool:
     return all(is_leaf(child) for child in module.children())
 
 
+def own_tensors(module: nn.Module) -> tuple[int, ...]:
+    """Which tensors `module` itself holds, by identity; `torch.func.functional_call` swaps them for others."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ()
+    return tuple(map(id, (*module._parameters.values(), *module._buffers.values())))
+
+
+class _InPlace:
+    """`x += 1` as a node that changes x; torch.fx's own proxies make it `x = x + 1`, which leaves views of x alone."""
+
+    def __setitem__(self: Any, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_InPlace, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Proxy(_InPlace, Proxy):
+    """A proxy that knows of updates in place."""
+
+
+class _TensorProxy(_InPlace, ParameterProxy):
+    """Stands for a parameter or buffer, of which everything but the values is known."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, tensor: Tensor) -> None:
+        Proxy.__init__(self, node, tracer)
+        self.param = tensor  # type: ignore[assignment]
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        return self.param.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.param.dtype
+
+
 class _UntraceableError(Exception):
     """Something that symbolic tracing cannot represent, found by us rather than by torch.fx."""
 
@@ -58,14 +109,23 @@ class SymbolicTracer(fx.Tracer):
         self.nodes: list[fx.Node] = []
         self.branched: set[str] = set()  # paths of modules whose code branches on `training`
         self._flags: dict[str, nn.Module] = {}
-        self._parameter_names: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        self._own: dict[int, tuple[int, ...]] = {}
+        self.inside = False  # of a Function that runs modules; autograd turns gradients off, the graph must not
 
     def prepare(self, root: nn.Module) -> None:
-        """Index the parameters by identity: torch.fx searches all of them at each access."""
-        self._parameter_names = {id(p): n for n, p in root.named_parameters()}
+        """Index parameters and buffers by identity: torch.fx searches all parameters at each access.
+
+        Buffers become nodes too: an update in place is part of the graph and does not happen while tracing.
+        """
+        self._names = {id(t): n for n, t in (*root.named_parameters(), *root.named_buffers())}
+        self._own = {id(m): own_tensors(m) for m in root.modules()}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.whole or is_leaf(m)
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -73,7 +133,7 @@ class SymbolicTracer(fx.Tracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        name = self._parameter_names.get(id(attr_val)) if isinstance(attr_val, nn.Parameter) else None
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None:
             return attr_val
         if name not in parameter_proxy_cache:
@@ -82,18 +142,47 @@ class SymbolicTracer(fx.Tracer):
                 name,
                 (),
                 {},
-                proxy_factory_fn=lambda node: ParameterProxy(self, node, name, attr_val),
+                proxy_factory_fn=lambda node: _TensorProxy(self, node, name, attr_val),
             )
         return parameter_proxy_cache[name]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        call = ModuleCall(self.path_of_module(m), _to_nodes(args), _to_nodes(kwargs), len(self.nodes))
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path) and any(own_tensors(p) != self._own.get(id(p)) for p in m.modules()):
+            raise _UntraceableError(f"other tensors than its own in `{path}` while it is called")
+        call = ModuleCall(path, _to_nodes(args), _to_nodes(kwargs), len(self.nodes))
         result = super().call_module(m, forward, args, kwargs)
         call.stop, call.output = len(self.nodes), _to_nodes(result)
         self.calls.append(call)
         return result
+
+    # ---- what is watched besides
+
+    def applied(self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A custom autograd function: one node, with its own backward, unless it runs modules."""
+        if not any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return call(*args, **kwargs)
+        if runs_modules(function, (args, kwargs)):
+            before, self.inside = self.inside, True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.inside = before
+        return self.create_proxy("call_function", ApplyFunction(function), args, kwargs)
+
+    def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
+        """A context is entered by a node."""
+        return self.create_proxy("call_function", target, args, {})
+
+    def left(self, entry: object) -> None:
+        """And left by another."""
+        self.create_proxy("call_function", leave, (entry,), {})
+
+    def without_hooks(self) -> AbstractContextManager[None]:
+        """Tracing sets no hooks."""
+        return nullcontext()
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -154,6 +243,21 @@ class SymbolicTracer(fx.Tracer):
         return super().to_bool(obj)
 
 
+class _GradModes(TorchFunctionMode):
+    """Puts `torch.no_grad()` and its like into the graph; no proxy takes part in them."""
+
+    def __init__(self, tracer: SymbolicTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _SET_GRAD and not self.tracer.inside:
+            self.tracer.create_proxy("call_function", func, args, {})
+        return func(*args, **(kwargs or {}))
+
+
 def _to_nodes(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.node if isinstance(leaf, Proxy) else leaf, tree)
 
@@ -184,23 +288,51 @@ def _symbolic_training(root: nn.Module, tracer: SymbolicTracer) -> Iterator[None
             module.__class__ = cls
 
 
+class _State:
+    """What the modules of a model held before its code ran; lazily made attributes are part of a trace, not of it."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._before = [
+            (module, dict(vars(module)), [(store, dict(store)) for store in _stores(module)])
+            for module in root.modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
+
+    def restore(self, *, only_proxies: bool = False) -> None:
+        """Put everything back, or only what proxies have taken the place of."""
+        for module, attributes, stores in self._before:
+            for holder, before in [(vars(module), attributes), *stores]:
+                for name in [n for n, value in holder.items() if value is not before.get(n, holder)]:
+                    if only_proxies and not any(isinstance(x, Proxy) for x in pytree.tree_leaves(holder[name])):
+                        continue
+                    if name in before:
+                        holder[name] = before[name]
+                    else:
+                        del holder[name]
+
+
+def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
 def trace_symbolically(root: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     """Trace `root` (a structural copy; it gains `training_flag` submodules) into a GraphModule.
 
     Raises whatever torch.fx raises when the model's Python code cannot be traced.
     """
     whole: frozenset[str] = frozenset()
+    state = _State(root)
     while True:
         tracer = SymbolicTracer(inputs, whole)
         tracer.prepare(root)
-        with _symbolic_training(root, tracer):
+        with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
             graph = tracer.trace(root)
         found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole
         if not found:
             break
         whole |= found
-        for path in found:
-            root.get_submodule(path)._modules.pop("training_flag", None)
+        state.restore()
+    state.restore(only_proxies=True)
     for node in reversed(graph.nodes):
         if node.op == "call_module" and str(node.target).endswith("training_flag") and not node.users:
             graph.erase_node(node)

@@ -52,9 +52,8 @@ def test_across_container_boundaries() -> None:
 
 
 def test_across_stages_with_something_without_parameters_between() -> None:
-    # The pause changes the activation, so the two parts do not take each other's output.
     model = Tower(Mlp(), Mlp(), Mlp(), nn.Tanh(), Mlp(), Mlp(), Mlp())
-    assert chains(model) == [numbered("blocks.", 0, 1, 2), numbered("blocks.", 4, 5, 6)]
+    assert chains(model) == [numbered("blocks.", 0, 1, 2, 4, 5, 6)]
 
 
 def test_groups_of_blocks_take_the_level_that_replaces_most() -> None:
@@ -80,13 +79,19 @@ def test_groups_whose_parts_alternate_are_themselves_the_blocks() -> None:
     assert chains(Tower(*(Group() for _ in range(4)))) == [numbered("blocks.", 0, 1, 2, 3)]
 
 
-def test_stages_of_different_width_are_chains_of_their_own() -> None:
-    model = ConvNet(depth=4, widths=(6, 8))
-    found = chains(model, torch.randn(2, 3, 8, 8))
-    assert found == [numbered("stages.0.", 0, 1, 2, 3), numbered("stages.1.", 1, 2, 3)]
+def test_stages_of_different_width_are_one_chain_that_is_counted_anew() -> None:
+    model, x = ConvNet(depth=4, widths=(6, 8)), torch.randn(2, 3, 8, 8)
+    assert chains(model, x) == [numbered("stages.0.", 0, 1, 2, 3) + numbered("stages.1.", 0, 1, 2, 3)]
+    report = replfx.inspect(model, x)
+    assert report.replaced == ["stages.0.1", "stages.0.3", "stages.1.1"]
+    kept = {block.path: block.kept for block in report.blocks}
+    assert kept["stages.0.0"] == "`stages.0.1` is made from it"
+    assert kept["stages.1.0"] == "`stages.0.3` is made from it"
+    assert kept["stages.1.3"] == "it is the last block of its chain"
+    assert kept["stages.1.1"] is None
 
 
-def test_a_stride_splits_a_chain() -> None:
+def test_a_stride_makes_the_count_begin_anew() -> None:
     class Strided(nn.Module):
         def __init__(self, stride: int) -> None:
             super().__init__()
@@ -95,11 +100,14 @@ def test_a_stride_splits_a_chain() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).relu()
 
-    model = nn.Sequential(*(Strided(2 if i == 3 else 1) for i in range(7)))
-    assert chains(model, torch.randn(1, 4, 8, 8)) == [numbered("", 0, 1, 2), numbered("", 4, 5, 6)]
+    model, x = nn.Sequential(*(Strided(2 if i == 3 else 1) for i in range(7))), torch.randn(1, 4, 8, 8)
+    assert chains(model, x) == [numbered("", 0, 1, 2, 3, 4, 5, 6)]
+    report = replfx.inspect(model, x, every=3)
+    assert report.replaced == ["2", "5"]
+    assert report.blocks[3].kept == "`2` is made from it"
 
 
-def test_a_change_of_shape_without_parameters_splits_a_chain() -> None:
+def test_a_change_of_shape_without_parameters_keeps_the_block() -> None:
     class Pooled(nn.Module):
         def __init__(self, pool: bool) -> None:
             super().__init__()
@@ -110,8 +118,12 @@ def test_a_change_of_shape_without_parameters_splits_a_chain() -> None:
             y: Tensor = self.pool(self.conv(x))
             return y
 
-    model = nn.Sequential(*(Pooled(i == 3) for i in range(7)))
-    assert chains(model, torch.randn(1, 4, 8, 8)) == [numbered("", 0, 1, 2), numbered("", 4, 5, 6)]
+    model, x = nn.Sequential(*(Pooled(i == 3) for i in range(7))), torch.randn(1, 4, 8, 8)
+    assert chains(model, x) == [numbered("", 0, 1, 2, 3, 4, 5, 6)]
+    report = replfx.inspect(model, x, every=6)  # the third of the second stage at most
+    assert report.replaced == ["5"]
+    assert report.blocks[3].kept == "it changes the shape of its activation: (1, 4, 8, 8) → (1, 4, 4, 4)"
+    assert replfx.inspect(model, x, select="3").replaced == ["3"]  # whoever asks for it gets it
 
 
 def test_blocks_that_differ_in_drop_rates_are_one_kind() -> None:
@@ -263,13 +275,13 @@ def test_called_twice() -> None:
             return super().forward(x) + self.blocks[1](self.stem(x)).sum()
 
     model = Twice(*(Mlp() for _ in range(6)))
-    assert chains(model) == [numbered("blocks.", 2, 3, 4, 5)]
+    assert chains(model) == [numbered("blocks.", 0, 2, 3, 4, 5)]
     assert refused(model, "blocks.1") == "it is called 2 times in one forward pass"
 
 
 def test_one_module_in_two_places() -> None:
     shared = Mlp()
-    model = Tower(Mlp(), shared, Mlp(), shared, Mlp())
+    model = Tower(shared, Mlp(), shared, Mlp())
     before = snapshot(model)
     with pytest.raises(replfx.NoChainError, match="called 2 times"):
         replfx.transform(model, X)
@@ -331,7 +343,7 @@ def test_parametrised() -> None:
     reason = refused(model, "blocks.1")
     assert "`fc1` is parametrised" in reason
     assert "remove_parametrizations" in reason
-    assert replfx.report(replfx.transform(model, X)).chains == [numbered("blocks.", 2, 3, 4, 5)]
+    assert replfx.report(replfx.transform(model, X)).chains == [numbered("blocks.", 0, 2, 3, 4, 5)]
 
 
 def test_all_parametrised() -> None:
@@ -348,7 +360,7 @@ def test_scripted() -> None:
     model = tower(6)
     model.blocks[1] = torch.jit.script(Plain())
     report = replfx.inspect(model, X)
-    assert report.chains == [numbered("blocks.", 2, 3, 4, 5)]
+    assert report.chains == [numbered("blocks.", 0, 2, 3, 4, 5)]
     scripted = Tower(*(torch.jit.script(Mlp()) for _ in range(4)))
     with pytest.raises(replfx.ReplfxError, match="scripted"):
         replfx.transform(scripted, X)
@@ -435,10 +447,20 @@ def test_a_model_without_repeated_blocks() -> None:
 
 
 def test_what_sets_blocks_apart_is_named() -> None:
-    model = nn.Sequential(Plain(4, 6), Plain(6, 8), Plain(8, 10))
-    report = replfx.inspect(model, X)
-    assert report.refused["0"] == (
-        "no three like it in a row: it is not like `1`: `linear.weight`: (6, 4) float32 ≠ (8, 6) float32"
+    class Conv(nn.Module):
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu()
+
+    model, x = nn.Sequential(Conv(1), Conv(4), Conv(1)), torch.randn(1, 4, 5, 5)
+    report = replfx.inspect(model, x)
+    assert report.replaced == []
+    assert report.refused["1"] == (
+        "no three like it in a row: it is not like `2`: `conv.groups`: 4 ≠ 1 (`conv.weight`: (4, 1, 3, 3) float32 ≠ "
+        "(4, 4, 3, 3) float32)"
     )
 
 

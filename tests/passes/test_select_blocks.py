@@ -80,10 +80,10 @@ def test_fraction_is_spread_evenly() -> None:
     assert positions(3, fraction=0.5) == [1]
 
 
-def test_every_counts_in_each_chain() -> None:
+def test_every_counts_through_what_lies_between() -> None:
     model = Tower(*(Plain() for _ in range(4)), nn.Tanh(), *(Plain() for _ in range(3)))
-    assert [r.path for r in replfx.plan(model, every=2).replacements] == ["blocks.1", "blocks.6"]
-    assert [r.path for r in replfx.plan(model, every=3).replacements] == ["blocks.2"]
+    assert [r.path for r in replfx.plan(model, every=2).replacements] == ["blocks.1", "blocks.3", "blocks.6"]
+    assert [r.path for r in replfx.plan(model, every=3).replacements] == ["blocks.2", "blocks.6"]
 
 
 def test_neighbours_are_the_blocks_beside() -> None:

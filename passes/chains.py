@@ -1,0 +1,120 @@
+"""Chains: what `FindChains` finds, and which blocks of a chain can be replaced."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from replfx.fusion import Site
+from replfx.passes.regions import Region
+from replfx.tracing import ModuleCall
+
+__all__ = ["SHORTEST", "Block", "Chain", "Chains", "chains_of"]
+
+SHORTEST = 3  # a replaced block and a kept one on each side
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of a chain.
+
+    Attributes:
+        call: its place in the graph.
+        site: what an operator may know of it.
+        new_stage: it is unlike the block before, and something lies between the two.
+        turn: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
+        fixed: why it must stay, though its neighbours may be made from it: it is frozen, or tied.
+        unlike: why it cannot be made from its neighbours.
+        region: the piece of the graph that it is, where it is no module.
+    """
+
+    call: ModuleCall
+    site: Site
+    new_stage: bool = False
+    turn: str | None = None
+    fixed: str | None = None
+    unlike: str | None = None
+    region: Region | None = None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be replaced, None if it can."""
+        return self.fixed or self.unlike
+
+    @property
+    def path(self) -> str:
+        """Where it is in the model."""
+        return self.call.path
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of one family, each of which works on what the one before gave, in the order in which they run."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def paths(self) -> list[str]:
+        """The blocks' paths."""
+        return [block.path for block in self.blocks]
+
+    def replaceable(self) -> list[int]:
+        """Positions of blocks with a neighbour on each side that nothing keeps."""
+        return [i for i in range(1, len(self.blocks) - 1) if self.blocks[i].obstacle is None]
+
+    def steady(self) -> list[int]:
+        """Those of `replaceable` that keep their activation's shape; if there are none, all of them."""
+        every = self.replaceable()
+        return [i for i in every if self.blocks[i].turn is None] or every
+
+    def every(self, k: int) -> list[int]:
+        """The positions that `every=k` replaces.
+
+        Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
+        leaves nothing (stages of one block, a change of shape in every block) they are counted through.
+        """
+        steady = set(self.steady())
+        turns = [block.turn is not None or block.new_stage for block in self.blocks]
+        return self._counted(k, steady, turns) or self._counted(k, steady, [False] * len(turns))
+
+    def _counted(self, k: int, allowed: set[int], turns: Sequence[bool]) -> list[int]:
+        chosen, count = [], 0
+        for position, turn in enumerate(turns):
+            count = 1 if turn else count + 1
+            if count % k == 0 and position in allowed:
+                chosen.append(position)
+        return chosen
+
+    def fraction(self, part: float) -> list[int]:
+        """The positions that `fraction=part` replaces: spread evenly, never two in a row."""
+        length, allowed = len(self.blocks), self.steady()
+        count = min(int(part * length + 0.5), (length - 1) // 2)
+        chosen: list[int] = []
+        for i in range(count):
+            aim = max(int((length - 1) / count * (i + 0.5)), 1)  # a step of at least 2, so no two are adjacent
+            free = [p for p in allowed if not chosen or p > chosen[-1] + 1]
+            if free:
+                chosen.append(min(free, key=lambda p: abs(p - aim)))
+        return chosen
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The findings of the pass, kept at `graph_module.meta["replfx_chains"]`.
+
+    Attributes:
+        chains: all chains of three blocks and more, in the order in which they run.
+        refused: blocks that are in no chain, with the reason.
+        kept: blocks of a chain that are not replaced, with the reason; filled by `SelectBlocks`.
+    """
+
+    chains: list[Chain]
+    refused: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def chains_of(graph_module: fx.GraphModule) -> Chains:
+    """What `FindChains` found in this graph."""
+    found = graph_module.meta["replfx_chains"]
+    assert isinstance(found, Chains)
+    return found

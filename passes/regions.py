@@ -1,0 +1,238 @@
+"""Regions: pieces of a graph that are like blocks but are no modules; as modules of their own, and replaced."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from replfx.passes.why_not import ancestors
+from replfx.structure import attribute_at
+from replfx.tracing import CaptureInfo
+
+__all__ = ["Region", "RegionChain", "Regions", "region_module", "replace_regions", "root_of", "without_regions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A piece of a graph with one main activation in and one out.
+
+    Attributes:
+        nodes: in the graph's order, without gaps but for `get_attr` nodes of others; its own are among them.
+        input: the main activation that comes in: the output of the region before, or what feeds the first.
+        output: the node of the region that gives its result; the only one that is read outside of it.
+        extras: what else it reads from outside, such as a mask; in the same order in all regions of a chain.
+        parameters: canonical name → path in the root, of the parameters that it alone reads: "p0", "p1", … in the
+            order in which they are read, "m0.weight" for one of a called module. The names are the same in every
+            region of a chain.
+        buffers: the same for the buffers that it alone reads through `get_attr`: "b0", ….
+        modules: the same for the leaf modules that it calls, one name a call: "m0", ….
+    """
+
+    nodes: tuple[fx.Node, ...]
+    input: fx.Node
+    output: fx.Node
+    extras: tuple[fx.Node, ...]
+    parameters: dict[str, str]
+    buffers: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class RegionChain:
+    """Regions of one kind, each taking the one before's output as its main activation."""
+
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """What `find_regions` found.
+
+    Attributes:
+        chains: of three regions and more, that with the most parameters first; no two share a node.
+        refused: pieces that repeat but are in no chain, with the reason; the key is the path of the first
+            parameter that the piece reads.
+    """
+
+    chains: list[RegionChain]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def root_of(graph_module: fx.GraphModule) -> nn.Module:
+    """What the targets of a captured graph refer to; of any other graph, the GraphModule itself."""
+    info = graph_module.meta.get("replfx")
+    return info.root if isinstance(info, CaptureInfo) else graph_module
+
+
+# ---- a region as a module
+
+
+def region_module(region: Region, root: nn.Module) -> "RegionModule":
+    """Make a module that computes what the region does: `module(activation, *extras)` gives its output.
+
+    Its parameters, buffers and called modules are the very objects of `root`, under their canonical names, so
+    that the parameters of all regions of a chain have the same names. It is in training mode if `root` is.
+
+    Args:
+        region: as `find_regions` gave it; the graph must not have been rewritten since.
+        root: what the region's paths refer to (`root_of` of its graph).
+
+    Raises:
+        AttributeError: `root` lacks something that the region reads.
+    """
+    holder = nn.Module()
+    holder.training = root.training
+    for name, path in (*region.modules.items(), *region.buffers.items()):
+        _put(holder, name, attribute_at(root, path))
+    for name, path in region.parameters.items():
+        if "." not in name:  # else it came with its module
+            _put(holder, name, attribute_at(root, path))
+    graph = fx.Graph()
+    names = {path: name for name, path in (*region.buffers.items(), *region.parameters.items())}
+    calls = iter(region.modules)
+    activation = graph.placeholder("activation")
+    made = {node: graph.placeholder(f"extra_{index}") for index, node in enumerate(region.extras)}
+    made[region.input] = activation  # also where an extra is the same node, as in `x = layer(x, x0)` the first time
+    for node in region.nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        if node.op == "get_attr":
+            made[node].target = names[str(node.target)]
+        elif node.op == "call_module":
+            made[node].target = next(calls)
+    graph.output(made[region.output])
+    return RegionModule(holder, graph, "Region")
+
+
+class RegionModule(fx.GraphModule):
+    """A region as a module, which can be pickled also while parameters of it are taken out.
+
+    torch.fx pickles source code and traces it again, and would take a parameter that is None for a constant.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = super().__reduce__()
+        targets = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
+        absent = [name for name in dict.fromkeys(targets) if getattr(self, name, None) is None]
+        return _restore, (absent, rebuild, arguments)
+
+
+def _restore(absent: Sequence[str], rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> RegionModule:
+    body = arguments[0]
+    for name in absent:
+        body.pop(name, None)
+        body["_parameters"][name] = nn.Parameter(torch.empty(0))
+    made = rebuild(*arguments)
+    restored = RegionModule(made, made.graph, "Region").train(made.training)
+    for name in absent:
+        restored._parameters[name] = None
+    return restored
+
+
+def _put(holder: nn.Module, name: str, value: object) -> None:
+    """Register a module, a parameter or a buffer, or set what is none of them."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        holder.register_buffer(name, value)
+    else:
+        setattr(holder, name, value)
+
+
+# ---- regions replaced
+
+
+def replace_regions(graph_module: fx.GraphModule, replacements: Iterable[tuple[Region, str, nn.Module]]) -> None:
+    """Let one call of a module take the place of each region's nodes, in place.
+
+    The module is called with `(activation, *extras)`. Afterwards the nodes of these regions are gone, and the
+    `input` of a region that follows one of them no longer is a node of the graph: replace all at once.
+
+    Args:
+        graph_module: the graph that the regions were found in.
+        replacements: region, path of the new module in `graph_module`, and the module.
+
+    Raises:
+        ValueError: the path is taken by something that is not a module.
+    """
+    graph = graph_module.graph
+    renamed: dict[fx.Node, fx.Node] = {}
+    for region, path, module in replacements:
+        _add_submodule(graph_module, path, module)
+        members = set(region.nodes)
+        with graph.inserting_after(region.nodes[-1]):
+            made = graph.call_module(path, tuple(renamed.get(node, node) for node in (region.input, *region.extras)))
+        made.meta.update(region.output.meta)
+        region.output.replace_all_uses_with(made, delete_user_cb=_outside(members))
+        renamed[region.output] = made
+        for node in reversed(region.nodes):
+            graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _outside(members: set[fx.Node]) -> Callable[[fx.Node], bool]:
+    return lambda user: user not in members
+
+
+def _add_submodule(graph_module: fx.GraphModule, path: str, module: nn.Module) -> None:
+    try:
+        added = graph_module.add_submodule(path, module)
+    except KeyError:
+        added = False
+    if not added:
+        raise ValueError(f"`{path}` is taken by something that is not a module; choose another path")
+
+
+def without_regions(graph_module: fx.GraphModule, replaced: Sequence[Region]) -> fx.GraphModule:
+    """Make a fresh GraphModule of a rewritten graph, without the state that only `replaced` regions read.
+
+    Everything else that the model keeps in its `state_dict` is there under its own name, whether or not the
+    graph reads it; so are the modules that were put in. Containers (`nn.ParameterList`) become plain modules.
+    Tensors and called modules are shared with `graph_module`. The result knows nothing of its capture; it can be
+    copied and pickled as far as torch.fx can: unpickling traces the code again, which runs calls that read no
+    value of the graph (such as `torch.zeros(3)`, or `set_grad_enabled`) once and for all.
+
+    Args:
+        graph_module: after `replace_regions`.
+        replaced: the regions that it replaced.
+    """
+    root = root_of(graph_module)
+    graph = fx.Graph()  # one that knows no tracer class, so that unpickling takes torch.fx's own
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(graph_module.graph, copied)
+    graph.output(result)
+    fresh = fx.GraphModule(graph_module, graph, type(root).__name__)
+    _keep_state(fresh, root, replaced)
+    return fresh
+
+
+def _keep_state(fresh: fx.GraphModule, root: nn.Module, replaced: Sequence[Region]) -> None:
+    """Register what no node reads, and let no buffer be saved that the model does not save."""
+    gone = {path for region in replaced for path in (*region.parameters.values(), *region.buffers.values())}
+    called = {path for region in replaced for path in region.modules.values()}
+    called |= {str(node.target) for node in fresh.graph.nodes if node.op == "call_module"}  # they bring their own
+    saved: set[str] = set()
+    for prefix, module in root.named_modules(remove_duplicate=False):
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is None or name in module._non_persistent_buffers_set:
+                continue
+            path = f"{prefix}.{name}" if prefix else name
+            saved.add(path)
+            if path not in gone and called.isdisjoint((prefix, *ancestors(prefix))):
+                _register(fresh, path, value)
+    for node in fresh.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in saved:
+            prefix, _, name = str(node.target).rpartition(".")
+            owner = fresh.get_submodule(prefix)
+            if name in owner._buffers:  # a constant, which torch.fx makes a buffer
+                owner._non_persistent_buffers_set.add(name)
+
+
+def _register(module: nn.Module, path: str, value: Tensor) -> None:
+    """Put a parameter or a buffer at `path` unless something is there, with plain modules on the way."""
+    *prefix, name = path.split(".")
+    for item in prefix:
+        if item not in module._modules:
+            module.add_module(item, nn.Module())
+        module = module.get_submodule(item)
+    if not hasattr(module, name):
+        _put(module, name, value)

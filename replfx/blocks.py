@@ -1,0 +1,101 @@
+"""Blocks by their paths: a submodule, a window of siblings in a container, or a region of the graph.
+
+A *window* "features[3:5]" is what `features[3]` and `features[4]` compute one after the other, counted by
+position among the children of `features`; "[0:2]" are children of the model itself. A fusion layer that
+replaces a window stands in the place of its first member, and `nn.Identity` in those of the others.
+
+A *region* "@weights.3" is the piece of the captured graph that begins with the parameter `weights.3`. It is no
+module until it is replaced: in the rewritten graph the fusion layer is `replaced_weights_3`.
+"""
+
+import re
+
+from torch import nn
+
+from replfx.structure import set_submodule
+
+__all__ = [
+    "block_at",
+    "head_of",
+    "is_region",
+    "members_of",
+    "parameters_of",
+    "put_block",
+    "region_path",
+    "window_path",
+]
+
+_WINDOW = re.compile(r"(?P<parent>.*)\[(?P<start>\d+):(?P<stop>\d+)\]")
+
+
+def window_path(parent: str, start: int, stop: int) -> str:
+    """The path of a window: children start … stop − 1 of the container at `parent`."""
+    return f"{parent}[{start}:{stop}]"
+
+
+def region_path(parameter: str) -> str:
+    """The path of the region that begins with a parameter."""
+    return f"@{parameter}"
+
+
+def is_region(path: str) -> bool:
+    """Whether the path is that of a region."""
+    return path.startswith("@")
+
+
+def members_of(model: nn.Module, path: str) -> list[str]:
+    """The paths of the modules that make up a block: itself, the members of a window, what replaced a region.
+
+    Raises:
+        AttributeError: the model has no such block.
+    """
+    if is_region(path):
+        return ["replaced_" + path[1:].replace(".", "_")]
+    found = _WINDOW.fullmatch(path)
+    if found is None:
+        return [path]
+    parent, start, stop = found["parent"], int(found["start"]), int(found["stop"])
+    names = list(model.get_submodule(parent)._modules)
+    if not start < stop <= len(names):
+        raise AttributeError(f"`{parent}` has {len(names)} children, no [{start}:{stop}]")
+    return [f"{parent}.{name}" if parent else name for name in names[start:stop]]
+
+
+def head_of(model: nn.Module, path: str) -> str:
+    """Where the fusion layer for a block stands: the block's path, or that of a window's first member."""
+    return members_of(model, path)[0]
+
+
+def block_at(model: nn.Module, path: str) -> nn.Module:
+    """The block at `path`; for a window, an `nn.Sequential` that holds the very siblings.
+
+    Raises:
+        AttributeError: the model has no such block.
+    """
+    members = members_of(model, path)
+    if members == [path]:
+        return model.get_submodule(path)
+    window = nn.Sequential(*(model.get_submodule(member) for member in members))
+    window.training = window[0].training  # not .train(), which would reach into the siblings
+    return window
+
+
+def put_block(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` in the block's place; a Sequential as long as the window is spread over its members."""
+    head, *rest = members_of(model, path)
+    if rest and type(module) is nn.Sequential and len(module) == 1 + len(rest):
+        for member, part in zip((head, *rest), module, strict=True):
+            set_submodule(model, member, part)
+        return
+    set_submodule(model, head, module)
+    for member in rest:
+        set_submodule(model, member, nn.Identity())
+
+
+def parameters_of(model: nn.Module, path: str) -> dict[str, nn.Parameter]:
+    """The block's parameters by their names in the model, a tied one under each of its names."""
+    return {
+        name: parameter
+        for member in members_of(model, path)
+        for name, parameter in model.get_submodule(member).named_parameters(prefix=member, remove_duplicate=False)
+    }

@@ -1,0 +1,180 @@
+"""Alignment: a neighbour's parameter in the shape of the replaced block's. The formulas are ours.
+
+Let a neighbour's parameter W have sizes m₀ × m₁ × … and the block's n₀ × n₁ × …. Then
+
+    W'[i₀, i₁, …] = Π_{d: m_d ≠ n_d} g_d[i_d] · W[σ₀(i₀), σ₁(i₁), …]
+
+with a learnable gain g_d of length n_d for every dimension d that differs, and an index map σ_d:
+
+- channels (the first two dimensions of a kernel, all dimensions of a matrix): σ(i) = i mod m, which takes the first
+  n of them where there are more, and repeats them where there are fewer. Where both the first sizes
+  are k times the second ones (a fused query-key-value projection, an MLP's expansion), each of the k
+  parts is aligned by itself, so that values meet values; the same for a second size k times the first.
+- taps of a kernel (its further dimensions): the centres meet; what lies outside is cut off or zero.
+- tables of relative positions, (2w−1)² rows for a window of side w: as taps, in both directions of the window.
+
+Gains start at 1; that of the first differing dimension of a weight starts at √(m₁/n₁), which keeps the
+variance of what an independent initialisation of fan-in m₁ or n₁ gives. Where nothing differs, W' = W and
+there are no gains. Σ n_d gains stand for Π n_d weights, and W' costs one multiply-add a weight and dimension:
+dilations, strides and numbers of heads differ without any change of shape and need no gains at all.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replfx.errors import FusionError
+from replfx.fusion.fusions import Fusion
+
+__all__ = ["AlignedFusion", "Alignment", "Layout", "layout_of"]
+
+Layout = Literal["kernel", "matrix", "table"]
+
+
+def layout_of(owner: nn.Module, parameter: Tensor) -> Layout:
+    """What the dimensions of a parameter are, as far as its owner tells."""
+    if hasattr(owner, "kernel_size"):
+        return "kernel"
+    rows = parameter.shape[0]
+    windowed = parameter.dim() == 2 and not hasattr(owner, "in_features") and rows % 2 == 1
+    return "table" if windowed and math.isqrt(rows) ** 2 == rows and rows > 1 else "matrix"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """How one dimension is aligned: each of `parts` equal parts from its size to `size`."""
+
+    dim: int
+    parts: int
+    size: int
+    how: Literal["channels", "taps", "table"]
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        if self.how == "taps":
+            return _centred(theta, self.dim, self.size)
+        if self.how == "table":
+            side, wanted = math.isqrt(theta.shape[0]), math.isqrt(self.size)
+            square = theta.unflatten(0, (side, side))
+            return _centred(_centred(square, 0, wanted), 1, wanted).flatten(0, 1)
+        if self.parts == 1:
+            return _repeated(theta, self.dim, self.size)
+        split = theta.unflatten(self.dim, (self.parts, -1))
+        return _repeated(split, self.dim + 1, self.size // self.parts).flatten(self.dim, self.dim + 1)
+
+
+def _repeated(theta: Tensor, dim: int, size: int) -> Tensor:
+    times = -(-size // theta.shape[dim])
+    longer = theta if times == 1 else torch.cat([theta] * times, dim)
+    return longer.narrow(dim, 0, size)
+
+
+def _centred(theta: Tensor, dim: int, size: int) -> Tensor:
+    surplus = theta.shape[dim] - size
+    if surplus >= 0:
+        return theta.narrow(dim, surplus // 2, size)
+    before = -surplus // 2
+    return F.pad(theta, (*[0] * 2 * (theta.dim() - 1 - dim), before, -surplus - before))
+
+
+def _steps(source: torch.Size, target: torch.Size, layout: Layout) -> list[_Step]:
+    if len(source) != len(target):
+        raise FusionError(f"a parameter of shape {tuple(source)} cannot be aligned to {tuple(target)}")
+    steps = []
+    for dim, (have, want) in enumerate(zip(source, target, strict=True)):
+        if have == want:
+            continue
+        if layout == "kernel" and dim >= 2:
+            steps.append(_Step(dim, 1, want, "taps"))
+        elif layout == "table" and dim == 0:
+            steps.append(_Step(dim, 1, want, "table"))
+        else:
+            steps.append(_Step(dim, _parts(source, target, dim), want, "channels"))
+    return steps
+
+
+def _parts(source: torch.Size, target: torch.Size, dim: int) -> int:
+    """k, if the size along `dim` is k times the other channel dimension's in both shapes; else 1."""
+    if dim > 1 or len(source) < 2:
+        return 1
+    have, want = source[dim] / source[1 - dim], target[dim] / target[1 - dim]
+    return int(have) if have == want and have == int(have) else 1
+
+
+class Alignment(nn.Module):
+    """Aligns the parameters of one neighbour; the module's docstring has the formula.
+
+    Args:
+        sources: shape of each parameter that the neighbour gives, by the block's name for it.
+        targets: shape that the block's has.
+        layouts: what the dimensions are.
+        dtype, device: where the gains are to live.
+
+    Attributes:
+        gains: all gains, one vector (of one dimension, as all of a fusion's parameters).
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, torch.Size],
+        targets: Mapping[str, torch.Size],
+        layouts: Mapping[str, Layout],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.steps = {
+            name: steps for name, shape in targets.items() if (steps := _steps(sources[name], shape, layouts[name]))
+        }
+        starts = []
+        for name, steps in self.steps.items():
+            scaled = layouts[name] != "table" and len(sources[name]) > 1
+            first = math.sqrt(sources[name][1] / targets[name][1]) if scaled else 1.0
+            starts += [torch.full((step.size,), 1.0 if i else first) for i, step in enumerate(steps)]
+        self.sizes = [len(start) for start in starts]
+        self.gains = nn.Parameter(torch.cat(starts).to(dtype=dtype, device=device)) if starts else None
+
+    def forward(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same parameters in the block's shapes."""
+        if self.gains is None:
+            return dict(theta)
+        gains = iter(self.gains.split(self.sizes))
+        aligned = dict(theta)
+        for name, steps in self.steps.items():
+            for step in steps:
+                value = step(aligned[name])
+                aligned[name] = value * next(gains).view(-1, *[1] * (value.dim() - 1 - step.dim))
+        return aligned
+
+    def extra_repr(self) -> str:
+        return f"parameters={list(self.steps)}, gains={sum(self.sizes)}"
+
+
+class AlignedFusion(Fusion):
+    """A fusion whose neighbours' parameters are aligned first.
+
+    Args:
+        rule: the fusion of parameters of the block's own shapes.
+        previous, next: the alignment of each neighbour.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(self, rule: Fusion, previous: Alignment, next: Alignment) -> None:
+        nn.Module.__init__(self)
+        self.rule = rule
+        self.align_previous = previous if previous.steps else None
+        self.align_next = next if next.steps else None
+
+    def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.align_previous is not None:
+            previous = self.align_previous(previous)
+        if self.align_next is not None:
+            next = self.align_next(next)
+        synthesized: dict[str, Tensor] = self.rule(previous, next)
+        return synthesized

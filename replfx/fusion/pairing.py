@@ -1,0 +1,98 @@
+"""Pairing: which parameter of a neighbour a block's parameter is fused from. Ours.
+
+Neighbours of one class need not be alike: one has a shortcut convolution, another no expansion, and then names
+shift. A parameter's *role* is what owns it (class of the module and of the one that holds it), its name there,
+its number of dimensions, and for kernels whether they are pointwise, depthwise or dense. Parameters pair by
+name where the roles agree, and what is left by role, in the order of registration. Their shapes may differ:
+`replfx.fusion.alignment` makes up for that.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from replfx.structure import class_of
+
+__all__ = ["Counterpart", "Counterparts", "counterparts", "pair", "share_paired", "synthesizable"]
+
+Side: TypeAlias = Literal["previous", "next"]
+Counterpart: TypeAlias = tuple[Side, str]  # a neighbour, and the name of its parameter
+Counterparts: TypeAlias = dict[str, Counterpart]
+
+
+@dataclass(frozen=True)
+class _Role:
+    owner: type[nn.Module]
+    holder: type[nn.Module] | None
+    leaf: str
+    dims: int
+    kernel: str
+
+
+def synthesizable(block: nn.Module) -> dict[str, Tensor]:
+    """The parameters that a fusion may make: those of two dimensions and up, by name."""
+    return {name: p for name, p in block.named_parameters() if p.dim() >= 2}
+
+
+def pair(block: nn.Module, neighbour: nn.Module) -> dict[str, str]:
+    """For the block's parameters their counterparts' names in `neighbour`, where there are any."""
+    wanted, offered = _roles(block), _roles(neighbour)
+    found = {name: name for name, role in wanted.items() if offered.get(name) == role}
+    rest = [name for name in wanted if name not in found]
+    free = [name for name in offered if name not in found]
+    if rest and free:
+        matcher = SequenceMatcher(None, [wanted[n] for n in rest], [offered[n] for n in free], autojunk=False)
+        for match in matcher.get_matching_blocks():
+            for offset in range(match.size):
+                found[rest[match.a + offset]] = free[match.b + offset]
+    return found
+
+
+def counterparts(
+    previous: Mapping[str, str], next: Mapping[str, str], names: Iterable[str]
+) -> tuple[Counterparts, Counterparts]:
+    """What θ_prev and θ_next of each parameter are; one that only one neighbour has is taken from it for both.
+
+    Args:
+        previous: what `pair` gave for the neighbour before.
+        next: what it gave for the one after.
+        names: the parameters to synthesise; those without a counterpart on either side are left out.
+    """
+    before: Counterparts = {}
+    after: Counterparts = {}
+    for name in names:
+        one: Counterpart | None = ("previous", previous[name]) if name in previous else None
+        other: Counterpart | None = ("next", next[name]) if name in next else None
+        if one is not None or other is not None:
+            before[name] = one or other  # type: ignore[assignment]
+            after[name] = other or one  # type: ignore[assignment]
+    return before, after
+
+
+def share_paired(block: nn.Module, *pairs: Mapping[str, str]) -> float:
+    """The share of the block's synthesizable weights that have a counterpart in every one of `pairs`."""
+    sizes = {name: p.numel() for name, p in synthesizable(block).items()}
+    total = sum(sizes.values())
+    return sum(n for name, n in sizes.items() if all(name in each for each in pairs)) / total if total else 0.0
+
+
+def _roles(block: nn.Module) -> dict[str, _Role]:
+    return {name: _role(block, name, p) for name, p in block.named_parameters()}
+
+
+def _role(block: nn.Module, name: str, parameter: Tensor) -> _Role:
+    path, _, leaf = name.rpartition(".")
+    holder = class_of(block.get_submodule(path.rpartition(".")[0])) if path else None
+    return _Role(class_of(block.get_submodule(path)), holder, leaf, parameter.dim(), _kernel(parameter))
+
+
+def _kernel(parameter: Tensor) -> str:
+    """What a convolution's kernel mixes: channels alone, places alone, or both."""
+    if parameter.dim() < 3:
+        return "none"
+    if parameter[0, 0].numel() == 1:
+        return "pointwise"
+    return "depthwise" if parameter.shape[1] == 1 < parameter.shape[0] else "dense"

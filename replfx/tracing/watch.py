@@ -1,0 +1,179 @@
+"""What neither a proxy nor a torch function mode sees of a run: PyTorch's entrances, watched while a trace lasts.
+
+`Function.apply`, `with torch.autocast(...)` and `with torch.inference_mode()` leave no call of a torch
+function behind. A trace that missed them would compute other values, or other gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.amp.autocast_mode import autocast
+
+from replfx.tree import parts_of
+
+__all__ = [
+    "ApplyFunction",
+    "Watcher",
+    "enter_autocast",
+    "enter_inference",
+    "holds_modules",
+    "leave",
+    "runs_modules",
+    "watching",
+    "watching_modules",
+]
+
+
+class ApplyFunction:
+    """`function.apply` as a node's target: source code can name it, which it cannot a class method's."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = function.__name__
+        self.__module__ = function.__module__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ApplyFunction) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
+@dataclass
+class _Open:
+    """A context that was entered by a node of a graph, for another node to leave."""
+
+    context: Any
+
+
+def enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> _Open:
+    """`with torch.autocast(...)`, as a node."""
+    context = autocast(device, dtype, enabled, cache)
+    context.__enter__()
+    return _Open(context)
+
+
+def enter_inference(mode: bool) -> _Open:
+    """`with torch.inference_mode(...)`, as a node."""
+    context = torch.inference_mode(mode)
+    context.__enter__()
+    return _Open(context)
+
+
+def leave(entered: _Open) -> None:
+    """The end of such a `with`."""
+    entered.context.__exit__(None, None, None)
+
+
+class Watcher(Protocol):
+    """What is told of the entrances."""
+
+    def applied(self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`function.apply(*args, **kwargs)`; `call` does it."""
+
+    def entered(self, target: Callable[..., _Open], args: tuple[Any, ...]) -> object:
+        """A context is entered; gives what `left` is to be told."""
+
+    def left(self, entry: object) -> None:
+        """It is left."""
+
+    def without_hooks(self) -> Any:
+        """A context in which no hooks on saved tensors are set."""
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher`, while open."""
+    with ExitStack() as stack:
+        stack.enter_context(_patched(torch.autograd.Function, "apply", _apply(watcher)))
+        for cls in (autocast, torch.inference_mode):
+            enter, leave_ = _context(watcher, cls)
+            stack.enter_context(_patched(cls, "__enter__", enter))
+            stack.enter_context(_patched(cls, "__exit__", leave_))
+        stack.enter_context(_patched(torch.autograd.graph, "disable_saved_tensors_hooks", _disable(watcher)))
+        yield
+
+
+@contextmanager
+def _patched(owner: Any, name: str, value: object) -> Iterator[None]:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _apply(watcher: Watcher) -> object:
+    original = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        call = original.__get__(None, cls)
+        return watcher.applied(cls, call, args, kwargs)
+
+    return classmethod(apply)
+
+
+def runs_modules(function: type[torch.autograd.Function], arguments: object) -> bool:
+    """Whether `function` is a checkpoint or the like: not it counts but what it calls, which must not be hidden."""
+    return function.__module__ == "torch.utils.checkpoint" or holds_modules(arguments)
+
+
+def holds_modules(tree: object) -> bool:
+    """Whether modules or functions, which may call modules, are among the arguments."""
+    if isinstance(tree, tuple | list | dict):
+        return any(holds_modules(part) for _, part in parts_of(tree))
+    return isinstance(tree, nn.Module) or (callable(tree) and not isinstance(tree, Tensor | fx.Proxy | type))
+
+
+def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    enter, leave_ = cls.__enter__, cls.__exit__
+    entries: dict[int, list[object]] = {}
+
+    def watched_enter(self: Any) -> Any:
+        if cls is autocast:
+            entry = watcher.entered(enter_autocast, (self.device, self.fast_dtype, self._enabled, self._cache_enabled))
+        else:
+            entry = watcher.entered(enter_inference, (self.mode,))
+        entries.setdefault(id(self), []).append(entry)
+        return enter(self)
+
+    def watched_leave(self: Any, *error: Any) -> Any:
+        result = leave_(self, *error)
+        if entries.get(id(self)):
+            watcher.left(entries[id(self)].pop())
+        return result
+
+    return watched_enter, watched_leave
+
+
+def _disable(watcher: Watcher) -> Callable[[str], Any]:
+    original = torch.autograd.graph.disable_saved_tensors_hooks
+
+    @contextmanager
+    def disable(message: str) -> Iterator[None]:
+        with watcher.without_hooks(), original(message):
+            yield
+
+    return disable
+
+
+@contextmanager
+def watching_modules(call: Callable[[nn.Module, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
+    """Let `call(module, original, args, kwargs)` stand for every call of a module."""
+    original = nn.Module.__call__
+
+    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(module, original, args, kwargs)
+
+    with _patched(nn.Module, "__call__", watched):
+        yield

@@ -1,0 +1,58 @@
+"""Tensors in anything that a model may be given or may hold: containers, dataclasses, plain objects."""
+
+import copy
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["parts_of", "tensors_in", "with_tensors"]
+
+T = TypeVar("T")
+
+_OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module)
+
+
+def parts_of(value: object) -> Iterator[tuple[object, object]]:
+    """What `value` consists of, with the index, key or attribute name of each part."""
+    if isinstance(value, dict):
+        yield from list(value.items())
+    elif isinstance(value, tuple | list):
+        yield from enumerate(value)
+    elif isinstance(value, slice):
+        yield from (("start", value.start), ("stop", value.stop), ("step", value.step))
+    elif not isinstance(value, _OPAQUE):
+        yield from list(getattr(value, "__dict__", {}).items())
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """All tensors in `tree`, however deep, in order; one that is there twice is given twice."""
+    found: list[Tensor] = []
+    above: set[int] = set()
+
+    def visit(item: object) -> None:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif id(item) not in above:
+            above.add(id(item))
+            for _, part in parts_of(item):
+                visit(part)
+            above.discard(id(item))
+
+    visit(tree)
+    return found
+
+
+def with_tensors(tree: T, replace: Callable[[Tensor], Tensor]) -> T:
+    """A copy of `tree` with `replace` of every tensor; what was one tensor stays one."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_in(tree):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = replace(tensor)
+    try:
+        return copy.deepcopy(tree, dict(memo))
+    except Exception:  # a part that cannot be copied, such as a generator or a lock, is shared
+        mapped: T = pytree.tree_map_only(Tensor, lambda t: memo[id(t)], tree)
+        return mapped

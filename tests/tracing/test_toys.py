@@ -1,0 +1,104 @@
+"""Capture never stops a model that runs, and what it gives computes the same, to the bit, gradients too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import replfx
+from replfx.structure import structural_copy
+from replfx.tracing import info_of
+from replfx.tracing.inputs import Inputs
+from replfx.tracing.ladder import record_on_fakes, record_on_values
+from replfx.tracing.symbolic import trace_symbolically
+from replfx.tree import tensors_in
+from tests.snapshots import assert_unchanged, bits, snapshot
+from tests.tracing.toys import TOYS, Toy
+
+
+def build(toy: Toy) -> nn.Module:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return toy.build()
+
+
+def run(function: Callable[..., Any], inputs: Inputs, model: nn.Module) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Output, gradients of parameters and inputs, and the buffers that it leaves; then the buffers as before."""
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    leaves = [*model.parameters(), *(t for t in inputs.tensors() if t.requires_grad)]
+    torch.manual_seed(1)
+    output = function(*inputs.args, **inputs.kwargs)
+    losses = [t.abs().square().sum() if not t.is_sparse else t.sum() for t in tensors_in(output) if t.requires_grad]
+    if losses:
+        torch.stack(losses).sum().backward()
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    after = {name: bits(b) for name, b in model.named_buffers() if name in before}
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in before:
+                buffer.copy_(before[name])
+    return output, gradients, after
+
+
+def same(one: Any, other: Any) -> bool:
+    ones, others = tensors_in(one), tensors_in(other)
+    return len(ones) == len(others) and all(
+        a.dtype == b.dtype and torch.equal(a.to_dense(), b.to_dense()) and a.requires_grad == b.requires_grad
+        for a, b in zip(ones, others, strict=True)
+    )
+
+
+def assert_computes_the_same(graph: fx.GraphModule, model: nn.Module, toy: Toy) -> None:
+    graph.graph.lint()
+    inputs, twin = (Inputs.of(toy.inputs(), model) for _ in range(2))
+    assert inputs is not None
+    assert twin is not None
+    flat = Inputs(tuple(twin.tensors()), {})
+    actual, actual_gradients, actual_buffers = run(graph, flat, model)
+    expected, gradients, buffers = run(model, inputs, model)
+    assert same(expected, actual)
+    for name, one, other in zip(
+        [n for n, _ in model.named_parameters()] + ["input"] * len(gradients), gradients, actual_gradients, strict=False
+    ):
+        assert (one is None) == (other is None), name
+        assert one is None or (torch.allclose if toy.jit else torch.equal)(one, other), name
+    assert buffers == actual_buffers
+
+
+def capture_by(rung: str, model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    if rung == "symbolic":
+        return trace_symbolically(structural_copy(model), inputs)
+    return (record_on_fakes if rung == "fake" else record_on_values)(model, inputs)
+
+
+CASES = [(name, rung) for name, toy in TOYS.items() for rung in (*toy.rungs, "values")]
+
+
+@pytest.mark.parametrize(("name", "rung"), CASES)
+def test_every_rung_computes_the_same(name: str, rung: str) -> None:
+    toy = TOYS[name]
+    model = build(toy)
+    inputs = Inputs.of(toy.inputs(), model)
+    assert inputs is not None
+    assert_computes_the_same(capture_by(rung, model, inputs), model, toy)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", TOYS)
+def test_capture_leaves_the_model_alone_and_gives_what_it_computes(name: str, training: bool) -> None:
+    toy = TOYS[name]
+    model = build(toy).train(training)
+    before = snapshot(model)
+    graph = replfx.capture(model, toy.inputs())
+    assert_unchanged(model, before)
+    assert not any("fake" in type(t).__name__.lower() for t in tensors_in(vars(graph)))
+    assert info_of(graph).measured
+    assert_computes_the_same(graph, model, toy)
