@@ -6,9 +6,10 @@ import argparse
 import sys
 
 from benchmarks import step
+from benchmarks.zoo import command as zoo
 from replfx import ReplfxError
 
-COMMANDS = {"step": step}
+COMMANDS = {"step": step, "zoo": zoo}
 
 
 def main(argv: list[str] | None = None) -> int:

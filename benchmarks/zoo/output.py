@@ -1,0 +1,108 @@
+"""The zoo's records as JSON, as Markdown with a row a family, and as a table of totals for the terminal."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.zoo.peers import PEERS
+
+HEADS = ("models", "replaced", "refused", "failed", *PEERS)
+SHOWN = 4
+"""How many reasons of a refusal, or models of one failure, are written out."""
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def write(records: Records, config: Mapping[str, object], folder: Path) -> list[Path]:
+    """Write ``zoo.json`` and ``zoo.md`` to the folder; returns where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text = folder / "zoo.json", folder / "zoo.md"
+    environment = {"platform": f"{platform.system()} {platform.machine()}", "versions": _versions(records)}
+    ordered = sorted(records, key=lambda record: (_source(record), record["family"], record["name"]))
+    data.write_text(json.dumps({"config": config, "environment": environment, "results": ordered}, indent=1) + "\n")
+    text.write_text("\n".join(_markdown(ordered)) + "\n")
+    return [data, text]
+
+
+def totals_table(records: Records) -> Table:
+    """Lay the totals out for the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for number, head in enumerate(("source", *HEADS)):
+        table.add_column(head, justify="right" if number else "left")
+    for label, cells in _totals(records):
+        table.add_row(label, *cells)
+    return table
+
+
+def _markdown(records: Records) -> Iterator[str]:
+    yield "# Model zoo"
+    yield from ("", *_table("source", _totals(records)))
+    for source, group in _groups(records, _source):
+        yield from ("", f"## {source}", "")
+        yield from _table("family", ((f, _cells(r)) for f, r in _groups(group, lambda record: record["family"])))
+    failures = [record for record in records if record["status"] == "failure"]
+    yield from ("", "## Failures", "")
+    for reason, group in _groups(failures, lambda record: f"{record['stage']}: {record['error']}"):
+        yield f"- {', '.join(record['name'] for record in group)}: {_code(reason)}"
+    yield from ("", "## Refusals", "")
+    for record in records:
+        if record["status"] == "refused":
+            more = len(record["reasons"]) - SHOWN
+            yield f"- {record['name']}"
+            yield from (f"  - {reason}" for reason in record["reasons"][:SHOWN])
+            if more > 0:
+                yield f"  - and {more} more reasons"
+    yield from ("", "Versions: " + "; ".join(f"{k} {', '.join(v)}" for k, v in _versions(records).items()) + ".")
+
+
+def _table(first: str, rows: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    yield f"| {' | '.join((first, *HEADS))} |"
+    yield f"| --- |{' ---: |' * len(HEADS)}"
+    for label, cells in rows:
+        yield f"| {' | '.join((label, *cells))} |"
+
+
+def _totals(records: Records) -> list[tuple[str, list[str]]]:
+    rows = [(source, _cells(group)) for source, group in _groups(records, _source)]
+    return [*rows, ("all", _cells(records))]
+
+
+def _cells(records: Records) -> list[str]:
+    counts = [sum(r["status"] == status for r in records) for status in ("replaced", "refused", "failure")]
+    return [str(len(records)), *map(str, counts), *(_peer(records, peer) for peer in PEERS)]
+
+
+def _peer(records: Records, peer: str) -> str:
+    """How many of the models that it has tried a peer works on."""
+    tried = [record["peers"][peer] for record in records if peer in record["peers"]]
+    return f"{sum(result['works'] for result in tried)}/{len(tried)}" if tried else "–"
+
+
+def _groups(records: Records, key: Callable[[Mapping[str, Any]], str]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return sorted(groups.items())
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    return str(record["name"]).partition(":")[0]
+
+
+def _code(text: str) -> str:
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _versions(records: Records) -> dict[str, list[str]]:
+    """All versions that records were made with: a run that went on later may have met others."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for name, number in record.get("versions", {}).items():
+            found.setdefault(name, set()).add(number)
+    return {name: sorted(numbers) for name, numbers in found.items()}
