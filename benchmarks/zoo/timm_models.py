@@ -88,7 +88,7 @@ def _counts(store: Path, on_count: Callable[[int, int], object]) -> dict[str, in
 class _Undrawn(TorchFunctionMode):
     """Skips the arithmetic of initial weights, which even on the meta device is more than half of the time."""
 
-    skipped = frozenset("normal_ uniform_ trunc_normal_ erfinv_ mul_ add_ sub_ div_ clamp_ fill_ zero_ copy_".split())
+    skipped = frozenset(("normal_", "uniform_", "erfinv_", "mul_", "add_", "sub_", "div_", "clamp_", "fill_", "zero_"))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

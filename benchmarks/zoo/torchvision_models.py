@@ -62,9 +62,13 @@ def _variants(model: str, family: str) -> tuple[Variant, ...]:
     if family.startswith("video."):
         build = partial(_build, model, {})
         return tuple(Variant(f"{n} × {side} px", build, partial(_clips, 2, n, side)) for n, side in CLIPS)
-    resized = RESIZED.get(family, lambda side: {})
+    resized = RESIZED.get(family, _unresized)
     sides = (56, *SIDES) if model == "vit_h_14" else SIDES  # 64 is no multiple of its patches' 14
     return tuple(Variant(f"{side} px", partial(_build, model, resized(side)), partial(_images, side)) for side in sides)
+
+
+def _unresized(side: int) -> dict[str, object]:
+    return {}
 
 
 def _build(model: str, options: dict[str, object]) -> nn.Module:

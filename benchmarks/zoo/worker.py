@@ -204,10 +204,9 @@ def _work(job: Job, tasks: list[str], checked: Mapping[str, Any], send: Send) ->
 def warm_up(modules: list[str]) -> None:
     """Import what all children need, and run each machinery once that is slow the first time."""
     import torch
-    import torch_pruning  # noqa: F401
-    from torchvision.models import feature_extraction  # noqa: F401
 
-    for module in modules:
+    imported = "torch_pruning", "torchvision.models.feature_extraction", "benchmarks.zoo.check", "benchmarks.zoo.peers"
+    for module in (*imported, *modules):
         importlib.import_module(module)
     linear, x = torch.nn.Linear(2, 2), torch.zeros(1, 2)
     torch.export.export(linear, (x,), strict=False)
