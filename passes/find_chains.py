@@ -241,31 +241,34 @@ def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
 
 def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
     """Of chains that lie inside each other's blocks, keep the level that lets most be replaced."""
-    kept: dict[str, tuple[Chain, int]] = {}  # by the path of the first block
-    inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept within it
+    kept: dict[str, tuple[Chain, dict[str, int]]] = {}  # by the path of the first block
+    inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept that have blocks within it
     for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.blocks[0].call.start)):
-        worth = _worth(chain)
-        inner = {key for path in chain.paths for key in inside[path] if key in kept}
-        # A container is only worth more than its blocks if it is; a class of its own is what its author calls a block.
-        margin = 1 if isinstance(chain.blocks[0].site.block, nn.Sequential) else 2
-        rival = sum(kept[key][1] for key in inner)
-        if inner and (worth * margin < rival or (margin == 1 and worth == rival)):
+        worth, own = _worth(chain), set(chain.paths)
+        inner = {key for path in own for key in inside[path] if key in kept}
+        rival = sum(size for key in inner for path, size in kept[key][1].items() if not own.isdisjoint(ancestors(path)))
+        if inner and not _is_level(chain, sum(worth.values()), rival):
             continue
         for key in inner:
             del kept[key]
-        name = chain.paths[0]
-        kept[name] = (chain, worth)
+        kept[chain.paths[0]] = (chain, worth)
         for path in chain.paths:
             for ancestor in ancestors(path):
-                inside[ancestor].add(name)
+                inside[ancestor].add(chain.paths[0])
     return [chain for chain, _ in kept.values()]
 
 
-def _worth(chain: Chain) -> int:
-    """How many parameters every second block has, or else the largest one that can be replaced."""
+def _is_level(chain: Chain, worth: int, rival: int) -> bool:
+    """Whether its blocks rather than what is inside them are what its author calls blocks.
 
-    def size(position: int) -> int:
-        return sum(p.numel() for p in chain.blocks[position].site.block.parameters())
+    A class of its own is, unless twice as much can be replaced inside; a container only if less can.
+    """
+    return worth > rival if isinstance(chain.blocks[0].site.block, nn.Sequential) else 2 * worth >= rival
 
-    chosen = chain.every(2)
-    return sum(map(size, chosen)) if chosen else max(map(size, chain.replaceable()), default=0)
+
+def _worth(chain: Chain) -> dict[str, int]:
+    """Parameters of every second block by its path, or else of the largest one that can be replaced."""
+    sizes = [sum(p.numel() for p in block.site.block.parameters()) for block in chain.blocks]
+    largest = max(chain.replaceable(), key=lambda position: sizes[position], default=None)
+    chosen = chain.every(2) or ([] if largest is None else [largest])
+    return {chain.paths[position]: sizes[position] for position in chosen}

@@ -180,9 +180,10 @@ def test_a_model_with_too_few_blocks_says_why() -> None:
     model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 0, 0])
     model.layer3 = model.layer4 = nn.Identity()
     model.fc = nn.Linear(128, 10)
+    x = torch.rand(2, 3, 64, 64)
     before = snapshot(model)
     with pytest.raises(replfx.NoChainError, match="no chain of 3 blocks") as caught:
-        replfx.transform(model, torch.rand(2, 3, 64, 64))
+        replfx.transform(model, x)
     assert_unchanged(model, before)
     report = replfx.inspect(model)
     assert report.replaced == report.chains == []
