@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_peer_that_hangs_or_dies_costs_nobody_else_a_result(monkeypatch: pytes
     toy_peers = {
         "hangs": lambda model, inputs: toys.hang(),
         "fails": lambda model, inputs: toys.fail(),
-        "exits": lambda model, inputs: toys.os._exit(4),
+        "exits": lambda model, inputs: os._exit(4),
         "works": lambda model, inputs: None,
         "in eval": lambda model, inputs: toys.fail() if model.training else None,
     }
@@ -133,14 +134,8 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_tables_count_a_family_and_a_peer(tmp_path: Path) -> None:
     def record(name: str, family: str, status: str, **works: bool) -> dict[str, Any]:
         tried = {peer.replace("_", "."): {"works": result} for peer, result in works.items()}
-        return {
-            "name": name,
-            "family": family,
-            "status": status,
-            "stage": "x",
-            "error": "E: `e`",
-            "reasons": ["why"],
-        } | {"peers": tried}
+        why = {"stage": "x", "error": "E: `e`", "reasons": ["why"]}
+        return {"name": name, "family": family, "status": status, **why, "peers": tried}
 
     records = [
         record("timm:a", "vit", "replaced", torch_fx=True),

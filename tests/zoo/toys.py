@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -45,6 +46,11 @@ def fail() -> None:
     raise RuntimeError("not today\nor ever")
 
 
+def crash() -> None:
+    faulthandler.disable()  # pytest's, which would print where
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def images() -> Tensor:
     return torch.randn(2, 4)
 
@@ -57,7 +63,7 @@ BUILDS: dict[str, tuple[Callable[[], nn.Module], ...]] = {
     "hangs": (lambda: Does(hang),),
     "eats": (lambda: Does(eat),),
     "exits": (lambda: Does(lambda: os._exit(3)),),
-    "crashes": (lambda: Does(lambda: os.kill(os.getpid(), signal.SIGSEGV)),),
+    "crashes": (lambda: Does(crash),),
 }
 
 
