@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 __all__ = ["Tokens", "is_stateless"]
@@ -50,7 +51,8 @@ class Tokens:
         name = getattr(node.target, "__name__", str(node.target))
         sizes = not self.same_shapes and _TAKES_SIZES.fullmatch(name) is not None
         shape = node.meta.get("shape") if self.same_shapes else None
-        return node.op, what, self._argument(node.args, sizes), self._argument(node.kwargs, sizes), shape
+        args = node.args[:1] if what is torch._assert else node.args  # a traced message may name nodes
+        return node.op, what, self._argument(args, sizes), self._argument(node.kwargs, sizes), shape
 
     def _argument(self, value: Any, sizes: bool) -> Hashable:
         """What an argument is; `sizes`: the integers in it are sizes."""

@@ -8,7 +8,7 @@ from torch import nn
 from replfx.blocks import block_at, put_block
 from replfx.errors import FusionError, PlanError
 from replfx.fusion import Fusion, FusionLayer, Operator, fusions, operators
-from replfx.fusion.alignment import AlignedFusion, Alignment, Layout, layout_of
+from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
 from replfx.fusion.layer import Readings
 from replfx.fusion.pairing import Counterparts, counterparts, pair
 from replfx.plans import Plan, Replacement
@@ -135,8 +135,11 @@ class _Builder:
         sides = [{n: _part(_read(o, leaf).shape, rows) for n, (o, leaf, rows) in side.items()} for side in readings]
         if sides == [shapes, shapes]:
             return rule
-        layouts = {name: _layout(block, source.path) for name, source in made.sources.items()}
-        aligned = (Alignment(side, shapes, layouts, dtype=like.dtype, device=like.device) for side in sides)
+        owners = {name: block.get_submodule(s.path.rpartition(".")[0]) for name, s in made.sources.items()}
+        aligned = []
+        for side in sides:
+            layouts = {name: layout_of(owners[name], side[name], shape) for name, shape in shapes.items()}
+            aligned.append(Alignment(side, shapes, layouts, dtype=like.dtype, device=like.device))
         return AlignedFusion(rule, *aligned)
 
 
@@ -165,10 +168,6 @@ def _parameter(block: nn.Module, path: str) -> nn.Parameter:
 
 def _part(shape: torch.Size, rows: tuple[int, int] | None) -> torch.Size:
     return shape if rows is None else torch.Size((rows[1] - rows[0], *shape[1:]))
-
-
-def _layout(block: nn.Module, path: str) -> Layout:
-    return layout_of(block.get_submodule(path.rpartition(".")[0]), _parameter(block, path))
 
 
 def _check_finite(blocks: tuple[tuple[str, nn.Module], ...]) -> None:

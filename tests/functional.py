@@ -138,7 +138,7 @@ class Functional(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         spec = self.spec
         if not spec.traceable:
-            assert type(x) is not fx.Proxy
+            assert not isinstance(x, fx.Proxy)
         extra = mask
         if spec.extra == "computed":
             assert mask is not None

@@ -36,13 +36,13 @@ __all__ = ["AlignedFusion", "Alignment", "Layout", "layout_of"]
 Layout = Literal["kernel", "matrix", "table"]
 
 
-def layout_of(owner: nn.Module, parameter: Tensor) -> Layout:
-    """What the dimensions of a parameter are, as far as its owner tells."""
+def layout_of(owner: nn.Module, *shapes: torch.Size) -> Layout:
+    """What the dimensions of a parameter are, as far as its owner tells and its shapes in all blocks."""
     if hasattr(owner, "kernel_size"):
         return "kernel"
-    rows = parameter.shape[0]
-    windowed = parameter.dim() == 2 and not hasattr(owner, "in_features") and rows % 2 == 1
-    return "table" if windowed and math.isqrt(rows) ** 2 == rows and rows > 1 else "matrix"
+    rows = [shape[0] for shape in shapes if len(shape) == 2 and not hasattr(owner, "in_features")]
+    windowed = len(rows) == len(shapes) and all(n % 2 and math.isqrt(n) ** 2 == n for n in rows)
+    return "table" if windowed and max(rows) > 1 else "matrix"
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,14 @@ class Alignment(nn.Module):
         self.steps = {
             name: steps for name, shape in targets.items() if (steps := _steps(sources[name], shape, layouts[name]))
         }
-        starts = []
+        starts: list[float] = []
         for name, steps in self.steps.items():
             scaled = layouts[name] != "table" and len(sources[name]) > 1
             first = math.sqrt(sources[name][1] / targets[name][1]) if scaled else 1.0
-            starts += [torch.full((step.size,), 1.0 if i else first) for i, step in enumerate(steps)]
-        self.sizes = [len(start) for start in starts]
-        self.gains = nn.Parameter(torch.cat(starts).to(dtype=dtype, device=device)) if starts else None
+            for i, step in enumerate(steps):
+                starts += [1.0 if i else first] * step.size
+        self.sizes = [step.size for steps in self.steps.values() for step in steps]
+        self.gains = nn.Parameter(torch.tensor(starts, dtype=dtype, device=device)) if starts else None
 
     def forward(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same parameters in the block's shapes."""

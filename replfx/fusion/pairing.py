@@ -3,13 +3,12 @@
 Neighbours of one class need not be alike: one has a shortcut convolution, another no expansion, and then names
 shift. A parameter's *role* is what owns it (class of the module and of the one that holds it), its name there,
 its number of dimensions, and for kernels whether they are pointwise, depthwise or dense. Parameters pair by
-name where the roles agree, and what is left by role, in the order of registration. Their shapes may differ:
-`replfx.fusion.alignment` makes up for that.
+name where the roles agree, and of what is left as many as can be by role, in the order of registration.
+Their shapes may differ: `replfx.fusion.alignment` makes up for that.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -43,11 +42,8 @@ def pair(block: nn.Module, neighbour: nn.Module) -> dict[str, str]:
     found = {name: name for name, role in wanted.items() if offered.get(name) == role}
     rest = [name for name in wanted if name not in found]
     free = [name for name in offered if name not in found]
-    if rest and free:
-        matcher = SequenceMatcher(None, [wanted[n] for n in rest], [offered[n] for n in free], autojunk=False)
-        for match in matcher.get_matching_blocks():
-            for offset in range(match.size):
-                found[rest[match.a + offset]] = free[match.b + offset]
+    for i, j in _in_order([wanted[name] for name in rest], [offered[name] for name in free]):
+        found[rest[i]] = free[j]
     return found
 
 
@@ -79,20 +75,41 @@ def share_paired(block: nn.Module, *pairs: Mapping[str, str]) -> float:
     return sum(n for name, n in sizes.items() if all(name in each for each in pairs)) / total if total else 0.0
 
 
+def _in_order(one: Sequence[Hashable], other: Sequence[Hashable]) -> Iterator[tuple[int, int]]:
+    """As many pairs of equal items as there can be without any two crossing: a longest common subsequence."""
+    longest = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]  # of what begins at i and at j
+    for i in reversed(range(len(one))):
+        for j in reversed(range(len(other))):
+            same = one[i] == other[j]
+            longest[i][j] = longest[i + 1][j + 1] + 1 if same else max(longest[i + 1][j], longest[i][j + 1])
+    i = j = 0
+    while i < len(one) and j < len(other):
+        if one[i] == other[j]:
+            yield i, j
+            i, j = i + 1, j + 1
+        elif longest[i + 1][j] >= longest[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+
+
 def _roles(block: nn.Module) -> dict[str, _Role]:
     return {name: _role(block, name, p) for name, p in block.named_parameters()}
 
 
 def _role(block: nn.Module, name: str, parameter: Tensor) -> _Role:
     path, _, leaf = name.rpartition(".")
+    owner = block.get_submodule(path)
     holder = class_of(block.get_submodule(path.rpartition(".")[0])) if path else None
-    return _Role(class_of(block.get_submodule(path)), holder, leaf, parameter.dim(), _kernel(parameter))
+    return _Role(class_of(owner), holder, leaf, parameter.dim(), _kernel(owner, parameter))
 
 
-def _kernel(parameter: Tensor) -> str:
+def _kernel(owner: nn.Module, parameter: Tensor) -> str:
     """What a convolution's kernel mixes: channels alone, places alone, or both."""
     if parameter.dim() < 3:
         return "none"
     if parameter[0, 0].numel() == 1:
         return "pointwise"
-    return "depthwise" if parameter.shape[1] == 1 < parameter.shape[0] else "dense"
+    groups = getattr(owner, "groups", None)  # of one channel alone a dense kernel has one column too
+    many = groups if isinstance(groups, int) else parameter.shape[0]
+    return "depthwise" if parameter.shape[1] == 1 < many else "dense"

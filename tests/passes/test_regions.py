@@ -402,6 +402,17 @@ def test_modules_that_forward_calls_one_by_one() -> None:
     assert region.modules == {"m0": "convs.2", "m1": "bns.2", "m2": "relu"}
 
 
+def test_the_message_of_an_assertion_is_no_difference() -> None:
+    class Asserting(Products):
+        def forward(self, x: Tensor) -> Tensor:
+            for w in self.w:
+                torch._assert(x.dim() == 2, f"expected two dimensions, got {x.shape}")
+                x = torch.relu(x @ w)
+            return x
+
+    assert found_in(Asserting()) == [ws(0, 1, 2, 3, 4)]
+
+
 def test_modules_keep_following_train_and_eval() -> None:
     model = Convs()
     graph_module = capture(model, IMAGE)

@@ -1,0 +1,136 @@
+"""`Alignment` against loops over indices (tests/reference/alignment.py), in values, gradients and starts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
+from replfx.fusion.fusions import ScalarFusion
+from tests.reference.alignment import align, differing, split_gains, starts
+
+Shape = tuple[int, ...]
+Drawn = tuple[str, Shape, Shape]  # layout, the neighbour's shape, the block's
+
+TWO = torch.float64
+
+
+@st.composite
+def aligned(draw: st.DrawFn) -> Drawn:
+    """Shapes of one parameter in both blocks; often alike along a dimension, often in one integer ratio."""
+    layout = draw(st.sampled_from(("kernel", "matrix", "table")))
+    if layout == "table":
+        m, n = (draw(st.sampled_from((1, 3, 5, 7))) ** 2 for _ in range(2))
+        return layout, (m, draw(st.integers(1, 4))), (n, draw(st.integers(1, 4)))
+    dims = draw(st.integers(3, 5) if layout == "kernel" else st.integers(1, 4))
+    most = 7 if dims <= 2 else 5 if dims == 3 else 4
+    sizes = st.integers(1, most)
+    source, target = ([draw(sizes) for _ in range(dims)] for _ in range(2))
+    for dim in range(dims):
+        if draw(st.integers(0, 3)) == 0:
+            target[dim] = source[dim]
+    if dims > 1 and draw(st.booleans()):
+        factor, first = draw(st.integers(1, 4)), draw(st.integers(0, 1))
+        for shape in (source, target):
+            shape[1 - first] = min(shape[1 - first], 4)
+            shape[first] = factor * shape[1 - first]
+    return layout, tuple(source), tuple(target)
+
+
+def alignment_of(drawn: list[Drawn]) -> tuple[Alignment, dict[str, Shape], dict[str, Shape]]:
+    sources = {f"p{i}": source for i, (_, source, _) in enumerate(drawn)}
+    targets = {f"p{i}": target for i, (_, _, target) in enumerate(drawn)}
+    made = Alignment(
+        {name: torch.Size(shape) for name, shape in sources.items()},
+        {name: torch.Size(shape) for name, shape in targets.items()},
+        {f"p{i}": layout for i, (layout, _, _) in enumerate(drawn)},  # type: ignore[misc]
+        dtype=TWO,
+        device=torch.device("cpu"),
+    )
+    return made, sources, targets
+
+
+@given(drawn=st.lists(aligned(), min_size=1, max_size=3), seed=st.integers(0, 2**20))
+def test_it_is_the_formula(drawn: list[Drawn], seed: int) -> None:
+    made, sources, targets = alignment_of(drawn)
+    layouts = [layout for layout, _, _ in drawn]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape: Shape) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=TWO)
+
+    begin = split_gains(made.gains, sources, targets)
+    for name, layout in zip(sources, layouts, strict=True):
+        wanted = starts(sources[name], targets[name], layout)
+        for gains, start in zip(begin[name].values(), wanted, strict=True):
+            assert torch.equal(gains.detach(), torch.full_like(gains, start))
+
+    theta = {name: random(shape).requires_grad_() for name, shape in sources.items()}
+    if made.gains is not None:
+        with torch.no_grad():
+            made.gains.copy_(random(tuple(made.gains.shape)))
+    results = made(theta)
+    gains = split_gains(made.gains, sources, targets)
+    leaves = [*theta.values(), *([] if made.gains is None else [made.gains])]
+    losses: list[Tensor] = []
+    for name, layout in zip(sources, layouts, strict=True):
+        expected = align(theta[name], gains[name], targets[name], layout)
+        assert results[name].shape == expected.shape
+        # The same two to five factors, multiplied in another order.
+        torch.testing.assert_close(results[name], expected, rtol=1e-14, atol=0)
+        weight = random(targets[name])
+        losses = [(results[name] * weight).sum() + sum(losses[:1]), (expected * weight).sum() + sum(losses[1:])]
+    one, other = (torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses)
+    for gradient, wanted_gradient in zip(one, other, strict=True):
+        # Sums of up to a few hundred products in another order.
+        torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-11)
+
+
+@given(drawn=aligned())
+def test_where_nothing_differs_nothing_is_done(drawn: Drawn) -> None:
+    layout, source, target = drawn
+    made, _, _ = alignment_of([(layout, source, source), (layout, source, target)])
+    theta = {"p0": torch.randn(source, dtype=TWO), "p1": torch.randn(source, dtype=TWO)}
+    assert made(theta)["p0"] is theta["p0"]
+    assert (made(theta)["p1"] is theta["p1"]) == (not differing(source, target))
+    assert (made.gains is None) == (source == target)
+    shapes = {"p0": torch.Size(source)}
+    rule = ScalarFusion(shapes, dtype=TWO, device=torch.device("cpu"))
+    idle, _, _ = alignment_of([(layout, source, source)])
+    fused = AlignedFusion(rule, idle, idle)
+    assert {name for name, _ in fused.named_parameters()} == {"rule.previous", "rule.next"}
+    only = {"p0": theta["p0"]}
+    assert torch.equal(fused(only, only)["p0"], rule(only, only)["p0"])
+
+
+@given(drawn=aligned(), seed=st.integers(0, 2**20))
+def test_there_and_back(drawn: Drawn, seed: int) -> None:
+    """Growing and shrinking back loses nothing: what was repeated or padded is cut off again."""
+    layout, source, target = drawn
+    grown = tuple(max(m, n) for m, n in zip(source, target, strict=True))
+    if layout == "table" or differing(source, grown) == []:
+        return
+    up, down = alignment_of([(layout, source, grown)])[0], alignment_of([(layout, grown, source)])[0]
+    theta = torch.randn(source, dtype=TWO, generator=torch.Generator().manual_seed(seed))
+    for made in (up, down):
+        with torch.no_grad():
+            made.gains.fill_(1.0)  # type: ignore[union-attr]
+    assert torch.equal(down(up({"p0": theta}))["p0"], theta)
+
+
+@pytest.mark.parametrize(("have", "want"), [(16, 25), (10, 25), (25, 16), (1, 9), (9, 1), (4, 9), (8, 9)])
+def test_rows_that_are_no_table_on_either_side_are_rows(have: int, want: int) -> None:
+    """A table is told by its (2w − 1)² rows, which both must have: 16 rows are not those of a window."""
+    owner = nn.Module()
+    layout = layout_of(owner, torch.Size((have, 2)), torch.Size((want, 2)))
+    assert layout == ("table" if {have, want} == {1, 9} else "matrix")
+    made, _, _ = alignment_of([(layout, (have, 2), (want, 2))])
+    theta = torch.randn(have, 2, dtype=TWO)
+    with torch.no_grad():
+        made.gains.fill_(1.0)  # type: ignore[union-attr]
+    result = made({"p0": theta})["p0"]
+    if layout == "matrix":
+        assert torch.equal(result, theta[[i % have for i in range(want)]])
+    elif want == 1:
+        assert torch.equal(result, theta[4:5])  # no offset at all is the middle one
