@@ -99,6 +99,7 @@ def _check(subject: Subject, outcome: Outcome, enter: Callable[[str], None]) -> 
         _refused(model, inputs, error, outcome)
         return
     outcome.transform_seconds = round(time.perf_counter() - before, 2)
+    enter("report")
     _describe(new, outcome)
     enter("class")
     outcome.graph_module = isinstance(new, fx.GraphModule) and not isinstance(model, fx.GraphModule)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 from benchmarks.zoo import transformers_configs as configs
 from benchmarks.zoo.subject import Inputs, Subject, Variant
@@ -19,8 +19,9 @@ SOURCE = "transformers"
 
 
 def names(store: Path, on_count: Callable[[int, int], object] = lambda done, total: None) -> list[str]:
-    """Names of the subjects."""
-    return [f"{SOURCE}:{model_type}" for types in configs.ARCHITECTURES.values() for model_type in types]
+    """Names of the subjects, of those that this version of transformers has."""
+    known = transformers.CONFIG_MAPPING
+    return [f"{SOURCE}:{t}" for types in configs.ARCHITECTURES.values() for t in types if t in known]
 
 
 def subject(name: str) -> Subject:
@@ -34,13 +35,13 @@ def subject(name: str) -> Subject:
     raise LookupError(f"no architecture {model_type}")
 
 
-def tiny_config(model_type: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
+def tiny_config(model_type: str, fields: Mapping[str, Any]) -> PretrainedConfig:
     """A small configuration of a model type, with these fields in it."""
     kind = transformers.CONFIG_MAPPING[model_type]
     return kind(**_tiny_fields(kind, fields))
 
 
-def _tiny_fields(kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> dict[str, Any]:
+def _tiny_fields(kind: type[PretrainedConfig], fields: Mapping[str, Any]) -> dict[str, Any]:
     """What to give to a configuration's class, the configurations inside of it included."""
     usual = kind().to_dict()
     chosen = {name: value for name, value in configs.TINY.items() if name in usual}
