@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import replfx
 from tests.reference import Stack
 from tests.strategies import Case
+from tests.test_property_heterogeneous import Drawn
 
 Gradients = dict[str, Tensor | None]
 
@@ -69,7 +70,7 @@ MODES: dict[str, Callable[[Stack], nn.Module]] = {
 }
 
 
-def work(rank: int, port: int, jobs: list[tuple[str, Case, tuple[str, ...]]], folder: str) -> None:
+def work(rank: int, port: int, jobs: list[tuple[str, Case | Drawn, tuple[str, ...]]], folder: str) -> None:
     """Run every case in its modes; write what went wrong as JSON."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -100,7 +101,7 @@ def _check(
     single: Stack,
     history: list[Gradients],
     wrap: Callable[[Stack], nn.Module],
-    case: Case,
+    case: Case | Drawn,
     rank: int,
 ) -> None:
     """Training on half of the batch a process, against one process with the whole batch."""
@@ -117,7 +118,7 @@ def _check(
     assert list(model.state_dict()) == list(single.state_dict())
 
 
-def _train(wrapped: nn.Module, model: Stack, case: Case, part: slice) -> Iterator[Gradients]:
+def _train(wrapped: nn.Module, model: Stack, case: Case | Drawn, part: slice) -> Iterator[Gradients]:
     """Two steps on a part of each batch; the gradients of each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(2):

@@ -10,15 +10,23 @@ import torch.multiprocessing as mp
 
 from tests.ranks import MODES, RANKS, work
 from tests.reference import FAMILIES, Options
+from tests.reference.heterogeneous import Step
 from tests.strategies import FUSIONS, Case, Policy, fits
+from tests.test_property_heterogeneous import Drawn
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
 
 
-def _jobs() -> list[tuple[str, Case, tuple[str, ...]]]:
+def _jobs() -> list[tuple[str, Case | Drawn, tuple[str, ...]]]:
     """A transformer and a convolution network in everything; the other families with something of each."""
-    found: list[tuple[str, Case, tuple[str, ...]]] = []
     modes = tuple(MODES)
+    # A wider block with another kernel between two, and one of other heads: all that is read is aligned.
+    units = (Step(4, 4), Step(4, 6, kernel=5), Step(6, 6), Step(6, 8, groups=2))
+    tokens = (Step(4, 4), Step(4, 6, heads=2, hidden=12), Step(6, 6, hidden=3))
+    found: list[tuple[str, Case | Drawn, tuple[str, ...]]] = [
+        ("unlike_units", Drawn("units", units, neighbour_gradient=0.5, training=False), modes),
+        ("unlike_tokens", Drawn("tokens", tokens, fusion="scalar", training=False), ("fsdp_by_block",)),
+    ]
     for position, family in enumerate(FAMILIES):
         options = Options(width=6, hidden=8, heads=2, dims=3 if family == "basic3d" else 2)
         everything = family in ("transformer", "basic")

@@ -1,10 +1,11 @@
 """Pairing: which parameter of a neighbour a block's parameter is fused from. Ours.
 
 Neighbours of one class need not be alike: one has a shortcut convolution, another no expansion, and then names
-shift. A parameter's *role* is what owns it (class of the module and of the one that holds it), its name there,
-its number of dimensions, and for kernels whether they are pointwise, depthwise or dense. Parameters pair by
-name where the roles agree, and of what is left as many as can be by role, in the order of registration.
-Their shapes may differ: `replfx.fusion.alignment` makes up for that.
+shift. A parameter's *role* is what owns it (class of the module, and of the one inside the block that holds it:
+a layer alone is like the same layer in a window), its name there, its number of dimensions, and for kernels
+whether they are pointwise, depthwise or dense. Parameters pair by name where the roles agree, and of what is
+left as many as can be by role, in the order of registration. Their shapes may differ:
+`replfx.fusion.alignment` makes up for that.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def _roles(block: nn.Module) -> dict[str, _Role]:
 def _role(block: nn.Module, name: str, parameter: Tensor) -> _Role:
     path, _, leaf = name.rpartition(".")
     owner = block.get_submodule(path)
-    holder = class_of(block.get_submodule(path.rpartition(".")[0])) if path else None
+    holder = class_of(block.get_submodule(path.rpartition(".")[0])) if "." in path else None
     return _Role(class_of(owner), holder, leaf, parameter.dim(), _kernel(owner, parameter))
 
 

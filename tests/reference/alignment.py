@@ -53,16 +53,21 @@ def _centred(i: int, m: int, n: int) -> int | None:
 
 
 def align(theta: Tensor, gains: Gains, target: Sequence[int], layout: str) -> Tensor:
-    """W', one entry at a time."""
+    """W', by the place in W of each of its entries."""
     source = tuple(theta.shape)
-    entries = []
+    maps = [[origin(i, dim, source, target, layout) for i in range(n)] for dim, n in enumerate(target)]
+    flat, inside = [], []
     for index in itertools.product(*(range(n) for n in target)):
-        places = [origin(i, dim, source, target, layout) for dim, i in enumerate(index)]
-        entry = theta.new_zeros(()) if None in places else theta[tuple(places)]
-        for dim in differing(source, target):
-            entry = entry * gains[dim][index[dim]]
-        entries.append(entry)
-    return torch.stack(entries).view(*target)
+        places, position = [maps[dim][i] for dim, i in enumerate(index)], 0
+        inside.append(None not in places)
+        for place, size in zip(places, source, strict=True):
+            position = position * size + (place or 0)
+        flat.append(position)
+    entries = theta.flatten()[flat] * torch.tensor(inside, dtype=theta.dtype)
+    for dim in differing(source, target):
+        indices = [index[dim] for index in itertools.product(*(range(n) for n in target))]
+        entries = entries * gains[dim][indices]
+    return entries.view(*target)
 
 
 def split_gains(

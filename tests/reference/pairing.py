@@ -10,7 +10,7 @@ def role(block: nn.Module, name: str) -> Hashable:
     """What has to agree: owner, holder, name there, dimensions, and what a kernel mixes."""
     *path, leaf = name.split(".")
     owner, tensor = block.get_submodule(".".join(path)), block.get_parameter(name)
-    holder = type(block.get_submodule(".".join(path[:-1]))) if path else None
+    holder = type(block.get_submodule(".".join(path[:-1]))) if len(path) > 1 else None
     return type(owner), holder, leaf, tensor.dim(), kernel(owner, tensor)
 
 
