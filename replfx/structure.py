@@ -115,12 +115,10 @@ def structural_copy(
 
 def _plain_tensors(model: nn.Module) -> list[Tensor]:
     registered = {"_parameters", "_buffers", "_modules"}
-    found: list[Tensor] = []
+    attributes: dict[int, object] = {}  # by identity: a configuration is held by many modules
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in registered:
-                found += tensors_in(value)
-    return found
+        attributes.update((id(value), value) for name, value in vars(module).items() if name not in registered)
+    return tensors_in(list(attributes.values()))
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -23,23 +23,29 @@ def parts_of(value: object) -> Iterator[tuple[object, object]]:
         yield from enumerate(value)
     elif isinstance(value, slice):
         yield from (("start", value.start), ("stop", value.stop), ("step", value.step))
-    elif not isinstance(value, _OPAQUE):
+    elif not isinstance(value, _OPAQUE) and not type(value).__module__.startswith("torch."):
         yield from list(getattr(value, "__dict__", {}).items())
 
 
 def tensors_in(tree: object) -> list[Tensor]:
-    """All tensors in `tree`, however deep, in order; one that is there twice is given twice."""
+    """All tensors in `tree`, however deep, in order; one that is twice in its containers is given twice.
+
+    A plain object is looked into once: what hangs together in circles and diamonds would never end.
+    """
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
-    above: set[int] = set()
+    seen: set[int] = set()
 
     def visit(item: object) -> None:
         if isinstance(item, Tensor):
             found.append(item)
-        elif id(item) not in above:
-            above.add(id(item))
+        elif id(item) not in seen and not isinstance(item, _OPAQUE) and item is not None:
+            seen.add(id(item))
             for _, part in parts_of(item):
                 visit(part)
-            above.discard(id(item))
+            if isinstance(item, tuple | list | dict):
+                seen.discard(id(item))
 
     visit(tree)
     return found

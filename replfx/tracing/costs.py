@@ -81,7 +81,8 @@ class Meter:
         if storage is not None and storage._cdata not in self._storages:
             self._storages[storage._cdata] = storage
             self._saved += storage.nbytes()
-        return tensor
+        # An output that its own graph node keeps would never be freed: Python's collector sees no such circle.
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
     def take(self) -> tuple[int, int]:
         """FLOPs and saved bytes since the last call."""

@@ -2,19 +2,21 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from replfx.errors import CaptureError
 from replfx.structure import structural_copy
-from replfx.tracing.costs import annotate, innermost_path, parameter_count
+from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count
 from replfx.tracing.info import Cost, info_of
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
+from replfx.tracing.leaks import Traces
 from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
+from replfx.tree import tensors_in
 
 __all__ = ["capture", "ghost_of"]
 
@@ -48,13 +50,19 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
     check_has_weights(model)
     inputs = Inputs.of(example_inputs, model)
     with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode(False):
-        return _symbolic(model, None)[0] if inputs is None else _measured(model, inputs)
+        traces = Traces(model)
+        try:
+            return _symbolic(model, None, traces)[0] if inputs is None else _measured(model, inputs, traces)
+        finally:
+            traces.close()
 
 
-def _symbolic(model: nn.Module, inputs: Inputs | None) -> tuple[fx.GraphModule, nn.Module]:
+def _symbolic(
+    model: nn.Module, inputs: Inputs | None, traces: Traces | None = None
+) -> tuple[fx.GraphModule, nn.Module]:
     root = structural_copy(model)
     try:
-        graph_module = trace_symbolically(root, inputs)
+        graph_module = trace_symbolically(root, inputs, traces)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without example inputs, because symbolic tracing "
@@ -65,24 +73,29 @@ def _symbolic(model: nn.Module, inputs: Inputs | None) -> tuple[fx.GraphModule, 
     return graph_module, root
 
 
-def _measured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def _measured(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
     try:
-        graph_module, root = _symbolic(model, inputs)
-        _measure(graph_module, root, model, inputs)
+        graph_module, root = _symbolic(model, inputs, traces)
+        _measure(graph_module, root, model, inputs, traces)
     except Exception:  # any reason will do: the recorder is the answer to all of them
-        return _recorded(model, inputs)
-    return graph_module
+        pass
+    else:
+        return graph_module
+    traces.clear()
+    return _recorded(model, inputs, traces)
 
 
-def _measure(graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs) -> None:
-    """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output shapes."""
-    expected = _fake_run(model, inputs)
-    mode, ghost, fakes = ghost_of(root, inputs)
+def _measure(graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs, traces: Traces) -> None:
+    """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output, same costs."""
+    expected = _fake_run(model, inputs, traces)
+    mode, ghost, fakes = ghost_of(root, inputs, traces)
     with mode, torch.enable_grad():
         by_name = _bind_to_placeholders(graph_module, model, fakes)
         output = annotate(graph_module, ghost, by_name)
-    if _shapes(output) != _shapes(expected):
-        raise CaptureError(f"the symbolic graph gives {_shapes(output)}, the model {_shapes(expected)}")
+    costs = [node.meta["replfx"] for node in graph_module.graph.nodes if node.op != "output"]
+    actual = (_facts(output), sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs))
+    if actual != expected:
+        raise CaptureError(f"the symbolic graph gives {actual}, the model {expected}")
     info_of(graph_module).measured = True
 
 
@@ -93,25 +106,43 @@ def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs
     return tuple(bound[name] for name in names)
 
 
-def ghost_of(model: nn.Module, inputs: Inputs) -> tuple[FakeTensorMode, nn.Module, Inputs]:
+class _NotedFakes(FakeTensorMode):
+    """Tells `traces` what it makes."""
+
+    def __init__(self, traces: Traces | None) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.traces = traces
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().dispatch(*args, **kwargs)
+        if self.traces is not None:
+            self.traces.note(result)
+        return result
+
+
+def ghost_of(
+    model: nn.Module, inputs: Inputs, traces: Traces | None = None
+) -> tuple[FakeTensorMode, nn.Module, Inputs]:
     """A fake mode, the structure of `model` with fake tensors in it, and fake inputs for it."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _NotedFakes(traces)
     # Plain attributes stay as they are: an operator on them gives a fake tensor, and so keeps them unchanged.
     return mode, structural_copy(model, mode.from_tensor, plain=lambda t: t), inputs.map(mode.from_tensor)
 
 
-def _fake_run(model: nn.Module, inputs: Inputs) -> object:
-    """Run `model` under fake tensors: shapes and dtypes of its output, at no compute and no memory."""
-    mode, ghost, fakes = ghost_of(model, inputs)
-    with mode:
-        return ghost(*fakes.args, **fakes.kwargs)
+def _fake_run(model: nn.Module, inputs: Inputs, traces: Traces) -> tuple[object, int, int]:
+    """Run `model` under fake tensors: facts of its output, FLOPs and saved bytes, at no compute and no memory."""
+    mode, ghost, fakes = ghost_of(model, inputs, traces)
+    with mode, torch.enable_grad(), Meter((*ghost.parameters(), *ghost.buffers())) as meter:
+        output = ghost(*fakes.args, **fakes.kwargs)
+        return _facts(output), *meter.take()
 
 
-def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def _recorded(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
     try:
-        return record_on_fakes(model, inputs)
+        return record_on_fakes(model, inputs, traces)
     except Exception:  # values are needed, or an operator has no fake form: run it for real
         pass
+    traces.close()
     try:
         return record_on_values(model, inputs)
     except Exception as error:
@@ -121,11 +152,11 @@ def _recorded(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         ) from error
 
 
-def record_on_fakes(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
     """The second rung: no compute, no memory."""
 
     def attempt(opened: frozenset[str]) -> fx.GraphModule:
-        mode, ghost, fakes = ghost_of(model, inputs)
+        mode, ghost, fakes = ghost_of(model, inputs, traces)
         root = structural_copy(model, plain=lambda t: t)
         with mode:
             return record(root, ghost, fakes, opened=opened)
@@ -159,8 +190,8 @@ def _twin(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _shapes(tree: object) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+def _facts(tree: object) -> list[tuple[object, ...]]:
+    return [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors_in(tree)]
 
 
 def _first_line(error: Exception) -> str:

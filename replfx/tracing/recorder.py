@@ -148,8 +148,6 @@ class Recorder(TorchFunctionMode):
     def _node_for(self, tensor: Tensor) -> fx.Node:
         node: fx.Node | None = self._node_of.get(tensor)
         if node is None:
-            node = self._rewrapped(tensor)
-        if node is None:
             name = self._names.get(id(tensor)) or self._constant(tensor)
             node = self.node("get_attr", name)
             with self._pause():
@@ -157,19 +155,6 @@ class Recorder(TorchFunctionMode):
                 set_shapes(node, tensor)
             self._node_of[tensor] = node
         return node
-
-    def _rewrapped(self, tensor: Tensor) -> fx.Node | None:
-        """A node for another object around the memory of a known tensor: a subclass, or what numpy gave back."""
-        if not self.real or tensor in self._constant_names or id(tensor) in self._names:
-            return None
-        with self._pause():
-            place = _place(tensor)
-            for known, node in list(self._node_of.items()) if place else ():
-                if _place(known) == place and known.requires_grad == tensor.requires_grad:
-                    made = self.node("call_method", "as_subclass", (node, self.to_arguments(type(tensor))))
-                    self.bind(made, tensor)
-                    return made
-        return None
 
     def _constant(self, tensor: Tensor) -> str:
         """The name under which a tensor that no node made is kept, as it is when it is first seen."""
@@ -346,6 +331,11 @@ class Recorder(TorchFunctionMode):
         if isinstance(entry, fx.Node):
             self.node("call_function", leave, (entry,))
 
+    def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
+        """`tensor.as_subclass(kind)`, which is no torch function."""
+        if not self._paused:
+            self.bind(self.node("call_method", "as_subclass", self.to_arguments((tensor, kind))), result)
+
     def without_hooks(self) -> AbstractContextManager[None]:
         """A context in which no hooks on saved tensors are set."""
         return self.meter.without_hooks()
@@ -400,13 +390,6 @@ class _Ready:
 def _under_transform() -> bool:
     """Whether a `torch.func` transformation is running: tensors are wrapped in its own ones."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _place(tensor: Tensor) -> object:
-    """Where its values lie; None if it has none."""
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_plain(value: object) -> bool:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from replfx.tracing.info import CaptureInfo, ModuleCall
 from replfx.tracing.inputs import Inputs
+from replfx.tracing.leaks import Traces
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
 
 __all__ = ["TrainingFlag", "is_leaf", "is_small", "own_tensors", "trace_symbolically"]
@@ -101,8 +102,9 @@ class _UntraceableError(Exception):
 class SymbolicTracer(fx.Tracer):
     """torch.fx's tracer, which also records module calls and keeps `training` symbolic."""
 
-    def __init__(self, inputs: Inputs | None, whole: frozenset[str]) -> None:
+    def __init__(self, inputs: Inputs | None, whole: frozenset[str], traces: Traces | None = None) -> None:
         super().__init__(param_shapes_constant=True)
+        self.traces = traces
         self.inputs = inputs
         self.whole = whole
         self.calls: list[ModuleCall] = []
@@ -125,7 +127,10 @@ class SymbolicTracer(fx.Tracer):
         return module_qualified_name in self.whole or is_leaf(m)
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return _Proxy(node, self)
+        made = _Proxy(node, self)
+        if self.traces is not None:
+            self.traces.note(made)
+        return made
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -179,6 +184,9 @@ class SymbolicTracer(fx.Tracer):
     def left(self, entry: object) -> None:
         """And left by another."""
         self.create_proxy("call_function", leave, (entry,), {})
+
+    def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
+        """Of a constant: no part of the graph."""
 
     def without_hooks(self) -> AbstractContextManager[None]:
         """Tracing sets no hooks."""
@@ -315,7 +323,7 @@ def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
 
 
-def trace_symbolically(root: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | None = None) -> fx.GraphModule:
     """Trace `root` (a structural copy; it gains `training_flag` submodules) into a GraphModule.
 
     Raises whatever torch.fx raises when the model's Python code cannot be traced.
@@ -323,7 +331,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None) -> fx.GraphModule
     whole: frozenset[str] = frozenset()
     state = _State(root)
     while True:
-        tracer = SymbolicTracer(inputs, whole)
+        tracer = SymbolicTracer(inputs, whole, traces)
         tracer.prepare(root)
         with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
             graph = tracer.trace(root)

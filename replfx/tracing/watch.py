@@ -86,6 +86,9 @@ class Watcher(Protocol):
     def left(self, entry: object) -> None:
         """It is left."""
 
+    def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
+        """`tensor.as_subclass(kind)` was called."""
+
     def without_hooks(self) -> Any:
         """A context in which no hooks on saved tensors are set."""
 
@@ -99,18 +102,23 @@ def watching(watcher: Watcher) -> Iterator[None]:
             enter, leave_ = _context(watcher, cls)
             stack.enter_context(_patched(cls, "__enter__", enter))
             stack.enter_context(_patched(cls, "__exit__", leave_))
+        stack.enter_context(_patched(Tensor, "as_subclass", _as_subclass(watcher)))
         stack.enter_context(_patched(torch.autograd.graph, "disable_saved_tensors_hooks", _disable(watcher)))
         yield
 
 
 @contextmanager
 def _patched(owner: Any, name: str, value: object) -> Iterator[None]:
-    before = vars(owner)[name]
+    inherited = name not in vars(owner)
+    before = None if inherited else vars(owner)[name]
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def _apply(watcher: Watcher) -> object:
@@ -154,6 +162,17 @@ def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Call
         return result
 
     return watched_enter, watched_leave
+
+
+def _as_subclass(watcher: Watcher) -> Callable[..., Tensor]:
+    original = Tensor.as_subclass
+
+    def as_subclass(tensor: Tensor, kind: type[Tensor]) -> Tensor:
+        result: Tensor = original(tensor, kind)
+        watcher.rewrapped(tensor, kind, result)
+        return result
+
+    return as_subclass
 
 
 def _disable(watcher: Watcher) -> Callable[[str], Any]:

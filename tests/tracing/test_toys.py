@@ -15,9 +15,11 @@ from replfx.structure import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import record_on_fakes, record_on_values
+from replfx.tracing.leaks import Traces
 from replfx.tracing.symbolic import trace_symbolically
 from replfx.tree import tensors_in
 from tests.snapshots import assert_unchanged, bits, snapshot
+from tests.tracing import toys
 from tests.tracing.toys import TOYS, Toy
 
 
@@ -76,10 +78,28 @@ def assert_computes_the_same(graph: fx.GraphModule, model: nn.Module, toy: Toy) 
 def capture_by(rung: str, model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     if rung == "symbolic":
         return trace_symbolically(structural_copy(model), inputs)
-    return (record_on_fakes if rung == "fake" else record_on_values)(model, inputs)
+    if rung == "values":
+        return record_on_values(model, inputs)
+    traces = Traces(model)
+    try:
+        graph = record_on_fakes(model, inputs, traces)
+        assert traces.clear()
+        return graph
+    finally:
+        traces.close()
 
 
 CASES = [(name, rung) for name, toy in TOYS.items() for rung in (*toy.rungs, "values")]
+
+
+@pytest.fixture(autouse=True)
+def _no_caches() -> None:
+    """Every test finds the caches of the toys empty."""
+    toys.cached_positions.cache_clear()
+    toys.cached_pair.cache_clear()
+    toys.TABLES.clear()
+    toys.NOTED.clear()
+    toys.LAST = toys.GlobalCaches.sines = None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("name", "rung"), CASES)
