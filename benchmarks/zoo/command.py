@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import platform
 import subprocess
 import threading
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-peers", action="store_true", help="leave the other tools out")
     add("--workers", type=int, default=1, metavar="N", help="models at a time, each with one thread (1)")
     add("--timeout", type=float, default=limits.check_seconds, metavar="S", help="seconds a model (%(default)g)")
+    add("--peer-parameters", type=float, default=limits.peer_parameters, metavar="N", help="give peers models up to N")
     add("--peer-timeout", type=float, default=limits.peer_seconds, metavar="S", help="and a peer (%(default)g)")
     add("--memory", type=float, default=limits.memory / 2**30, metavar="GIB", help="memory a model (%(default)g)")
     add("--report", action="store_true", help="only write the tables from what is there")
@@ -92,7 +94,7 @@ def _try(names: Sequence[str], args: argparse.Namespace, lines: Path, console: C
     from benchmarks.zoo.peers import PEERS
     from benchmarks.zoo.runner import run_all
 
-    limits = Limits(args.timeout, args.peer_timeout, int(args.memory * 2**30))
+    limits = Limits(args.timeout, args.peer_timeout, int(args.memory * 2**30), args.peer_parameters)
     peers = [] if args.no_peers else list(PEERS)
     jobs = [Job(module_of(name.partition(":")[0]).__name__, name, peers, limits) for name in names]
     stamps, lock = versions(), threading.Lock()
@@ -132,6 +134,7 @@ def _config(args: argparse.Namespace) -> dict[str, object]:
     return {
         "timeout": args.timeout,
         "peer_timeout": args.peer_timeout,
+        "peer_parameters": args.peer_parameters if math.isfinite(args.peer_parameters) else None,
         "memory_gib": args.memory,
         "peers": not args.no_peers,
     }

@@ -80,7 +80,8 @@ def _cells(records: Records) -> list[str]:
 
 def _peer(records: Records, peer: str) -> str:
     """How many of the models that it has tried a peer works on."""
-    tried = [record["peers"][peer] for record in records if peer in record["peers"]]
+    results = [record["peers"][peer] for record in records if peer in record["peers"]]
+    tried = [result for result in results if result["works"] is not None]
     return f"{sum(result['works'] for result in tried)}/{len(tried)}" if tried else "–"
 
 

@@ -21,12 +21,12 @@ SOURCE = "timm"
 def names(store: Path, on_count: Callable[[int, int], object] = lambda done, total: None) -> list[str]:
     """Names of the subjects; parameters are counted once and remembered in a file."""
     counts = _counts(store, on_count)
-    found: dict[str, None] = {}
-    for family in timm.list_modules():
-        models = sorted(timm.list_models(module=family), key=lambda model: (counts[model], model))
-        for model in (models[0], models[len(models) // 2]):
-            found[f"{SOURCE}:{model}"] = None
-    return list(found)
+    families = [
+        sorted(timm.list_models(module=family), key=lambda model: (counts[model], model))
+        for family in timm.list_modules()
+    ]
+    smallest, middle = [models[0] for models in families], [models[len(models) // 2] for models in families]
+    return [f"{SOURCE}:{model}" for model in dict.fromkeys((*smallest, *middle))]
 
 
 def subject(name: str) -> Subject:

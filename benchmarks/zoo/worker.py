@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -29,11 +30,12 @@ Send = Callable[[Mapping[str, object]], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one model may take: seconds for the check, seconds for each peer, bytes of memory."""
+    """What one model may take: seconds for the check, seconds for each peer, bytes; and how large peers' may be."""
 
     check_seconds: float = 300.0
     peer_seconds: float = 60.0
     memory: int = 12 * 2**30
+    peer_parameters: float = math.inf
 
     def seconds(self, task: str) -> float:
         """The time for a task."""
@@ -194,7 +196,9 @@ def _work(job: Job, tasks: list[str], checked: Mapping[str, Any], send: Send) ->
                 **family,
                 **check(subject, lambda draft: send({"draft": {**family, **draft.to_dict()}})).to_dict(),
             }
-            trial = Trial(subject.variants[result["variant"] or 0])
+            trial, checked = Trial(subject.variants[result["variant"] or 0]), result
+        elif (size := checked.get("parameters_before") or 0) > job.limits.peer_parameters:
+            result = {"works": None, "error": f"not tried: {size:,} parameters", "seconds": 0.0}
         else:
             result = {**trial(task), "seconds": round(time.perf_counter() - began, 2)}
         send({"result": result})
