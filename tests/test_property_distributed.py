@@ -21,8 +21,8 @@ def _jobs() -> list[tuple[str, Case | Drawn, tuple[str, ...]]]:
     """A transformer and a convolution network in everything; the other families with something of each."""
     modes = tuple(MODES)
     # A wider block with another kernel between two, and one of other heads: all that is read is aligned.
-    units = (Step(4, 4), Step(4, 6, kernel=5), Step(6, 6), Step(6, 8, groups=2))
-    tokens = (Step(4, 4), Step(4, 6, heads=2, hidden=12), Step(6, 6, hidden=3))
+    units = (Step(4, 4), Step(4, 6, kernel=5), Step(6, 6), Step(6, 4, groups=2))
+    tokens = (Step(4, 4), Step(4, 6, heads=2, hidden=12), Step(6, 4, hidden=3))
     found: list[tuple[str, Case | Drawn, tuple[str, ...]]] = [
         ("unlike_units", Drawn("units", units, neighbour_gradient=0.5, training=False), modes),
         ("unlike_tokens", Drawn("tokens", tokens, fusion="scalar", training=False), ("fsdp_by_block",)),
