@@ -109,6 +109,8 @@ class Meter:
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
         self._below.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        # Autograd's nodes hold the hooks, and so this object; what it held would be in a circle that C++ hides.
+        self._below, self._storages = Below(), {}
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:

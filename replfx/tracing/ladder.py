@@ -1,7 +1,11 @@
 """From any model to one torch.fx.GraphModule: symbolic tracing first, recording where that stops."""
 
 import inspect
-from collections.abc import Callable
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +53,12 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
     """
     check_has_weights(model)
     inputs = Inputs.of(example_inputs, model)
-    with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode(False):
+    with (
+        torch.random.fork_rng(devices=_cuda_devices(model)),
+        _python_random_states(),
+        _quiet(),
+        torch.inference_mode(False),
+    ):
         traces = Traces(model)
         try:
             return _symbolic(model, None, traces)[0] if inputs is None else _measured(model, inputs, traces)
@@ -75,17 +84,23 @@ def _symbolic(
 
 def _measured(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
     try:
-        graph_module, root = _symbolic(model, inputs, traces)
-        _measure(graph_module, root, model, inputs, traces)
+        return symbolic_on_fakes(model, inputs, traces)
     except Exception:  # any reason will do: the recorder is the answer to all of them
         pass
-    else:
-        return graph_module
     traces.clear()
     return _recorded(model, inputs, traces)
 
 
-def _measure(graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs, traces: Traces) -> None:
+def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
+    """The first rung, with inputs to measure on."""
+    graph_module, root = _symbolic(model, inputs, traces)
+    _measure(graph_module, root, model, inputs, traces)
+    return graph_module
+
+
+def _measure(
+    graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs, traces: Traces | None
+) -> None:
     """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output, same costs."""
     expected = _fake_run(model, inputs, traces)
     mode, ghost, fakes = ghost_of(root, inputs, traces)
@@ -129,7 +144,7 @@ def ghost_of(
     return mode, structural_copy(model, mode.from_tensor, plain=lambda t: t), inputs.map(mode.from_tensor)
 
 
-def _fake_run(model: nn.Module, inputs: Inputs, traces: Traces) -> tuple[object, int, int]:
+def _fake_run(model: nn.Module, inputs: Inputs, traces: Traces | None) -> tuple[object, int, int]:
     """Run `model` under fake tensors: facts of its output, FLOPs and saved bytes, at no compute and no memory."""
     mode, ghost, fakes = ghost_of(model, inputs, traces)
     with mode, torch.enable_grad(), Meter((*ghost.parameters(), *ghost.buffers())) as meter:
@@ -155,7 +170,7 @@ def _recorded(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModul
 def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
     """The second rung: no compute, no memory."""
 
-    def attempt(opened: frozenset[str]) -> fx.GraphModule:
+    def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
         mode, ghost, fakes = ghost_of(model, inputs, traces)
         root = structural_copy(model, plain=lambda t: t)
         with mode:
@@ -167,23 +182,23 @@ def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = No
 def record_on_values(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """The last rung: a real run, on copies of the buffers and of the inputs."""
 
-    def attempt(opened: frozenset[str]) -> fx.GraphModule:
+    def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
         ghost = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.clone())
         return record(structural_copy(model), ghost, inputs.map(_twin), opened=opened, real=True)
 
     return _opening(attempt)
 
 
-def _opening(attempt: Callable[[frozenset[str]], fx.GraphModule]) -> fx.GraphModule:
+def _opening(attempt: Callable[[frozenset[type[nn.Module]]], fx.GraphModule]) -> fx.GraphModule:
     """Record; again, if a module that was called whole has to be looked into."""
-    opened: frozenset[str] = frozenset()
+    opened: frozenset[type[nn.Module]] = frozenset()
     while True:
         try:
             return attempt(opened)
         except HiddenResult as hidden:
-            if hidden.path in opened:
+            if hidden.kind in opened:
                 raise
-            opened |= {hidden.path}
+            opened |= {hidden.kind}
 
 
 def _twin(tensor: Tensor) -> Tensor:
@@ -197,6 +212,30 @@ def _facts(tree: object) -> list[tuple[object, ...]]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextmanager
+def _python_random_states() -> Iterator[None]:
+    """Put back the random states of Python and, if it was imported, of numpy."""
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What fails under fake tensors is tried again for real: PyTorch need not print it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

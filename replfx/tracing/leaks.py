@@ -6,11 +6,13 @@ A trace runs that code too, and what it would leave there is no real tensor: the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import sys
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ __all__ = ["Traces"]
 
 _LRU: type[Any] = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (tuple, list, dict, set)
+_CLOSED = (type, types.ModuleType, torch.Tensor, nn.Module, str, bytes, int, float, bool, type(None))
 _DEPTH = 4  # containers between a cache and a tensor in it
 
 
@@ -68,7 +71,7 @@ class Traces:
 
         To be called when nothing of the dry run is referred to any more.
         """
-        for step in (_collect_young, self._clear_lru_caches, self._restore_namespaces, self._release_all, gc.collect):
+        for step in (_collect_young, self._clean, gc.collect):
             if not self._alive():
                 break
             step()
@@ -76,55 +79,77 @@ class Traces:
         self._made = [weakref.ref(value) for value in left]
         return not left
 
-    def _clear_lru_caches(self) -> None:
-        values: list[Any] = self._alive()
-        seen = {id(values), id(self.__dict__)}
-        for _ in range(_DEPTH):
-            holders = [holder for holder in gc.get_referrers(*values) if id(holder) not in seen]
-            for holder in holders:
-                if isinstance(holder, _LRU):
-                    holder.cache_clear()
-            values = [h for h in holders if isinstance(h, _CONTAINERS) or _is_link(h)]
-            seen.update(map(id, (holders, values, *values)))
-            if not values:
-                break
-
-    def _release_all(self) -> None:
-        left = self._alive()
-        for _ in range(_DEPTH):
-            left = self._release(left)
-            if not left:
-                break
-
-    def _restore_namespaces(self) -> None:
+    def _clean(self) -> None:
+        """Look into every cache for what was left, as the other way round every object would have to be asked."""
         left = {id(value) for value in self._alive()}
-        for owner, before in self._namespaces:
+        for cache in [thing for thing in gc.get_objects() if type(thing) is _LRU]:
+            if cache.cache_info().currsize and _reaches(cache, left):
+                cache.cache_clear()
+        left = {id(value) for value in self._alive()}
+        seen: set[int] = set()
+        for owner, before in self._namespaces if left else ():
             for key, value in list(vars(owner).items()):
-                if id(value) in left and before.get(key) is not value:
-                    if key in before:
-                        setattr(owner, key, before[key])
-                    else:
-                        delattr(owner, key)
+                if id(value) not in left:
+                    _purge(value, left, seen)
+                elif key in before:
+                    setattr(owner, key, before[key])
+                else:
+                    delattr(owner, key)
 
-    def _release(self, values: list[Any]) -> list[Any]:
-        """Take `values` out of what holds them; gives the holders that have to be taken out themselves."""
-        ids = {id(value) for value in values}
-        upwards: list[Any] = []
-        for holder in gc.get_referrers(*values):  # goes through all objects there are, so once for all values
-            if holder is values or holder is self.__dict__:
-                continue
-            if isinstance(holder, types.CellType):
-                holder.cell_contents = None
-            elif isinstance(holder, dict):
-                for key in [key for key, item in holder.items() if id(item) in ids and not _is_link(item)]:
-                    del holder[key]
-            elif isinstance(holder, list):
-                holder[:] = [item for item in holder if id(item) not in ids]
-            elif isinstance(holder, set):
-                holder.difference_update([item for item in holder if id(item) in ids])
-            elif isinstance(holder, tuple) or _is_link(holder):
-                upwards.append(holder)
-        return upwards
+
+def _reaches(cache: object, left: set[int]) -> bool:
+    """Whether what an `lru_cache` keeps, in containers at most `_DEPTH` deep, is among what was left."""
+    level, seen = [cache], {id(cache)}
+    for _ in range(_DEPTH):
+        below = [part for part in gc.get_referents(*level) if id(part) not in seen]
+        if any(id(part) in left for part in below):
+            return True
+        level = [part for part in below if isinstance(part, _CONTAINERS) or _is_link(part)]
+        seen.update(map(id, level))
+    return False
+
+
+def _purge(value: Any, left: set[int], seen: set[int], depth: int = 0) -> bool:
+    """Take what was left out of a container, a closure or an object's attributes; whether `value` has to go itself.
+
+    Runs no code of the objects: some load a whole library when they are iterated.
+    """
+    if id(value) in left:
+        return True
+    if depth > _DEPTH or id(value) in seen or isinstance(value, _CLOSED):
+        return False
+    seen.add(id(value))
+
+    def gone(item: Any) -> bool:
+        return _purge(item, left, seen, depth + 1)
+
+    if isinstance(value, dict):
+        for key in [k for k, item in list(dict.items(value)) if gone(item)]:
+            dict.__delitem__(value, key)
+    elif type(value) in (list, set):
+        for item in [item for item in value if gone(item)]:
+            value.remove(item) if type(value) is set else _remove(value, item)
+    elif isinstance(value, tuple):
+        return sum(gone(item) for item in tuple.__iter__(value)) > 0  # a sum, so that every item is looked into
+    else:
+        _purge_attributes(value, gone)
+    return False
+
+
+def _remove(values: list[Any], gone: object) -> None:
+    values[:] = [item for item in values if item is not gone]  # `remove` would compare tensors
+
+
+def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
+    if isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                if gone(cell.cell_contents):
+                    cell.cell_contents = None
+    with contextlib.suppress(AttributeError, TypeError):
+        attributes = object.__getattribute__(value, "__dict__")
+        for name in [n for n, item in list(attributes.items()) if gone(item)]:
+            attributes[name] = None
 
 
 def _collect_young() -> None:

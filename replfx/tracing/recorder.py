@@ -11,6 +11,7 @@ import operator
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ _DETACH = torch.ops.aten.detach.default
 class HiddenResult(Exception):  # noqa: N818 - not an error: it says how to record
     """A tensor made inside a module that was called whole came out in another way than through its result."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__(kind)
+        self.kind = kind
 
 
 class Recorder(TorchFunctionMode):
@@ -48,11 +49,11 @@ class Recorder(TorchFunctionMode):
 
     Args:
         ghost: the module to be run.
-        opened: paths of modules that are not to be called whole.
+        opened: classes of modules that are not to be called whole.
         real: the run is on real tensors, so constants have to be copied before they are changed in place.
     """
 
-    def __init__(self, ghost: nn.Module, opened: frozenset[str], real: bool) -> None:
+    def __init__(self, ghost: nn.Module, opened: frozenset[type[nn.Module]], real: bool) -> None:
         super().__init__()
         self.ghost = ghost
         self.opened = opened
@@ -124,7 +125,8 @@ class Recorder(TorchFunctionMode):
             return kind(self.to_nodes(item) for item in tree)
         if hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
             return {str(key): self.to_nodes(item) for key, item in parts_of(tree)}
-        return tree if _is_plain(tree) or not _holds_tensors(tree) else type(tree)  # not its tensors: they are fake
+        # An object, such as a cache of keys and values, is kept in mind by its class: it may get fake tensors yet.
+        return tree if _is_plain(tree) or isinstance(tree, Enum) or not hasattr(tree, "__dict__") else type(tree)
 
     def to_arguments(self, tree: Any) -> Any:
         """What a node's arguments can hold: other objects are put together by nodes of their own."""
@@ -162,7 +164,7 @@ class Recorder(TorchFunctionMode):
         if name is None:
             owner = self._hidden.get(tensor)
             if owner:
-                raise HiddenResult(owner)
+                raise HiddenResult(type(self.ghost.get_submodule(owner)))
             if isinstance(tensor, FakeTensor):
                 raise RuntimeError("a fake tensor of unknown origin")
             name = self._constant_names[tensor] = f"_tensor_constant{len(self.constants)}"
@@ -253,8 +255,12 @@ class Recorder(TorchFunctionMode):
         if not isinstance(func, types.FunctionType):
             return None
         if func not in self._signatures:
-            signature = inspect.signature(func)
-            self._signatures[func] = signature if "training" in signature.parameters else None
+            try:
+                signature = inspect.signature(func)
+            except ValueError:  # a wrapper around a builtin, as `Tensor.__rpow__`
+                self._signatures[func] = None
+            else:
+                self._signatures[func] = signature if "training" in signature.parameters else None
         return self._signatures[func]
 
     # ---- modules
@@ -283,7 +289,9 @@ class Recorder(TorchFunctionMode):
 
         The model itself never is one, even if it has no submodules but only parameters.
         """
-        if not path or path in self.opened or not (is_leaf(module) or (is_small(module) and _reads_training(module))):
+        if not path or type(module) in self.opened:
+            return False
+        if not (is_leaf(module) or (is_small(module) and _reads_training(module))):
             return False
         own = all(own_tensors(part) == self._own.get(id(part)) for part in module.modules())
         return own and not holds_modules(arguments)
@@ -354,6 +362,10 @@ def _target(func: Callable[..., Any]) -> tuple[str, Any, tuple[Any, ...]] | None
     name = getattr(func, "__name__", "")
     if name == "__get__":  # a property of a tensor, such as x.T: kept only if it gives a tensor
         return "call_function", getattr, (func.__self__.__name__,)  # type: ignore[attr-defined]
+    wrapped = getattr(func, "__wrapped__", None)
+    if isinstance(wrapped, types.MethodDescriptorType) and getattr(Tensor, name, None) is not func:
+        # `Tensor.__rpow__` and its like call themselves by the name of what they wrap.
+        name = next((n for n, value in vars(Tensor).items() if value is func), name)
     if name == "__set__":
         return "call_function", _set_attribute, (func.__self__.__name__,)  # type: ignore[attr-defined]
     if name in ("__delete__", "__repr__", "__len__", "__bool__", "__format__", "__hash__"):
@@ -402,7 +414,12 @@ def _holds_tensors(value: object) -> bool:
 
 
 def record(
-    root: nn.Module, ghost: nn.Module, inputs: Inputs, *, opened: frozenset[str] = frozenset(), real: bool = False
+    root: nn.Module,
+    ghost: nn.Module,
+    inputs: Inputs,
+    *,
+    opened: frozenset[type[nn.Module]] = frozenset(),
+    real: bool = False,
 ) -> fx.GraphModule:
     """Run `ghost` on `inputs` and give what happened as a graph over `root`.
 
@@ -410,7 +427,7 @@ def record(
         root: the structural copy that the GraphModule will hold.
         ghost: a copy of the same structure to run, on fake or on real tensors.
         inputs: the example inputs, as fake or as real as `ghost`.
-        opened: paths of modules to look into, however small they are.
+        opened: classes of modules to look into, however small they are.
         real: whether the tensors are real ones.
 
     Raises:

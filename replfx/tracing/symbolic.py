@@ -318,6 +318,15 @@ class _State:
                     else:
                         del holder[name]
 
+    def empty_caches(self) -> None:
+        """Take proxies out of dictionaries that are attributes: tables that a module makes when it first runs."""
+        for module, attributes, _ in self._before:
+            stores = [id(store) for store in _stores(module)]
+            for cache in attributes.values():
+                if type(cache) is dict and id(cache) not in stores:
+                    for key in [k for k, value in cache.items() if isinstance(k, Proxy) or isinstance(value, Proxy)]:
+                        del cache[key]
+
 
 def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
@@ -341,6 +350,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
         whole |= found
         state.restore()
     state.restore(only_proxies=True)
+    state.empty_caches()
     for node in reversed(graph.nodes):
         if node.op == "call_module" and str(node.target).endswith("training_flag") and not node.users:
             graph.erase_node(node)

@@ -80,8 +80,8 @@ class Watcher(Protocol):
     def applied(self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`function.apply(*args, **kwargs)`; `call` does it."""
 
-    def entered(self, target: Callable[..., _Open], args: tuple[Any, ...]) -> object:
-        """A context is entered; gives what `left` is to be told."""
+    def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
+        """A context is entered, or a seed is set; gives what `left` is to be told."""
 
     def left(self, entry: object) -> None:
         """It is left."""
@@ -102,6 +102,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
             enter, leave_ = _context(watcher, cls)
             stack.enter_context(_patched(cls, "__enter__", enter))
             stack.enter_context(_patched(cls, "__exit__", leave_))
+        stack.enter_context(_patched(torch, "manual_seed", _seed(watcher)))
         stack.enter_context(_patched(Tensor, "as_subclass", _as_subclass(watcher)))
         stack.enter_context(_patched(torch.autograd.graph, "disable_saved_tensors_hooks", _disable(watcher)))
         yield
@@ -162,6 +163,16 @@ def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Call
         return result
 
     return watched_enter, watched_leave
+
+
+def _seed(watcher: Watcher) -> Callable[[int], torch.Generator]:
+    original = torch.manual_seed
+
+    def manual_seed(seed: int) -> torch.Generator:
+        watcher.entered(original, (int(seed),))
+        return original(seed)
+
+    return manual_seed
 
 
 def _as_subclass(watcher: Watcher) -> Callable[..., Tensor]:

@@ -564,7 +564,7 @@ class Packed(Base):
 class SparseAndComplex(Base):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.run(x)
-        z = torch.view_as_complex(y.view(2, 4, 2)) * 1j
+        z = torch.view_as_complex(2 ** y.view(2, 4, 2)) * 1j
         sparse = torch.eye(8).to_sparse()
         return torch.fft.ifft(torch.fft.fft(z)).real, torch.sparse.mm(sparse, y.t())
 
@@ -589,6 +589,14 @@ class Subclass(Base):
         if x.shape[0] == 0:
             return x
         return self.run(x.as_subclass(Labelled)).as_subclass(Tensor)
+
+
+@toy("symbolic", "fake")
+class Seeded(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(F.dropout(x, 0.5))
+        torch.manual_seed(3)
+        return F.dropout(y, 0.5)
 
 
 @toy("fake", inputs=lambda: (x(), {"boxes": [torch.tensor([1, 2])]}))
