@@ -1,8 +1,9 @@
 """find_chains: the chains of like blocks in a captured graph, and why not where not."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -240,35 +241,49 @@ def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
 
 
 def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
-    """Of chains that lie inside each other's blocks, keep the level that lets most be replaced."""
-    kept: dict[str, tuple[Chain, dict[str, int]]] = {}  # by the path of the first block
+    """Of chains that lie inside each other's blocks, keep the level that lets most be replaced.
+
+    Where that is the outer one, what the inner chain has outside of its blocks stays a chain.
+    """
+    kept: dict[str, Chain] = {}  # by the path of the first block
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept that have blocks within it
     for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.blocks[0].call.start)):
-        worth, own = _worth(chain), set(chain.paths)
+        own = set(chain.paths)
         inner = {key for path in own for key in inside[path] if key in kept}
-        rival = sum(size for key in inner for path, size in kept[key][1].items() if not own.isdisjoint(ancestors(path)))
-        if inner and not _is_level(chain, sum(worth.values()), rival):
+        rest = {key: _outside(kept[key], own) for key in inner}
+        lost = sum(_worth(kept[key]) - sum(map(_worth, parts)) for key, parts in rest.items())
+        if inner and not _is_level(chain, _worth(chain), lost):
             continue
         for key in inner:
             del kept[key]
-        kept[chain.paths[0]] = (chain, worth)
-        for path in chain.paths:
-            for ancestor in ancestors(path):
-                inside[ancestor].add(chain.paths[0])
-    return [chain for chain, _ in kept.values()]
+        for new in (chain, *(part for key in sorted(rest) for part in rest[key])):
+            kept[new.paths[0]] = new
+            for path in new.paths:
+                for ancestor in ancestors(path):
+                    inside[ancestor].add(new.paths[0])
+    return list(kept.values())
 
 
-def _is_level(chain: Chain, worth: int, rival: int) -> bool:
+def _outside(chain: Chain, blocks: Set[str]) -> list[Chain]:
+    """The stretches of a chain, of three blocks and more, that lie in none of `blocks`."""
+    free = groupby(chain.blocks, key=lambda block: blocks.isdisjoint(ancestors(block.path)))
+    stretches = [tuple(stretch) for outside, stretch in free if outside]
+    return [Chain(stretch) for stretch in stretches if len(stretch) >= SHORTEST]
+
+
+def _is_level(chain: Chain, worth: int, lost: int) -> bool:
     """Whether its blocks rather than what is inside them are what its author calls blocks.
 
     A class of its own is, unless twice as much can be replaced inside; a container only if less can.
     """
-    return worth > rival if isinstance(chain.blocks[0].site.block, nn.Sequential) else 2 * worth >= rival
+    return worth > lost if isinstance(chain.blocks[0].site.block, nn.Sequential) else 2 * worth >= lost
 
 
-def _worth(chain: Chain) -> dict[str, int]:
-    """Parameters of every second block by its path, or else of the largest one that can be replaced."""
-    sizes = [sum(p.numel() for p in block.site.block.parameters()) for block in chain.blocks]
-    largest = max(chain.replaceable(), key=lambda position: sizes[position], default=None)
-    chosen = chain.every(2) or ([] if largest is None else [largest])
-    return {chain.paths[position]: sizes[position] for position in chosen}
+def _worth(chain: Chain) -> int:
+    """How many parameters every second block has, or else the largest one that can be replaced."""
+
+    def size(position: int) -> int:
+        return sum(p.numel() for p in chain.blocks[position].site.block.parameters())
+
+    chosen = chain.every(2)
+    return sum(map(size, chosen)) if chosen else max(map(size, chain.replaceable()), default=0)

@@ -129,6 +129,7 @@ def inspect(
         draft = describe_chains(graph, model)
         return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
     draft, twin = describe_chains(graph, model), structural_copy(model)
+    before = totals_of(graph)  # InsertFusion takes the replaced blocks' nodes out
     result = run_passes(graph, [InsertFusion(twin)]).graph_module
     if has_regions(plan_of(graph)):
         draft, twin = replace(draft, notes=list(info_of(graph).notes)), result
@@ -136,7 +137,7 @@ def inspect(
     found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
     if example_inputs is None:
         return found
-    return replace(found, before=totals_of(graph), after=totals_of(capture(twin, example_inputs)))
+    return replace(found, before=before, after=totals_of(capture(twin, example_inputs)))
 
 
 def report(model: nn.Module) -> Report:
