@@ -137,8 +137,8 @@ class _Builder:
             return rule
         owners = {name: block.get_submodule(s.path.rpartition(".")[0]) for name, s in made.sources.items()}
         aligned = []
-        for side in sides:
-            layouts = {name: layout_of(owners[name], side[name], shape) for name, shape in shapes.items()}
+        for side, read in zip(sides, readings, strict=True):
+            layouts = {n: layout_of(read[n][0], owners[n], side[n], shape) for n, shape in shapes.items()}
             aligned.append(Alignment(side, shapes, layouts, dtype=like.dtype, device=like.device))
         return AlignedFusion(rule, *aligned)
 

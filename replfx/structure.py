@@ -207,6 +207,8 @@ def first_setting(one: nn.Module, other: nn.Module, fact: str) -> str | None:
 
 
 def _settings(module: object) -> dict[str, object]:
+    if not isinstance(module, nn.Module):  # a part that the other block does without
+        return {}
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _is_setting(v)}
 
 

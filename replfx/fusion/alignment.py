@@ -10,13 +10,20 @@ with a learnable gain g_d of length n_d for every dimension d that differs, and 
   n of them where there are more, and repeats them where there are fewer. Where both the first sizes
   are k times the second ones (a fused query-key-value projection, an MLP's expansion), each of the k
   parts is aligned by itself, so that values meet values; the same for a second size k times the first.
+- grouped kernels: the second dimension counts the channels of one group, and each row reads those of its own. Let the
+  neighbour have s groups and the block t. Where t is r·s, each of the neighbour's groups is split into r: row i, in
+  the q-th part of its group, reads σ₁(j) = (q·n₁ + j) mod m₁. Where s is r·t, r of the neighbour's groups become one,
+  side by side: W' is block diagonal, and a row is zero outside of its own n₁/r columns. So a dense kernel gives a
+  grouped one its diagonal blocks, and gets them back. Rows are aligned group by group. Where neither divides the
+  other, groups are passed over.
 - taps of a kernel (its further dimensions): the centres meet; what lies outside is cut off or zero.
 - tables of relative positions, (2w−1)² rows for a window of side w: as taps, in both directions of the window.
 
 Gains start at 1; that of the first differing dimension of a weight starts at √(m₁/n₁), which keeps the
-variance of what an independent initialisation of fan-in m₁ or n₁ gives. Where nothing differs, W' = W and
-there are no gains. Σ n_d gains stand for Π n_d weights, and W' costs one multiply-add a weight and dimension:
-dilations, strides and numbers of heads differ without any change of shape and need no gains at all.
+variance of what an independent initialisation of fan-in m₁ or n₁ gives (at √(m₁·r/n₁) where r groups are put side
+by side). Where nothing differs, W' = W and there are no gains. Σ n_d gains stand for Π n_d weights, and W' costs
+one multiply-add a weight and dimension: dilations, strides and numbers of heads differ without any change of shape
+and need no gains at all.
 """
 
 import math
@@ -33,26 +40,53 @@ from replfx.fusion.fusions import Fusion
 
 __all__ = ["AlignedFusion", "Alignment", "Layout", "layout_of"]
 
-Layout = Literal["kernel", "matrix", "table"]
+
+@dataclass(frozen=True)
+class Layout:
+    """What the dimensions of a parameter are.
+
+    Attributes:
+        what: a convolution's kernel, a table of relative positions, or anything else.
+        groups: of the neighbour's convolution and of the block's.
+    """
+
+    what: Literal["kernel", "matrix", "table"]
+    groups: tuple[int, int] = (1, 1)
 
 
-def layout_of(owner: nn.Module, *shapes: torch.Size) -> Layout:
-    """What the dimensions of a parameter are, as far as its owner tells and its shapes in all blocks."""
-    if hasattr(owner, "kernel_size"):
-        return "kernel"
-    rows = [shape[0] for shape in shapes if len(shape) == 2 and not hasattr(owner, "in_features")]
+def layout_of(source: nn.Module, target: nn.Module, *shapes: torch.Size) -> Layout:
+    """The layout of a parameter, as far as its owners in the neighbour and in the block tell and its shapes there."""
+    if hasattr(target, "kernel_size"):
+        depthwise = all(shape[1] == 1 for shape in shapes)  # its rows are aligned as those of any other kernel
+        return Layout("kernel") if depthwise else Layout("kernel", (_groups(source), _groups(target)))
+    rows = [shape[0] for shape in shapes if len(shape) == 2 and not hasattr(target, "in_features")]
     windowed = len(rows) == len(shapes) and all(n % 2 and math.isqrt(n) ** 2 == n for n in rows)
-    return "table" if windowed and max(rows) > 1 else "matrix"
+    return Layout("table" if windowed and max(rows) > 1 else "matrix")
+
+
+def _groups(owner: nn.Module) -> int:
+    groups = getattr(owner, "groups", 1)
+    return groups if isinstance(groups, int) else 1
 
 
 @dataclass(frozen=True)
 class _Step:
-    """How one dimension is aligned: each of `parts` equal parts from its size to `size`."""
+    """How one dimension is aligned: each of `parts` equal parts from its size to `size`.
+
+    Attributes:
+        groups: where the rows read different columns, of the neighbour's convolution and of the block's.
+    """
 
     dim: int
     parts: int
     size: int
-    how: Literal["channels", "taps", "table"]
+    how: Literal["channels", "groups", "taps", "table"]
+    groups: tuple[int, int] = (1, 1)
+
+    @property
+    def beside(self) -> int:
+        """How many of the neighbour's groups are put side by side in one of the block's."""
+        return max(self.groups[0] // self.groups[1], 1)
 
     def __call__(self, theta: Tensor) -> Tensor:
         if self.how == "taps":
@@ -61,6 +95,8 @@ class _Step:
             side, wanted = math.isqrt(theta.shape[0]), math.isqrt(self.size)
             square = theta.unflatten(0, (side, side))
             return _centred(_centred(square, 0, wanted), 1, wanted).flatten(0, 1)
+        if self.how == "groups":
+            return _regrouped(theta, self.size, *self.groups)
         if self.parts == 1:
             return _repeated(theta, self.dim, self.size)
         split = theta.unflatten(self.dim, (self.parts, -1))
@@ -71,6 +107,22 @@ def _repeated(theta: Tensor, dim: int, size: int) -> Tensor:
     times = -(-size // theta.shape[dim])
     longer = theta if times == 1 else torch.cat([theta] * times, dim)
     return longer.narrow(dim, 0, size)
+
+
+def _regrouped(theta: Tensor, size: int, have: int, want: int) -> Tensor:
+    """A kernel of `have` groups, whose rows are aligned, as one of `want` groups with `size` columns."""
+    taps = [1] * (theta.dim() - 2)
+    if want % have == 0:  # split: each part of a group reads columns of its own
+        ratio = want // have
+        split = theta.unflatten(0, (have, ratio, -1))
+        columns = torch.arange(ratio * size, device=theta.device).view(1, ratio, 1, size, *taps) % theta.shape[1]
+        taken: Tensor = torch.take_along_dim(split, columns, 3)
+        return taken.flatten(0, 2)
+    ratio = have // want  # side by side: each keeps its columns, and has zeros in those of the others
+    own = torch.eye(ratio, dtype=theta.dtype, device=theta.device).view(1, ratio, 1, ratio, 1, *taps)
+    parts = _repeated(theta, 1, size // ratio).unflatten(0, (want, ratio, -1)).unsqueeze(3)
+    block_diagonal: Tensor = parts * own
+    return block_diagonal.flatten(3, 4).flatten(0, 2)
 
 
 def _centred(theta: Tensor, dim: int, size: int) -> Tensor:
@@ -88,13 +140,26 @@ def _steps(source: torch.Size, target: torch.Size, layout: Layout) -> list[_Step
     for dim, (have, want) in enumerate(zip(source, target, strict=True)):
         if have == want:
             continue
-        if layout == "kernel" and dim >= 2:
+        if layout.what == "kernel" and dim >= 2:
             steps.append(_Step(dim, 1, want, "taps"))
-        elif layout == "table" and dim == 0:
+        elif layout.what == "table" and dim == 0:
             steps.append(_Step(dim, 1, want, "table"))
+        elif dim < 2 and _keeps_groups(target, layout.groups):
+            rows = dim == 0
+            steps.append(
+                _Step(dim, layout.groups[0] if rows else 1, want, "channels" if rows else "groups", layout.groups)
+            )
         else:
             steps.append(_Step(dim, _parts(source, target, dim), want, "channels"))
     return steps
+
+
+def _keeps_groups(target: torch.Size, groups: tuple[int, int]) -> bool:
+    """Whether there are groups, and they can be split or put side by side."""
+    have, want = groups
+    if groups == (1, 1) or want % have == 0:
+        return groups != (1, 1)
+    return have % want == 0 and target[0] % have == 0 and target[1] % (have // want) == 0
 
 
 def _parts(source: torch.Size, target: torch.Size, dim: int) -> int:
@@ -133,8 +198,9 @@ class Alignment(nn.Module):
         }
         starts: list[float] = []
         for name, steps in self.steps.items():
-            scaled = layouts[name] != "table" and len(sources[name]) > 1
-            first = math.sqrt(sources[name][1] / targets[name][1]) if scaled else 1.0
+            scaled = layouts[name].what != "table" and len(sources[name]) > 1
+            read = targets[name][1] // max(step.beside for step in steps) if scaled else 1
+            first = math.sqrt(sources[name][1] / read) if scaled else 1.0
             for i, step in enumerate(steps):
                 starts += [1.0 if i else first] * step.size
         self.sizes = [step.size for steps in self.steps.values() for step in steps]

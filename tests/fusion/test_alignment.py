@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
+from replfx.fusion.alignment import AlignedFusion, Alignment, Layout, layout_of
 from replfx.fusion.fusions import ScalarFusion
 from tests.reference.alignment import align, differing, split_gains, starts
 
 Shape = tuple[int, ...]
-Drawn = tuple[str, Shape, Shape]  # layout, the neighbour's shape, the block's
+Drawn = tuple[Layout, Shape, Shape]  # and the neighbour's shape, the block's
 
 TWO = torch.float64
 
@@ -22,7 +22,7 @@ def aligned(draw: st.DrawFn) -> Drawn:
     layout = draw(st.sampled_from(("kernel", "matrix", "table")))
     if layout == "table":
         m, n = (draw(st.sampled_from((1, 3, 5, 7))) ** 2 for _ in range(2))
-        return layout, (m, draw(st.integers(1, 4))), (n, draw(st.integers(1, 4)))
+        return Layout("table"), (m, draw(st.integers(1, 4))), (n, draw(st.integers(1, 4)))
     dims = draw(st.integers(3, 5) if layout == "kernel" else st.integers(1, 4))
     most = 7 if dims <= 2 else 5 if dims == 3 else 4
     sizes = st.integers(1, most)
@@ -35,7 +35,22 @@ def aligned(draw: st.DrawFn) -> Drawn:
         for shape in (source, target):
             shape[1 - first] = min(shape[1 - first], 4)
             shape[first] = factor * shape[1 - first]
-    return layout, tuple(source), tuple(target)
+    return Layout(layout), tuple(source), tuple(target)  # type: ignore[arg-type]
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> Drawn:
+    """Kernels of convolutions in groups: of one number or not, of one width or not."""
+    groups = draw(st.tuples(st.sampled_from((1, 2, 3, 4)), st.sampled_from((1, 2, 3, 4))))
+    rows = [many * draw(st.integers(1, 12 // many)) for many in groups]
+    if draw(st.booleans()):
+        rows, channels = [12, 12], draw(st.sampled_from((12, 24)))
+        columns = [channels // many for many in groups]
+    else:
+        columns = [draw(st.integers(1, 6)) for _ in groups]
+    taps = [draw(st.sampled_from((1, 3))) for _ in range(draw(st.integers(1, 2)))]
+    source, target = ((row, column, *taps) for row, column in zip(rows, columns, strict=True))
+    return Layout("kernel", groups if columns != [1, 1] else (1, 1)), source, target
 
 
 def alignment_of(drawn: list[Drawn]) -> tuple[Alignment, dict[str, Shape], dict[str, Shape]]:
@@ -44,14 +59,14 @@ def alignment_of(drawn: list[Drawn]) -> tuple[Alignment, dict[str, Shape], dict[
     made = Alignment(
         {name: torch.Size(shape) for name, shape in sources.items()},
         {name: torch.Size(shape) for name, shape in targets.items()},
-        {f"p{i}": layout for i, (layout, _, _) in enumerate(drawn)},  # type: ignore[misc]
+        {f"p{i}": layout for i, (layout, _, _) in enumerate(drawn)},
         dtype=TWO,
         device=torch.device("cpu"),
     )
     return made, sources, targets
 
 
-@given(drawn=st.lists(aligned(), min_size=1, max_size=3), seed=st.integers(0, 2**20))
+@given(drawn=st.lists(aligned() | grouped(), min_size=1, max_size=3), seed=st.integers(0, 2**20))
 def test_it_is_the_formula(drawn: list[Drawn], seed: int) -> None:
     made, sources, targets = alignment_of(drawn)
     layouts = [layout for layout, _, _ in drawn]
@@ -62,7 +77,7 @@ def test_it_is_the_formula(drawn: list[Drawn], seed: int) -> None:
 
     begin = split_gains(made.gains, sources, targets)
     for name, layout in zip(sources, layouts, strict=True):
-        wanted = starts(sources[name], targets[name], layout)
+        wanted = starts(sources[name], targets[name], layout.what, layout.groups)
         for gains, start in zip(begin[name].values(), wanted, strict=True):
             assert torch.equal(gains.detach(), torch.full_like(gains, start))
 
@@ -75,7 +90,7 @@ def test_it_is_the_formula(drawn: list[Drawn], seed: int) -> None:
     leaves = [*theta.values(), *([] if made.gains is None else [made.gains])]
     losses: list[Tensor] = []
     for name, layout in zip(sources, layouts, strict=True):
-        expected = align(theta[name], gains[name], targets[name], layout)
+        expected = align(theta[name], gains[name], targets[name], layout.what, layout.groups)
         assert results[name].shape == expected.shape
         # The same two to five factors, multiplied in another order.
         torch.testing.assert_close(results[name], expected, rtol=1e-14, atol=0)
@@ -109,7 +124,7 @@ def test_there_and_back(drawn: Drawn, seed: int) -> None:
     """Growing and shrinking back loses nothing: what was repeated or padded is cut off again."""
     layout, source, target = drawn
     grown = tuple(max(m, n) for m, n in zip(source, target, strict=True))
-    if layout == "table" or differing(source, grown) == []:
+    if layout.what == "table" or differing(source, grown) == []:
         return
     up, down = alignment_of([(layout, source, grown)])[0], alignment_of([(layout, grown, source)])[0]
     theta = torch.randn(source, dtype=TWO, generator=torch.Generator().manual_seed(seed))
@@ -123,14 +138,55 @@ def test_there_and_back(drawn: Drawn, seed: int) -> None:
 def test_rows_that_are_no_table_on_either_side_are_rows(have: int, want: int) -> None:
     """A table is told by its (2w − 1)² rows, which both must have: 16 rows are not those of a window."""
     owner = nn.Module()
-    layout = layout_of(owner, torch.Size((have, 2)), torch.Size((want, 2)))
-    assert layout == ("table" if {have, want} == {1, 9} else "matrix")
+    layout = layout_of(owner, owner, torch.Size((have, 2)), torch.Size((want, 2)))
+    assert layout == Layout("table" if {have, want} == {1, 9} else "matrix")
     made, _, _ = alignment_of([(layout, (have, 2), (want, 2))])
     theta = torch.randn(have, 2, dtype=TWO)
     with torch.no_grad():
         made.gains.fill_(1.0)  # type: ignore[union-attr]
     result = made({"p0": theta})["p0"]
-    if layout == "matrix":
+    if layout.what == "matrix":
         assert torch.equal(result, theta[[i % have for i in range(want)]])
     elif want == 1:
         assert torch.equal(result, theta[4:5])  # no offset at all is the middle one
+
+
+def convolution(channels: int, wide: int, groups: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, wide, 3, groups=groups, bias=False, padding=1, dtype=TWO)
+
+
+@pytest.mark.parametrize(("have", "want"), [(1, 4), (2, 4), (4, 2), (4, 1), (6, 3), (3, 6)])
+def test_groups_keep_what_each_channel_reads(have: int, want: int) -> None:
+    """As many channels on both sides: a coarser block computes what the neighbour does, a finer one its diagonal."""
+    source, target = convolution(12, 24, have), convolution(12, 24, want)
+    shapes = source.weight.shape, target.weight.shape
+    layout = layout_of(source, target, *shapes)
+    made = Alignment({"p": shapes[0]}, {"p": shapes[1]}, {"p": layout}, dtype=TWO, device=torch.device("cpu"))
+    assert made.gains is not None
+    with torch.no_grad():
+        kernel = made({"p": source.weight})["p"]
+        x = torch.randn(2, 12, 5, 5, dtype=TWO)
+        if have > want:
+            assert torch.equal(made.gains, torch.ones_like(made.gains))  # nothing is added, so nothing is scaled
+            assert_equal_up_to_order(nn.functional.conv2d(x, kernel, padding=1, groups=want), source(x))
+            return
+        assert torch.allclose(made.gains, torch.full_like(made.gains, (want / have) ** 0.5))
+        made.gains.fill_(1.0)
+        kernel = made({"p": source.weight})["p"]
+        for group in range(want):  # what one group of the block gives is what the neighbour makes of its channels
+            alone = torch.zeros_like(x)
+            channels = slice(group * 12 // want, (group + 1) * 12 // want)
+            alone[:, channels] = x[:, channels]
+            rows = slice(group * 24 // want, (group + 1) * 24 // want)
+            mine = nn.functional.conv2d(x, kernel, padding=1, groups=want)[:, rows]
+            assert_equal_up_to_order(mine, source(alone)[:, rows])
+
+
+def assert_equal_up_to_order(one: Tensor, other: Tensor) -> None:
+    """Sums of at most 108 products in float64, added in another order."""
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_depthwise_kernels_have_no_groups_to_keep() -> None:
+    one, other = (nn.Conv2d(d, d, 3, groups=d) for d in (4, 6))
+    assert layout_of(one, other, one.weight.shape, other.weight.shape) == Layout("kernel")

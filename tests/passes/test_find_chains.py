@@ -464,6 +464,23 @@ def test_what_sets_blocks_apart_is_named() -> None:
     )
 
 
+def test_what_sets_blocks_apart_may_be_a_part_that_one_has_not() -> None:
+    class Shortcut(nn.Module):
+        def __init__(self, way: nn.Module | None) -> None:
+            super().__init__()
+            self.fc, self.way = nn.Linear(4, 4), way
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).relu() + (x if self.way is None else self.way(x))
+
+    ways = (nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 4)), None, None)
+    report = replfx.inspect(nn.Sequential(*map(Shortcut, ways)), torch.randn(2, 4))
+    assert report.chains == [["0", "1", "2"]]
+    wide = nn.Sequential(Shortcut(None), Shortcut(ways[0]), Shortcut(None))
+    report = replfx.inspect(wide, torch.randn(2, 4))
+    assert report.refused["1"] == "too little of it can be made from `0`: `way.class`: Sequential ≠ absent"
+
+
 def test_finding_is_deterministic() -> None:
     model = ConvNet(4)
     x = torch.randn(1, 3, 8, 8)

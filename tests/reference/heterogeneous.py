@@ -306,12 +306,13 @@ def reference_run(
         aligned = []
         for j, gains in ((i - 1, "gains_before"), (i + 1, "gains_after")):
             twin = 2 * i - j
-            theirs = {}
+            theirs, groups = {}, {}
             for name, part in rows.items():
                 at = j if _fits(_inside(plain, spots[j]).get(name), block[name]) else twin  # the other has none
                 theta = _scaled(tensors[spots[at].name(name)], neighbour_gradient)
                 theirs[name] = theta if part == ALL else theta[len(theta) * 2 // 3 :]
-            aligned.append(_aligned(theirs, block, rows, parts.get(gains)))
+                groups[name] = (_groups(plain, spots[at].name(name)), _groups(plain, spots[i].name(name)))
+            aligned.append(_aligned(theirs, block, rows, groups, parts.get(gains)))
         theta = _fuse(parts["a"], parts["b"], *aligned, dict.fromkeys(rows, ALL), fusion, 1.0)
         if operator == "light":
             _put_light(plain, i, kind, steps[i], theta, parts, training)
@@ -336,13 +337,25 @@ def _fits(theirs: Tensor | None, shape: Sequence[int]) -> bool:
     return theirs is not None and theirs.dim() == len(shape) and (theirs.shape[2:] == (1, 1)) == (shape[2:] == (1, 1))
 
 
-def _aligned(theirs: Tensors, block: dict[str, torch.Size], rows: dict[str, slice], gains: Tensor | None) -> Tensors:
+def _groups(model: nn.Module, name: str) -> int:
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "groups", 1)
+
+
+def _aligned(
+    theirs: Tensors,
+    block: dict[str, torch.Size],
+    rows: dict[str, slice],
+    groups: dict[str, tuple[int, int]],
+    gains: Tensor | None,
+) -> Tensors:
     targets = {n: s if rows[n] == ALL else (s[0] // 3, *s[1:]) for n, s in block.items() if n in rows}
     split = split_gains(gains, {n: tuple(theirs[n].shape) for n in targets}, targets)
     found = {}
     for name, theta in theirs.items():
         layout = "table" if name.endswith("table") else "kernel" if theta.dim() == 4 else "matrix"
-        found[name] = align(theta, split[name], targets[name], layout)
+        columns = {theta.shape[1], targets[name][1]} if theta.dim() > 1 else {1}
+        mixed = (1, 1) if columns == {1} else groups[name]  # depthwise kernels have nothing to mix
+        found[name] = align(theta, split[name], targets[name], layout, mixed)
     return {name: found[name] for name in rows}
 
 

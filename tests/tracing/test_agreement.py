@@ -13,7 +13,7 @@ import torchvision
 from hypothesis import given
 from torch import nn
 
-from replfx.passes.find_chains import FindChains, chains_of
+from replfx.passes import FindChains, chains_of
 from replfx.structure import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.inputs import Inputs
@@ -33,8 +33,10 @@ def findings(model: nn.Module, inputs: Inputs, rung: str) -> tuple[Any, ...]:
         nodes = [n.meta["replfx"] for n in info.nodes[call.start : call.stop] if "replfx" in n.meta]
         inner.setdefault(call.path, []).append(sum(cost.saved_bytes for cost in nodes))
     return (
-        [(chain.paths, chain.shape) for chain in found.chains],
-        found.fixed,
+        [
+            [(block.path, block.turn, block.site.shape, block.obstacle) for block in chain.blocks]
+            for chain in found.chains
+        ],
         sorted(found.refused),
         sum(cost.flops for cost in costs),
         sum(cost.saved_bytes for cost in costs),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import replfx
 from replfx.structure import structural_copy
@@ -58,6 +58,11 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
+def equal_up_to_order(one: Tensor, other: Tensor) -> bool:
+    """TorchScript sums in another order once it has compiled: by a few roundings (6e-8) of the largest terms."""
+    return torch.allclose(one, other, rtol=0, atol=1e-6 * float(one.abs().max()))
+
+
 def assert_computes_the_same(graph: fx.GraphModule, model: nn.Module, toy: Toy) -> None:
     graph.graph.lint()
     inputs, twin = (Inputs.of(toy.inputs(), model) for _ in range(2))
@@ -71,7 +76,7 @@ def assert_computes_the_same(graph: fx.GraphModule, model: nn.Module, toy: Toy) 
         [n for n, _ in model.named_parameters()] + ["input"] * len(gradients), gradients, actual_gradients, strict=False
     ):
         assert (one is None) == (other is None), name
-        assert one is None or (torch.allclose if toy.jit else torch.equal)(one, other), name
+        assert one is None or (equal_up_to_order if toy.jit else torch.equal)(one, other), name
     assert buffers == actual_buffers
 
 
