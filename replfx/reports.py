@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -103,11 +104,12 @@ class Report:
 
     def _table(self) -> Table:
         measured = any(block.flops is not None for block in self.blocks)
-        table = Table(title=f"{self.model}: {len(self.chains)} chain{'s' * (len(self.chains) != 1)}")
-        for name in ("chain", "block"):
-            table.add_column(name, no_wrap=name == "block")
+        title = f"{self.model}: {len(self.chains)} chain{'s' * (len(self.chains) != 1)}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("chain")
+        table.add_column("block", overflow="fold")  # the only one that a narrow terminal may break
         for name in ("parameters", *(("MFLOPs", "saved MiB") if measured else ()), "after"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         table.add_column("replaced by", no_wrap=True)
         for block in self.blocks:
             how = block.operator if block.fusion is None else f"{block.operator} · {block.fusion}"
@@ -124,7 +126,8 @@ class Report:
 
     def _summary(self) -> str:
         before, after = self.parameters_before, self.parameters_after
-        parts = [f"{len(self.replaced)} blocks replaced; trainable parameters {_change(before, after)}"]
+        count = len(self.replaced)
+        parts = [f"{count} block{'s' * (count != 1)} replaced; trainable parameters {_change(before, after)}"]
         if self.before is not None and self.after is not None:
             flops = _change(self.before.flops / 1e6, self.after.flops / 1e6)
             saved = _change(self.before.saved_bytes / 2**20, self.after.saved_bytes / 2**20)

@@ -24,6 +24,10 @@ def tower() -> nn.Module:
     return nn.Sequential(*(Block() for _ in range(5)))
 
 
+def pair() -> nn.Module:
+    return nn.Sequential(Block(), Block())
+
+
 def not_a_model() -> int:
     return 3
 
@@ -87,8 +91,16 @@ def test_bad_options_are_errors_with_advice(capsys):
 def test_a_torchvision_model_by_name(capsys):
     assert main(["inspect", "torchvision:resnet18", "--input", "2,3,32,32"]) == 0
     out = " ".join(capsys.readouterr().out.split())
+    assert "3 blocks replaced" in out
+    assert "layer3.1 1,180,672" in out
+    assert "…" not in out  # no figure is cut off
+
+
+def test_a_model_with_nothing_to_replace_says_why(capsys):
+    assert main(["inspect", f"{__name__}:pair"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
     assert "0 blocks replaced" in out
-    assert "not replaced: layer1.0" in out
+    assert "not replaced: 0: no three like it in a row: it is like `1`" in out
 
 
 def test_runs_as_a_module():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from tests.models import GPT
@@ -115,6 +116,18 @@ def test_it_runs_forward_and_backward_and_stays_what_it_was(case: Case) -> None:
         assert [out.shape for out in tensors(made(x))] == shapes
         check_gradients(made, originally, with_gradient(made, x))
         check_state_dict(made, model, x)
+
+
+def test_costs_before_and_after_are_those_of_both_models() -> None:
+    """Flops as torch's own counter has them; `block` runs what the block ran."""
+    model, x = torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)
+    report = replfx.inspect(model, x)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert report.before is not None
+    assert report.after is not None
+    assert report.before.flops == report.after.flops == counter.get_total_flops()
+    assert report.before.saved_bytes < report.after.saved_bytes  # the synthesised weights
 
 
 def check_report(report: replfx.Report, model: nn.Module, made: nn.Module, op: str) -> None:
