@@ -47,7 +47,7 @@ def _variants(model: str) -> tuple[Variant, ...]:
     if config is None:
         raise LookupError(f"timm has no configuration for {model}")
     channels, usual, _ = config.input_size
-    sizes = dict.fromkeys((128, usual // 2) if config.fixed_input_size else (96, 128))
+    sizes = dict.fromkeys((112, 128, usual // 2) if config.fixed_input_size else (96, 112, 128))  # patches of 14 and 16
     smaller = [
         _variant(model, channels, size, {"img_size": size} if config.fixed_input_size else {})
         for size in sizes
