@@ -71,18 +71,25 @@ class Chain:
         """The positions that `every=k` replaces.
 
         Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
-        leaves nothing (stages of one block, a change of shape in every block) they are counted through.
+        leaves nothing (stages of one block, a change of shape in every block) they are counted through; and where all
+        of these have to stay, the next one that need not takes its place.
         """
         steady = set(self.steady())
         turns = [block.turn is not None or block.new_stage for block in self.blocks]
-        return self._counted(k, steady, turns) or self._counted(k, steady, [False] * len(turns))
+        through = [False] * len(turns)
+        return (
+            self._counted(k, steady, turns)
+            or self._counted(k, steady, through)
+            or self._counted(k, steady, through, late=True)
+        )
 
-    def _counted(self, k: int, allowed: set[int], turns: Sequence[bool]) -> list[int]:
+    def _counted(self, k: int, allowed: set[int], turns: Sequence[bool], *, late: bool = False) -> list[int]:
         chosen, count = [], 0
         for position, turn in enumerate(turns):
             count = 1 if turn else count + 1
-            if count % k == 0 and position in allowed:
+            if (count >= k if late else count % k == 0) and position in allowed:
                 chosen.append(position)
+                count = 0
         return chosen
 
     def fraction(self, part: float) -> list[int]:

@@ -56,8 +56,9 @@ class _Search:
         self.positions = {node: position for position, node in enumerate(self.info.nodes)}
         self.kinds = _Kinds()
         self.owners: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in self.root.named_parameters(remove_duplicate=False):
-            self.owners[id(parameter)].append(name)
+        for prefix, module in self.root.named_modules():  # one that goes by two names shares nothing with itself
+            for name, parameter in module._parameters.items():
+                self.owners[id(parameter)].append(f"{prefix}.{name}" if prefix else name)
 
     def run(self) -> Chains:
         dropped: dict[str, str] = {}

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import base_types
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.blocks import head_of, put_block
-from replfx.building import build_layers, insert
+from replfx.blocks import head_of, put_blocks
+from replfx.building import build_layers
 from replfx.fusion import FusionLayer
 from replfx.passes.chains import chains_of
 from replfx.passes.regions import replace_regions, without_regions
@@ -39,12 +39,13 @@ class InsertFusion(PassBase):
         if has_regions(plan_of(graph_module)):
             return PassResult(_rewrite_regions(graph_module, self.model), True)
         layers = build_layers(self.model, plan_of(graph_module))
-        insert(self.model, layers)
+        put_blocks(self.model, layers)
         info = info_of(graph_module)
         calls = {block.path: block.call for chain in chains_of(graph_module).chains for block in chain.blocks}
         renamed: dict[fx.Node, fx.Node] = {}
         for path, layer in layers.items():
             _rewrite(graph_module, info, calls[path], layer, renamed)
+        put_blocks(info.root, layers)
         graph_module.recompile()
         return PassResult(graph_module, bool(layers))
 
@@ -95,7 +96,6 @@ def _rewrite(
         if not node.users:
             graph.erase_node(node)
     graph_module.add_submodule(target, layer)
-    put_block(info.root, call.path, layer)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def why_not(
         refused: reasons that are known already.
         in_chain: the paths of all blocks that are in a chain.
     """
-    blocks = _block_like(modules, in_chain, composite=True)
+    blocks = _block_like(modules, counts, in_chain, composite=True)
     if not blocks and not in_chain:
-        blocks = _block_like(modules, in_chain, composite=False)
+        blocks = _block_like(modules, counts, in_chain, composite=False)
     called = [path for path in blocks if counts[path]]
     reasons = {}
     for path in blocks:
@@ -72,8 +72,10 @@ def _recurrent(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _block_like(modules: Mapping[str, nn.Module], in_chain: Set[str], *, composite: bool) -> list[str]:
-    """Outermost modules with parameters whose class occurs more than once, containers not counted."""
+def _block_like(
+    modules: Mapping[str, nn.Module], counts: Mapping[str, int], in_chain: Set[str], *, composite: bool
+) -> list[str]:
+    """Outermost modules with parameters that are called, or whose class occurs, more than once; no containers."""
     above = {ancestor for path in in_chain for ancestor in ancestors(path)}
     found: list[str] = []
     for path, module in modules.items():
@@ -84,5 +86,5 @@ def _block_like(modules: Mapping[str, nn.Module], in_chain: Set[str], *, composi
         if next(module.parameters(), None) is not None:
             found.append(path)
     kinds = Counter(type(modules[path]) for path in (*found, *(p for p in in_chain if p in modules)))
-    repeated = {path for path in found if kinds[type(modules[path])] > 1}
+    repeated = {path for path in found if kinds[type(modules[path])] > 1 or (composite and counts[path] > 1)}
     return [p for p in found if p in repeated and not any(a in repeated for a in ancestors(p))]

@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from torch import fx, nn
 
-from replfx.blocks import block_at
-from replfx.building import build_layers, insert
+from replfx.blocks import block_at, put_blocks
+from replfx.building import build_layers
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
 from replfx.fusion import Choice
@@ -209,7 +209,7 @@ def apply(
         return _carry_out(graph, target, Inputs.of(example_inputs, model), inplace=inplace)
     layers = build_layers(target, plan)
     draft = describe_plan(target, plan)
-    insert(target, layers)
+    put_blocks(target, layers)
     mark(target, plan, with_layers(draft, plan, layers, trainable_parameters(target)))
     return target
 
@@ -231,7 +231,7 @@ def _carry_out(graph: fx.GraphModule, target: nn.Module, inputs: Inputs | None, 
         passes = [InsertFusion(target), Verify(None if rewritten else target, original, inputs)]
         result = run_passes(graph, passes).graph_module
     except ReplfxError:
-        insert(target, blocks)  # with inplace=True the model is the user's
+        put_blocks(target, blocks)  # with inplace=True the model is the user's
         raise
     if rewritten:
         assert isinstance(result, fx.GraphModule)

@@ -9,10 +9,11 @@ module until it is replaced: in the rewritten graph the fusion layer is `replace
 """
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
-from replfx.structure import set_submodule
+from replfx.structure import redirect, set_submodule
 
 __all__ = [
     "block_at",
@@ -20,7 +21,7 @@ __all__ = [
     "is_region",
     "members_of",
     "parameters_of",
-    "put_block",
+    "put_blocks",
     "region_path",
     "window_path",
 ]
@@ -80,16 +81,21 @@ def block_at(model: nn.Module, path: str) -> nn.Module:
     return window
 
 
-def put_block(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` in the block's place; a Sequential as long as the window is spread over its members."""
-    head, *rest = members_of(model, path)
-    if rest and type(module) is nn.Sequential and len(module) == 1 + len(rest):
-        for member, part in zip((head, *rest), module, strict=True):
-            set_submodule(model, member, part)
-        return
-    set_submodule(model, head, module)
-    for member in rest:
-        set_submodule(model, member, nn.Identity())
+def put_blocks(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module in its block's place, wherever the model holds that block.
+
+    A Sequential as long as the window that it is for is spread over the window's members.
+    """
+    swaps: dict[nn.Module, nn.Module] = {}
+    for path, module in modules.items():
+        head, *rest = members_of(model, path)
+        spread = bool(rest) and type(module) is nn.Sequential and len(module) == 1 + len(rest)
+        parts = list(module.children()) if spread else [module, *(nn.Identity() for _ in rest)]
+        for member, part in zip((head, *rest), parts, strict=True):
+            before = set_submodule(model, member, part)
+            if before is not None:
+                swaps[before] = part
+    redirect(model, swaps)
 
 
 def parameters_of(model: nn.Module, path: str) -> dict[str, nn.Parameter]:

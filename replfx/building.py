@@ -1,11 +1,11 @@
-"""Building: from a plan to fusion layers, and these into a model. Needs no graph."""
+"""Building: from a plan to fusion layers. Needs no graph."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from replfx.blocks import block_at, put_block
+from replfx.blocks import block_at
 from replfx.errors import FusionError, PlanError
 from replfx.fusion import Fusion, FusionLayer, Operator, fusions, operators
 from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
@@ -15,7 +15,7 @@ from replfx.plans import Plan, Replacement
 from replfx.state import fusion_layers
 from replfx.structure import block_digest
 
-__all__ = ["build_layers", "insert"]
+__all__ = ["build_layers"]
 
 
 def build_layers(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] | None = None) -> dict[str, FusionLayer]:
@@ -40,12 +40,6 @@ def build_layers(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] |
         )
     replaced = {replacement.path for replacement in plan.replacements}
     return {r.path: _Builder(model, plan.model, replaced, blocks or {}, r).build() for r in plan.replacements}
-
-
-def insert(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each layer in its block's place in `model`."""
-    for path, layer in layers.items():
-        put_block(model, path, layer)
 
 
 class _Builder:

@@ -28,6 +28,7 @@ __all__ = [
     "first_difference",
     "first_setting",
     "move_hooks",
+    "redirect",
     "set_submodule",
     "signature",
     "structural_copy",
@@ -37,6 +38,7 @@ __all__ = [
 
 Signature: TypeAlias = Mapping[str, object]
 
+_REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -53,20 +55,64 @@ def attribute_at(module: nn.Module, path: str) -> object:
     return reduce(getattr, path.split("."), module) if path else module
 
 
-def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`, keeping its place among its siblings."""
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
+    """Put `module` at `path`, keeping its place among its siblings; gives what was there."""
     parent, _, name = path.rpartition(".")
     owner = root.get_submodule(parent)
+    before = owner._modules.get(name)
     owner._modules[name] = module
+    return before
+
+
+def redirect(root: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Let all who still hold a module that was swapped for another hold that one.
+
+    A module may be known to its model under other names too, or stand in a plain list that `forward` goes through.
+    """
+    for module in list(root.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in swaps:
+                module._modules[name] = swaps[child]
+        for name, value in vars(module).items():
+            if name not in _REGISTERED and (held := _redirected(value, swaps)) is not value:
+                vars(module)[name] = held
+
+
+def _redirected(value: object, swaps: Mapping[nn.Module, nn.Module], depth: int = 3) -> object:
+    if isinstance(value, nn.Module):
+        return swaps.get(value, value)
+    if type(value) not in (list, tuple, dict) or not depth:
+        return value
+    if isinstance(value, dict):
+        value.update(
+            {key: held for key, item in value.items() if (held := _redirected(item, swaps, depth - 1)) is not item}
+        )
+        return value
+    assert isinstance(value, list | tuple)
+    items = [_redirected(item, swaps, depth - 1) for item in value]
+    if all(one is other for one, other in zip(items, value, strict=True)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(items)
+    value[:] = items
+    return value
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Give `target` the forward and backward hooks that `source` itself has (not its submodules').
 
-    The very dicts, so that the handles that a user holds go on removing them.
+    The very dicts, so that the handles that a user holds go on removing them. Hooks of `target` come first: it was
+    called by `source`.
     """
-    for name in (*_HOOKS, "_is_full_backward_hook"):
-        setattr(target, name, getattr(source, name))
+    for name in _HOOKS:
+        hooks, own = getattr(source, name), dict(getattr(target, name))
+        if own:
+            later = dict(hooks)
+            hooks.clear()
+            hooks.update({**own, **later})
+        setattr(target, name, hooks)
+    if source._is_full_backward_hook is not None:
+        target._is_full_backward_hook = source._is_full_backward_hook
 
 
 def drop_hooks(module: nn.Module) -> None:
@@ -114,10 +160,9 @@ def structural_copy(
 
 
 def _plain_tensors(model: nn.Module) -> list[Tensor]:
-    registered = {"_parameters", "_buffers", "_modules"}
     attributes: dict[int, object] = {}  # by identity: a configuration is held by many modules
     for module in model.modules():
-        attributes.update((id(value), value) for name, value in vars(module).items() if name not in registered)
+        attributes.update((id(value), value) for name, value in vars(module).items() if name not in _REGISTERED)
     return tensors_in(list(attributes.values()))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from replfx.blocks import put_block
+from replfx.blocks import put_blocks
 from replfx.errors import FusionError
 from replfx.fusion import FusionLayer
 from replfx.state import placed_layers, state_of, unmark
@@ -36,10 +36,12 @@ def materialize(model: nn.Module) -> nn.Module:
     """
     plan = state_of(model).plan
     twin = copy.deepcopy(model)
+    made = {}
     with torch.no_grad():
         for path, layer in placed_layers(twin, plan).items():
             plain = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
-            _put(twin, path, layer, plain)
+            made[path] = _in_place_of(layer, plain)
+    put_blocks(twin, made)
     unmark(twin)
     return twin
 
@@ -78,24 +80,25 @@ def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             path: {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
             for path, layer in layers.items()
         }
+        blocks = {}
         for path, layer in layers.items():
             coefficients = set(layer.parameters())
-            full = layer.operator.plain(thetas[path])
-            _put(model, path, layer, full)
+            blocks[path] = _in_place_of(layer, layer.operator.plain(thetas[path]))
             if optimizer is not None:
-                _hand_over(optimizer, coefficients, full)
+                _hand_over(optimizer, coefficients, blocks[path])
+    put_blocks(model, blocks)
     unmark(model)
     return model
 
 
-def _put(model: nn.Module, path: str, layer: FusionLayer, plain: nn.Module) -> None:
-    """Put a plain module in a fusion layer's place, with its hooks and its training mode."""
+def _in_place_of(layer: FusionLayer, plain: nn.Module) -> nn.Module:
+    """Give a plain module the hooks and the training mode of the fusion layer whose place it takes."""
     move_hooks(layer, plain)
     known = set(layer.modules())
     for module in plain.modules():
         if module not in known:  # the others have modes of their own: a norm may be frozen in a block that trains
             module.training = layer.training
-    put_block(model, path, plain)
+    return plain
 
 
 def _hand_over(optimizer: Optimizer, old: set[nn.Parameter], full: nn.Module) -> None:

@@ -57,9 +57,9 @@ def built(variant: Variant) -> nn.Module:
     return variant.build().train()
 
 
-def fed(variant: Variant) -> Inputs:
-    """Draw the inputs, the same each time."""
-    seed(1)
+def fed(variant: Variant, draw: int = 1) -> Inputs:
+    """Draw the inputs, the same each time for one draw."""
+    seed(draw)
     return variant.inputs()
 
 

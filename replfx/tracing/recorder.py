@@ -69,6 +69,7 @@ class Recorder(TorchFunctionMode):
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
+        self._modules = list(ghost.modules())  # kept: a model may drop some on the way, and their ids would be others'
         self._paths = {id(m): path for path, m in ghost.named_modules()}
         self._own = {id(m): own_tensors(m) for m in ghost.modules()}
         self._stack: dict[str, tuple[str, type[nn.Module]]] = {}

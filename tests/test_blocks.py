@@ -1,0 +1,113 @@
+"""Blocks that a model holds in more ways than by one name, and blocks with hooks of others."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import replfx
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
+
+
+class Held(nn.Module):
+    """Registers its blocks, and runs them from where `hold` puts them."""
+
+    def __init__(self, hold: Callable[[list[Block]], object], run: Callable[[object], list[nn.Module]]) -> None:
+        super().__init__()
+        blocks = [Block() for _ in range(5)]
+        for number, block in enumerate(blocks):
+            self.add_module(f"block{number}", block)
+        self.held, self.run = hold(blocks), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.run(self.held):
+            x = block(x)
+        return x
+
+
+def runs_list(held: list[nn.Module]) -> list[nn.Module]:
+    return held
+
+
+def runs_values(held: dict[str, nn.Module]) -> list[nn.Module]:
+    return list(held.values())
+
+
+def runs_pairs(held: tuple[tuple[str, nn.Module], ...]) -> list[nn.Module]:
+    return [block for _, block in held]
+
+
+HOLDERS = {
+    "list": (list, runs_list),
+    "dict": (lambda blocks: {str(i): block for i, block in enumerate(blocks)}, runs_values),
+    "tuples": (lambda blocks: tuple((str(i), block) for i, block in enumerate(blocks)), runs_pairs),
+    "other_names": (nn.ModuleList, list),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_block_is_replaced_wherever_the_model_holds_it(holder: str, inplace: bool) -> None:
+    torch.manual_seed(0)
+    hold, run = HOLDERS[holder]
+    model, x = Held(hold, run), torch.randn(3, 4)  # type: ignore[arg-type]
+    kept = [copy.deepcopy(getattr(model, f"block{i}")) for i in (0, 2, 4)]
+    removed = replfx.transform(model, x, operator="identity")
+    expected = x
+    for block in kept:
+        expected = block(expected)
+    assert torch.equal(removed(x), expected)
+    made = replfx.transform(model, x, inplace=inplace)
+    assert (made is model) is inplace
+    made(x).sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+    output, state = made(x), made.state_dict()
+    plain = replfx.materialize(made)
+    assert torch.equal(plain(x), output)
+    assert not any(type(m).__module__.startswith("replfx") for m in plain.modules())
+    again = copy.deepcopy(made)
+    assert torch.equal(again(x), output)
+    assert list(again.state_dict()) == list(state)
+    full = replfx.unroll(made)
+    assert torch.equal(full(x), output)
+    assert all(type(block) is Block for block in run(full.held))  # type: ignore[arg-type]
+
+
+def test_a_block_that_was_not_replaced_stays_everywhere_after_a_failure() -> None:
+    model, x = Held(list, runs_list), torch.randn(3, 4)
+    blocks = list(model.held)  # type: ignore[call-overload]
+    with torch.no_grad():
+        model.block1.fc.weight[0, 0] = float("nan")
+    with pytest.raises(replfx.ReplfxError, match="not finite"):
+        replfx.transform(model, x, inplace=True)
+    assert model.held == blocks
+
+
+def test_hooks_that_found_the_block_inside_of_the_fusion_layer_stay_with_it() -> None:
+    """A library that looks for blocks by their class, after transform, finds those inside of fusion layers."""
+    model, x, seen = nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 4), []
+    made = replfx.transform(model, x)
+    for module in made.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda *_: seen.append("class"))
+    handle = made[1].register_forward_hook(lambda *_: seen.append("path"))
+    made(x)
+    assert seen == ["class", "class", "path", "class"]
+    for ended in (replfx.materialize(made), replfx.unroll(made)):
+        seen.clear()
+        ended(x)
+        assert seen == ["class", "class", "path", "class"]
+    handle.remove()
+    seen.clear()
+    made(x)
+    assert seen == ["class"] * 3
