@@ -303,7 +303,9 @@ def test_two_blocks_that_share_a_parameter() -> None:
         model, "blocks.1"
     ).endswith("is shared with `blocks.3.fc1.weight`")
     assert "`blocks.1.fc1.weight`" in refused(model, "blocks.3")
-    assert replfx.report(replfx.transform(model, X)).replaced == ["blocks.2"]  # for every second one has to stay
+    made = replfx.transform(model, X)
+    assert replfx.report(made).replaced == ["blocks.2"]  # for every second one has to stay
+    assert made.blocks[3].fc1.weight is made.blocks[1].fc1.weight
     model.blocks[2].fc2.weight = model.blocks[4].fc2.weight
     with pytest.raises(replfx.NoChainError, match="shared with"):
         replfx.transform(model, X)
