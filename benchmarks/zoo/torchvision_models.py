@@ -14,7 +14,7 @@ from benchmarks.zoo.subject import Inputs, Subject, Variant
 
 SOURCE = "torchvision"
 SIDES = (64, 96, 128, 224, 299)
-CLIPS = ((8, 64), (16, 64), (16, 112))
+CLIPS = ((8, 64), (16, 64), (16, 112), (16, 224))
 
 # What it takes to have smaller inputs than usual, by the module that a builder is in: options by side.
 Options = Callable[[int], dict[str, object]]
