@@ -257,10 +257,11 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
         for key in inner:
             del kept[key]
         for new in (chain, *(part for key in sorted(rest) for part in rest[key])):
-            kept[new.paths[0]] = new
+            first = new.blocks[0].path
+            kept[first] = new
             for path in new.paths:
                 for ancestor in ancestors(path):
-                    inside[ancestor].add(new.paths[0])
+                    inside[ancestor].add(first)
     return list(kept.values())
 
 
