@@ -70,9 +70,9 @@ class _Run:
 def _check_synthesis(model: nn.Module) -> None:
     with torch.no_grad():
         for path, layer in fusion_layers(model).items():
-            for name, tensor in layer.synthesized().items():
-                if not torch.isfinite(tensor).all():
-                    raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
+            name = layer.not_finite()
+            if name is not None:
+                raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 
 def _dry_run(model: nn.Module, inputs: Inputs) -> _Run | Exception:
