@@ -9,8 +9,9 @@ from replfx.fusion import Site
 from replfx.passes.regions import Region
 from replfx.tracing import ModuleCall
 
-__all__ = ["SHORTEST", "Block", "Chain", "Chains", "chains_of"]
+__all__ = ["CHAINS_KEY", "SHORTEST", "Block", "Chain", "Chains", "chains_of"]
 
+CHAINS_KEY = "replfx_chains"
 SHORTEST = 3  # a replaced block and a kept one on each side
 
 
@@ -107,7 +108,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Chains:
-    """The findings of the pass, kept at `graph_module.meta["replfx_chains"]`.
+    """The findings of the pass, kept at `graph_module.meta[CHAINS_KEY]`.
 
     Attributes:
         chains: all chains of three blocks and more, in the order in which they run.
@@ -122,6 +123,6 @@ class Chains:
 
 def chains_of(graph_module: fx.GraphModule) -> Chains:
     """What `FindChains` found in this graph."""
-    found = graph_module.meta["replfx_chains"]
+    found = graph_module.meta[CHAINS_KEY]
     assert isinstance(found, Chains)
     return found

@@ -14,7 +14,7 @@ from replfx.fusion.anatomy import keeps_shape
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer
-from replfx.passes.chains import SHORTEST, Block, Chain, Chains
+from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
 from replfx.passes.find_regions import find_regions
 from replfx.passes.links import Path, paths_of
 from replfx.passes.regions import Region, region_module
@@ -41,7 +41,7 @@ class FindChains(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put `Chains` into the graph's meta."""
-        graph_module.meta["replfx_chains"] = _Search(graph_module).run()
+        graph_module.meta[CHAINS_KEY] = _Search(graph_module).run()
         return PassResult(graph_module, False)
 
 
@@ -258,10 +258,11 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
         for key in inner:
             del kept[key]
         for new in (chain, *(part for key in sorted(rest) for part in rest[key])):
-            kept[new.paths[0]] = new
+            first = new.blocks[0].path
+            kept[first] = new
             for path in new.paths:
                 for ancestor in ancestors(path):
-                    inside[ancestor].add(new.paths[0])
+                    inside[ancestor].add(first)
     return list(kept.values())
 
 

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from replfx.blocks import head_of, put_blocks
 from replfx.building import build_layers
 from replfx.fusion import FusionLayer
-from replfx.passes.chains import chains_of
+from replfx.passes.chains import CHAINS_KEY, chains_of
 from replfx.passes.regions import replace_regions, without_regions
 from replfx.passes.select_blocks import plan_of
 from replfx.plans import has_regions
@@ -72,7 +72,8 @@ def _rewrite_regions(graph_module: fx.GraphModule, model: nn.Module) -> fx.Graph
     note = f"the blocks are no modules: {type(model).__name__} has become a torch.fx.GraphModule"
     recorded = "; it was recorded, and holds for inputs of these shapes" if info.rung == "recorded" else ""
     info.notes.append(note + recorded)
-    fresh.meta.update(graph_module.meta)
+    # Not the chains: they speak of nodes that are gone, and each node of its neighbours, as deep as a copy can recurse.
+    fresh.meta.update({key: value for key, value in graph_module.meta.items() if key != CHAINS_KEY})
     return fresh.train(model.training)
 
 

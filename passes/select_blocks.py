@@ -1,6 +1,6 @@
 """select_blocks: from chains and a policy to a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -99,10 +99,11 @@ class SelectBlocks(PassBase):
     def _replace(self, chain: Chain, positions: Sequence[int], found: Chains) -> list[Replacement]:
         operator = operators[self.operator.name]
         made: list[Replacement] = []
+        chosen = set(positions)
         for i in positions:
-            path = chain.paths[i]
+            path = chain.blocks[i].path
             if operator.needs_neighbours:
-                _check_neighbours(chain, i, positions)
+                _check_neighbours(chain, i, chosen)
             site = _site(chain, i)
             match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
             if match and self.operator.name == "identity" and chain.blocks[i].turn is not None:
@@ -185,9 +186,9 @@ def _selected(wanted: set[str], chain: Chain) -> list[int]:
     return positions
 
 
-def _check_neighbours(chain: Chain, position: int, positions: Sequence[int]) -> None:
+def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
     """A replaced block needs a kept one on each side."""
-    if not 0 < position < len(chain.blocks) - 1 or {position - 1, position + 1} & set(positions):
+    if not 0 < position < len(chain.blocks) - 1 or {position - 1, position + 1} & positions:
         raise PlanError(_lonely(chain, position, positions))
 
 
@@ -225,7 +226,7 @@ def _some(paths: Sequence[str], most: int = 12) -> str:
     return ", ".join(paths[:most]) + more
 
 
-def _lonely(chain: Chain, position: int, positions: Sequence[int]) -> str:
+def _lonely(chain: Chain, position: int, positions: Set[int]) -> str:
     path = chain.paths[position]
     if position == 0:
         why = "it is the first block of its chain"

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils import _pytree as pytree
 
 from replfx.errors import VerifyError
 from replfx.state import fusion_layers
 from replfx.tracing import Inputs, ghost_of, info_of
+from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["Verify"]
 
@@ -23,7 +23,8 @@ class Verify(PassBase):
 
     Attributes:
         model: the transformed model; None if it is the graph itself.
-        original: the model before, or any twin of it in structure.
+        original: the model before, or any twin of it in structure. It is run only where the transformed model does
+            not give what the capture saw, or leaves parameters without a gradient: then perhaps it did so before.
         inputs: example inputs, or None.
     """
 
@@ -40,38 +41,50 @@ class Verify(PassBase):
         return PassResult(graph_module, False)
 
     def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> None:
-        try:
-            before, without = _dry_run(self.original, inputs)
-        except Exception as error:  # the capture ran the model for real for the same reason
-            info_of(graph_module).notes.append(f"shapes not verified: {type(error).__name__} under fake tensors")
+        after = _dry_run(model, inputs)
+        if after == _Run(info_of(graph_module).outputs, frozenset()):
             return
-        try:
-            after, still_without = _dry_run(model, inputs)
-        except Exception as error:
-            raise VerifyError(f"the transformed model does not run: {type(error).__name__}: {error}") from error
-        if before != after:
-            raise VerifyError(f"the output's shapes were {before} and would become {after}; please report this")
-        lost = sorted(name for name in still_without - without if name in dict(model.named_parameters()))
+        before = _dry_run(self.original, inputs)
+        if isinstance(before, Exception):  # the capture ran the model for real for the same reason
+            info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
+            return
+        if isinstance(after, Exception):
+            raise VerifyError(f"the transformed model does not run: {type(after).__name__}: {after}") from after
+        if before.outputs != after.outputs:
+            raise VerifyError(
+                f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
+            )
+        lost = sorted((after.without - before.without).intersection(dict(model.named_parameters())))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What came of a dry run: shapes of the output's tensors, and the trainable parameters without a gradient."""
+
+    outputs: list[tuple[int, ...]] | None
+    without: frozenset[str]
 
 
 def _check_synthesis(model: nn.Module) -> None:
     with torch.no_grad():
         for path, layer in fusion_layers(model).items():
-            for name, tensor in layer.synthesized().items():
-                if not torch.isfinite(tensor).all():
-                    raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
+            name = layer.not_finite()
+            if name is not None:
+                raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 
-def _dry_run(model: nn.Module, inputs: Inputs) -> tuple[list[tuple[int, ...]], set[str]]:
-    """Output shapes, and the trainable parameters that get no gradient, of a run under fake tensors."""
-    mode, ghost, fakes = ghost_of(model, inputs)
-    with mode, torch.enable_grad():
-        output = ghost(*fakes.args, **fakes.kwargs)
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        losses = [leaf.sum() for leaf in leaves if leaf.requires_grad and leaf.dtype.is_floating_point]
-        if losses:
-            torch.stack([loss.double() for loss in losses]).sum().backward()
-    without = {name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None}
-    return [tuple(leaf.shape) for leaf in leaves], without
+def _dry_run(model: nn.Module, inputs: Inputs) -> _Run | Exception:
+    """Run forward and backward under fake tensors; where that fails, the error."""
+    try:
+        mode, ghost, fakes = ghost_of(model, inputs)
+        with mode, torch.enable_grad():
+            tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
+            losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
+            if losses:
+                torch.stack([loss.double() for loss in losses]).sum().backward()
+    except Exception as error:
+        return error
+    without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
+    return _Run(shapes_in(tensors), without)

@@ -94,7 +94,7 @@ def transform(
     target = model if inplace else _copy(model)
     graph = capture(target, example_inputs)
     run_passes(graph, [FindChains(), policy])
-    return _carry_out(graph, target, Inputs.of(example_inputs, model), inplace=inplace)
+    return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
 
 
 def inspect(
@@ -206,7 +206,7 @@ def apply(
         graph = capture(target, example_inputs)
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
-        return _carry_out(graph, target, Inputs.of(example_inputs, model), inplace=inplace)
+        return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
     layers = build_layers(target, plan)
     draft = describe_plan(target, plan)
     put_blocks(target, layers)
@@ -217,11 +217,15 @@ def apply(
 # ---- the pieces
 
 
-def _carry_out(graph: fx.GraphModule, target: nn.Module, inputs: Inputs | None, *, inplace: bool) -> nn.Module:
-    """Put the fusion layers of the graph's plan into `target`, or where that is impossible into the graph."""
-    planned, draft, original = plan_of(graph), describe_chains(graph, target), structural_copy(target)
+def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, inputs: Inputs | None) -> nn.Module:
+    """Put the fusion layers of the graph's plan into `target`, or where that is impossible into the graph.
+
+    `target` is a copy of `model`, or `model` itself.
+    """
+    planned, draft = plan_of(graph), describe_chains(graph, target)
+    original = structural_copy(model) if target is model else model
     rewritten = has_regions(planned)
-    if rewritten and inplace:
+    if rewritten and target is model:
         raise PlanError(
             f"the blocks of this {type(target).__name__} are no modules (`{planned.replacements[0].path}`): only its "
             "graph can be rewritten, not the model itself; leave inplace=True out"

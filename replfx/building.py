@@ -10,6 +10,7 @@ from replfx.errors import FusionError, PlanError
 from replfx.fusion import Fusion, FusionLayer, Operator, fusions, operators
 from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
 from replfx.fusion.layer import Readings
+from replfx.fusion.magnitude import is_finite
 from replfx.fusion.pairing import Counterparts, counterparts, pair
 from replfx.plans import Plan, Replacement
 from replfx.state import fusion_layers
@@ -167,7 +168,7 @@ def _part(shape: torch.Size, rows: tuple[int, int] | None) -> torch.Size:
 def _check_finite(blocks: tuple[tuple[str, nn.Module], ...]) -> None:
     for path, block in blocks:
         for name, parameter in block.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not is_finite(parameter):
                 raise FusionError(
                     f"`{path}.{name}` has weights that are not finite; a fusion would spread them: load sound ones"
                 )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["parts_of", "tensors_in", "with_tensors"]
+__all__ = ["parts_of", "shapes_in", "tensors_in", "with_tensors"]
 
 T = TypeVar("T")
 
@@ -49,6 +49,11 @@ def tensors_in(tree: object) -> list[Tensor]:
 
     visit(tree)
     return found
+
+
+def shapes_in(tree: object) -> list[tuple[int, ...]]:
+    """The shapes of all tensors in `tree`, in order."""
+    return [tuple(tensor.shape) for tensor in tensors_in(tree)]
 
 
 def with_tensors(tree: T, replace: Callable[[Tensor], Tensor]) -> T:

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
+from replfx.fusion.magnitude import largest
 
 __all__ = ["AlignedFusion", "Alignment", "Layout", "layout_of"]
 
@@ -218,6 +219,17 @@ class Alignment(nn.Module):
                 aligned[name] = value * next(gains).view(-1, *[1] * (value.dim() - 1 - step.dim))
         return aligned
 
+    def bound(self, sizes: Mapping[str, float]) -> dict[str, float]:
+        """What no magnitude in the aligned parameters exceeds, from the largest ones before."""
+        if self.gains is None:
+            return dict(sizes)
+        gains = iter(self.gains.split(self.sizes))
+        aligned = dict(sizes)
+        for name, steps in self.steps.items():
+            for _ in steps:
+                aligned[name] *= max(largest(next(gains)), 1.0)  # a gain under 1 may come after one that overflows
+        return aligned
+
     def extra_repr(self) -> str:
         return f"parameters={list(self.steps)}, gains={sum(self.sizes)}"
 
@@ -245,3 +257,10 @@ class AlignedFusion(Fusion):
             next = self.align_next(next)
         synthesized: dict[str, Tensor] = self.rule(previous, next)
         return synthesized
+
+    def bound(self, previous: Mapping[str, float], next: Mapping[str, float]) -> float:
+        if self.align_previous is not None:
+            previous = self.align_previous.bound(previous)
+        if self.align_next is not None:
+            next = self.align_next.bound(next)
+        return self.rule.bound(previous, next)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from replfx.errors import FusionError
+from replfx.fusion.magnitude import largest
 from replfx.fusion.registry import Registry
 
 __all__ = ["ChannelFusion", "Fusion", "LayerScalarFusion", "ScalarFusion", "fusions", "register_fusion"]
@@ -48,6 +49,17 @@ class Fusion(nn.Module):
     def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All synthesised parameters of the block, by name."""
         return {name: self.combine(name, theta, next[name]) for name, theta in previous.items()}
+
+    def bound(self, previous: Mapping[str, float], next: Mapping[str, float]) -> float:
+        """What no magnitude among the synthesised parameters exceeds; inf if that is unknown.
+
+        A subclass that changes what is synthesised changes this too.
+
+        Args:
+            previous: the largest magnitude in each parameter of the neighbour before, by name.
+            next: the same of the neighbour after.
+        """
+        return math.inf
 
 
 class _Linear(Fusion):
@@ -97,6 +109,11 @@ class _Linear(Fusion):
             name: _along_first(a[name], theta) * theta + _along_first(b[name], theta) * next[name]
             for name, theta in previous.items()
         }
+
+    def bound(self, previous: Mapping[str, float], next: Mapping[str, float]) -> float:
+        a, b = ({name: largest(part) for name, part in self.parts(v).items()} for v in (self.previous, self.next))
+        # Their sum rather than the largest one: a NaN anywhere makes it NaN, which is under no limit.
+        return sum(a[name] * size + b[name] * next[name] for name, size in previous.items())
 
     def extra_repr(self) -> str:
         return f"coefficients={2 * self.previous.numel()}, initial={self.initial}"

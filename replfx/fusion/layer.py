@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
+from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
 from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
 from replfx.structure import move_hooks
@@ -91,6 +92,20 @@ class FusionLayer(nn.Module):
             return self._synthesize_sharded(self.fusion, previous, next)
         result: dict[str, Tensor] = self.fusion(previous, next)
         return result
+
+    def not_finite(self) -> str | None:
+        """The name of a synthesised weight with an element that is not finite; None if there is none.
+
+        Where the fusion knows a bound, nothing is synthesised: that takes memory as large as the block.
+        """
+        if self.fusion is None or self._readings is None:
+            return None
+        before, after = ({name: _read_parameter(*r) for name, r in side.items()} for side in self._readings)
+        limit = min(torch.finfo(theta.dtype).max for theta in (*before.values(), *after.values()))
+        sizes = [{name: largest(theta) for name, theta in side.items()} for side in (before, after)]
+        if self.fusion.bound(*sizes) < limit / 2:  # room for rounding
+            return None
+        return next((name for name, theta in self.synthesized().items() if not is_finite(theta)), None)
 
     @staticmethod
     def _synthesize_sharded(fusion: Fusion, previous: dict[str, Tensor], next: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class CaptureInfo:
         calls: all module calls in the order in which they ended: a block's parts come before the block.
         notes: what a reader of the graph should know, such as a branch taken on `training`.
         measured: the nodes carry shapes and costs (example inputs were given).
+        outputs: shapes of the tensors in the model's output; None if unmeasured.
     """
 
     rung: Literal["symbolic", "recorded"]
@@ -47,13 +48,14 @@ class CaptureInfo:
     calls: list[ModuleCall]
     notes: list[str] = field(default_factory=list)
     measured: bool = False
+    outputs: list[tuple[int, ...]] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
         """A copied graph has other nodes, so its info keeps only what does not speak of nodes."""
-        return CaptureInfo(self.rung, nn.Module(), [], [], list(self.notes), self.measured)
+        return CaptureInfo(self.rung, nn.Module(), [], [], list(self.notes), self.measured, self.outputs)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return CaptureInfo, (self.rung, nn.Module(), [], [], list(self.notes), self.measured)
+        return CaptureInfo, (self.rung, nn.Module(), [], [], list(self.notes), self.measured, self.outputs)
 
 
 @dataclass(frozen=True)

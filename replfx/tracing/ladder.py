@@ -20,7 +20,7 @@ from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
 from replfx.tracing.leaks import Traces
 from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
-from replfx.tree import tensors_in
+from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["capture", "ghost_of"]
 
@@ -111,7 +111,8 @@ def _measure(
     actual = (_facts(output), sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs))
     if actual != expected:
         raise CaptureError(f"the symbolic graph gives {actual}, the model {expected}")
-    info_of(graph_module).measured = True
+    info = info_of(graph_module)
+    info.measured, info.outputs = True, shapes_in(output)
 
 
 def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[object, ...]:

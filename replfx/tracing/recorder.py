@@ -23,12 +23,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.structure import set_submodule
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
-from replfx.tracing.info import CaptureInfo, Cost, ModuleCall
+from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
 from replfx.tracing.symbolic import TrainingFlag, is_leaf, is_small, own_tensors
 from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
-from replfx.tree import parts_of, tensors_in
+from replfx.tree import parts_of, shapes_in, tensors_in
 
 __all__ = ["HiddenResult", "record"]
 
@@ -441,7 +441,9 @@ def record(
         with torch.enable_grad(), recorder, watching(recorder), watching_modules(recorder.module_call):
             result = ghost(*inputs.args, **inputs.kwargs)
         recorder.graph.output(_output(recorder, result))
-    return _graph_module(root, recorder)
+    graph_module = _graph_module(root, recorder)
+    info_of(graph_module).outputs = shapes_in(result)
+    return graph_module
 
 
 def _output(recorder: Recorder, result: object) -> Any:

@@ -1,0 +1,24 @@
+"""The largest magnitude in a tensor: whether all is finite, without temporaries of its size as `isfinite` makes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from replfx.fusion.sharded import gathered
+
+__all__ = ["is_finite", "largest"]
+
+
+def largest(tensor: Tensor) -> float:
+    """Give max |x| over all elements x; NaN if one of them is, 0 if there are none."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    ends = gathered({"low": low, "high": high})  # of a sharded tensor, over all shards
+    return float(torch.stack([*ends.values()]).abs().max())  # a tensor's max gives NaN where there is one
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or NaN."""
+    return math.isfinite(largest(tensor))
