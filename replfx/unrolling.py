@@ -3,12 +3,13 @@
 import copy
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.optim import Optimizer
 
-from replfx.blocks import put_block
+from replfx.blocks import head_of, is_region, put_block
 from replfx.errors import FusionError
 from replfx.fusion import FusionLayer
+from replfx.passes.rewritten import Rewritten, restore_region
 from replfx.state import placed_layers, state_of, unmark
 from replfx.structure import move_hooks
 
@@ -23,8 +24,9 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy that gives the same outputs and holds nothing of replfx: neither modules nor hooks. A replaced
-        block is of its original class again under operator `block`, a `torch.fx.GraphModule` of torch's own
-        operations under the others. Kept blocks no longer share anything with it.
+        block is of its original class again under operator `block` (one that was no module is a part of the
+        graph again, with the names that its parameters had), a `torch.fx.GraphModule` of torch's own operations
+        under the others. Kept blocks no longer share anything with it.
 
     Raises:
         PlanError: the model is not transformed.
@@ -40,7 +42,7 @@ def materialize(model: nn.Module) -> nn.Module:
         for path, layer in placed_layers(twin, plan).items():
             plain = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
             _put(twin, path, layer, plain)
-    unmark(twin)
+    _forget(twin)
     return twin
 
 
@@ -84,12 +86,24 @@ def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             _put(model, path, layer, full)
             if optimizer is not None:
                 _hand_over(optimizer, coefficients, full)
-    unmark(model)
+    _forget(model)
     return model
 
 
+def _forget(model: nn.Module) -> None:
+    """Let nothing of replfx be left on a model."""
+    unmark(model)
+    if isinstance(model, Rewritten):
+        model.become_plain()
+
+
 def _put(model: nn.Module, path: str, layer: FusionLayer, plain: nn.Module) -> None:
-    """Put a plain module in a fusion layer's place, with its hooks and its training mode."""
+    """Put a plain module in a fusion layer's place, with its hooks and its training mode; or what it computes."""
+    if is_region(path) and layer.operator.unrolls:
+        assert isinstance(model, fx.GraphModule)
+        assert isinstance(plain, fx.GraphModule)
+        restore_region(model, head_of(model, path), plain, layer.names)
+        return
     move_hooks(layer, plain)
     known = set(layer.modules())
     for module in plain.modules():
