@@ -13,7 +13,8 @@ from replfx.blocks import head_of, put_blocks
 from replfx.building import build_layers
 from replfx.fusion import FusionLayer
 from replfx.passes.chains import CHAINS_KEY, chains_of
-from replfx.passes.regions import replace_regions, without_regions
+from replfx.passes.regions import replace_regions
+from replfx.passes.rewritten import without_regions
 from replfx.passes.select_blocks import plan_of
 from replfx.plans import has_regions
 from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
@@ -67,8 +68,9 @@ def _rewrite_regions(graph_module: fx.GraphModule, model: nn.Module) -> fx.Graph
         path, _, name = homes[id(owner)][leaf].rpartition(".")
         return fresh.get_submodule(path), name
 
-    for layer in layers.values():
+    for path, layer in layers.items():
         layer.rebind(home)
+        layer.names = {**regions[path].modules, **regions[path].buffers, **regions[path].parameters}
     note = f"the blocks are no modules: {type(model).__name__} has become a torch.fx.GraphModule"
     recorded = "; it was recorded, and holds for inputs of these shapes" if info.rung == "recorded" else ""
     info.notes.append(note + recorded)

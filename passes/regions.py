@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.passes.why_not import ancestors
 from replfx.structure import attribute_at
 from replfx.tracing import CaptureInfo
 
-__all__ = ["Region", "RegionChain", "Regions", "region_module", "replace_regions", "root_of", "without_regions"]
+__all__ = ["Region", "RegionChain", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +84,10 @@ def region_module(region: Region, root: nn.Module) -> "RegionModule":
     holder = nn.Module()
     holder.training = root.training
     for name, path in (*region.modules.items(), *region.buffers.items()):
-        _put(holder, name, attribute_at(root, path))
+        put_value(holder, name, attribute_at(root, path))
     for name, path in region.parameters.items():
         if "." not in name:  # else it came with its module
-            _put(holder, name, attribute_at(root, path))
+            put_value(holder, name, attribute_at(root, path))
     graph = fx.Graph()
     names = {path: name for name, path in (*region.buffers.items(), *region.parameters.items())}
     calls = iter(region.modules)
@@ -130,7 +129,7 @@ def _restore(absent: Sequence[str], rebuild: Callable[..., fx.GraphModule], argu
     return restored
 
 
-def _put(holder: nn.Module, name: str, value: object) -> None:
+def put_value(holder: nn.Module, name: str, value: object) -> None:
     """Register a module, a parameter or a buffer, or set what is none of them."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         holder.register_buffer(name, value)
@@ -180,59 +179,3 @@ def _add_submodule(graph_module: fx.GraphModule, path: str, module: nn.Module) -
         added = False
     if not added:
         raise ValueError(f"`{path}` is taken by something that is not a module; choose another path")
-
-
-def without_regions(graph_module: fx.GraphModule, replaced: Sequence[Region]) -> fx.GraphModule:
-    """Make a fresh GraphModule of a rewritten graph, without the state that only `replaced` regions read.
-
-    Everything else that the model keeps in its `state_dict` is there under its own name, whether or not the
-    graph reads it; so are the modules that were put in. Containers (`nn.ParameterList`) become plain modules.
-    Tensors and called modules are shared with `graph_module`. The result knows nothing of its capture; it can be
-    copied and pickled as far as torch.fx can: unpickling traces the code again, which runs calls that read no
-    value of the graph (such as `torch.zeros(3)`, or `set_grad_enabled`) once and for all.
-
-    Args:
-        graph_module: after `replace_regions`.
-        replaced: the regions that it replaced.
-    """
-    root = root_of(graph_module)
-    graph = fx.Graph()  # one that knows no tracer class, so that unpickling takes torch.fx's own
-    copied: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(graph_module.graph, copied)
-    graph.output(result)
-    fresh = fx.GraphModule(graph_module, graph, type(root).__name__)
-    _keep_state(fresh, root, replaced)
-    return fresh
-
-
-def _keep_state(fresh: fx.GraphModule, root: nn.Module, replaced: Sequence[Region]) -> None:
-    """Register what no node reads, and let no buffer be saved that the model does not save."""
-    gone = {path for region in replaced for path in (*region.parameters.values(), *region.buffers.values())}
-    called = {path for region in replaced for path in region.modules.values()}
-    called |= {str(node.target) for node in fresh.graph.nodes if node.op == "call_module"}  # they bring their own
-    saved: set[str] = set()
-    for prefix, module in root.named_modules(remove_duplicate=False):
-        for name, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is None or name in module._non_persistent_buffers_set:
-                continue
-            path = f"{prefix}.{name}" if prefix else name
-            saved.add(path)
-            if path not in gone and called.isdisjoint((prefix, *ancestors(prefix))):
-                _register(fresh, path, value)
-    for node in fresh.graph.nodes:
-        if node.op == "get_attr" and str(node.target) not in saved:
-            prefix, _, name = str(node.target).rpartition(".")
-            owner = fresh.get_submodule(prefix)
-            if name in owner._buffers:  # a constant, which torch.fx makes a buffer
-                owner._non_persistent_buffers_set.add(name)
-
-
-def _register(module: nn.Module, path: str, value: Tensor) -> None:
-    """Put a parameter or a buffer at `path` unless something is there, with plain modules on the way."""
-    *prefix, name = path.split(".")
-    for item in prefix:
-        if item not in module._modules:
-            module.add_module(item, nn.Module())
-        module = module.get_submodule(item)
-    if not hasattr(module, name):
-        _put(module, name, value)

@@ -107,10 +107,11 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
     """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
     expected = {prefix + key for key in module.state_dict()}
-    for path in fusion_layers(module):
+    for path, layer in fusion_layers(module).items():
         base = f"{prefix}{path}."
         given = {key for key in state_dict if key.startswith(base)}
-        if any(_of_plain_block(key.removeprefix(base)) for key in given):
+        plain = any(_of_plain_block(key.removeprefix(base)) for key in given)
+        if plain or any(prefix + home in state_dict for home in layer.names.values()):
             raise StateDictError(
                 f"`{path}` is a fusion layer, and the state_dict has the weights of the block that it replaced: it is "
                 "of the untransformed model. Load it before replfx.transform, or into replfx.unroll(model)"

@@ -1,14 +1,16 @@
 """The ways out of a transformed model: materialize and unroll."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.optim import Optimizer
 
-from replfx.blocks import put_blocks
+from replfx.blocks import head_of, is_region, put_blocks
 from replfx.errors import FusionError
 from replfx.fusion import FusionLayer
+from replfx.passes.rewritten import Rewritten, restore_region
 from replfx.state import placed_layers, state_of, unmark
 from replfx.structure import move_hooks
 
@@ -23,8 +25,9 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy that gives the same outputs and holds nothing of replfx: neither modules nor hooks. A replaced
-        block is of its original class again under operator `block`, a `torch.fx.GraphModule` of torch's own
-        operations under the others. Kept blocks no longer share anything with it.
+        block is of its original class again under operator `block` (one that was no module is a part of the
+        graph again, with the names that its parameters had), a `torch.fx.GraphModule` of torch's own operations
+        under the others. Kept blocks no longer share anything with it.
 
     Raises:
         PlanError: the model is not transformed.
@@ -36,13 +39,11 @@ def materialize(model: nn.Module) -> nn.Module:
     """
     plan = state_of(model).plan
     twin = copy.deepcopy(model)
-    made = {}
+    layers, made = placed_layers(twin, plan), {}
     with torch.no_grad():
-        for path, layer in placed_layers(twin, plan).items():
-            plain = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
-            made[path] = _in_place_of(layer, plain)
-    put_blocks(twin, made)
-    unmark(twin)
+        for path, layer in layers.items():
+            made[path] = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
+    _put(twin, layers, made)
     return twin
 
 
@@ -83,12 +84,28 @@ def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         blocks = {}
         for path, layer in layers.items():
             coefficients = set(layer.parameters())
-            blocks[path] = _in_place_of(layer, layer.operator.plain(thetas[path]))
+            blocks[path] = layer.operator.plain(thetas[path])
             if optimizer is not None:
                 _hand_over(optimizer, coefficients, blocks[path])
-    put_blocks(model, blocks)
-    unmark(model)
+    _put(model, layers, blocks)
     return model
+
+
+def _put(model: nn.Module, layers: Mapping[str, FusionLayer], plain: Mapping[str, nn.Module]) -> None:
+    """Put plain modules, or what they compute, in the fusion layers' places; nothing of replfx is left."""
+    modules: dict[str, nn.Module] = {}
+    for path, layer in layers.items():
+        made = plain[path]
+        if is_region(path) and layer.operator.unrolls:
+            assert isinstance(model, fx.GraphModule)
+            assert isinstance(made, fx.GraphModule)
+            restore_region(model, head_of(model, path), made, layer.names)
+        else:
+            modules[path] = _in_place_of(layer, made)
+    put_blocks(model, modules)
+    unmark(model)
+    if isinstance(model, Rewritten):
+        model.become_plain()
 
 
 def _in_place_of(layer: FusionLayer, plain: nn.Module) -> nn.Module:

@@ -35,6 +35,9 @@ class FusionLayer(nn.Module):
             1 is the paper's, 0 detaches them.
         replaced: the block that this layer replaces, for its simple attributes (a model may ask a block for
             its `shift_size`); the block itself is not kept.
+
+    Attributes:
+        names: where the parts of a block that was no module were in the model, by their names in the block.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class FusionLayer(nn.Module):
         self.operator = operator
         self.fusion = fusion
         self._readings = readings
+        self.names: Mapping[str, str] = {}
         self.neighbour_gradient = neighbour_gradient
         self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
         move_hooks(replaced, self)

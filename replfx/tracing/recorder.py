@@ -26,7 +26,7 @@ from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_sha
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
-from replfx.tracing.symbolic import TrainingFlag, is_leaf, is_small, own_tensors
+from replfx.tracing.symbolic import is_leaf, is_small, own_tensors, training_flag
 from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
 from replfx.tree import parts_of, shapes_in, tensors_in
 
@@ -64,7 +64,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
-        self.flags: dict[str, bool] = {}  # targets of the `TrainingFlag` submodules that the graph needs
+        self.flags: dict[str, bool] = {}  # targets of the `training_flag` submodules that the graph needs
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -463,7 +463,7 @@ def _graph_module(root: nn.Module, recorder: Recorder) -> fx.GraphModule:
     for name, tensor in recorder.constants.items():
         root.register_buffer(name, tensor, persistent=False)
     for target, training in recorder.flags.items():
-        set_submodule(root, target, TrainingFlag().train(training))
+        set_submodule(root, target, training_flag(training))
     graph_module = fx.GraphModule(root, recorder.graph, type(root).__name__)
     graph_module.meta["replfx"] = CaptureInfo(
         "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True

@@ -1,7 +1,7 @@
 """The first rung: symbolic tracing with a tracer of ours. Needs no inputs, is free of the batch size.
 
 Two things beside torch.fx's own tracer. Every module call is recorded, so that passes can speak of blocks.
-And `module.training` is not frozen into the graph: reading it gives a call to a `TrainingFlag` submodule,
+And `module.training` is not frozen into the graph: reading it gives a call to a `training_flag` submodule,
 so that `F.dropout(x, p, self.training)` goes on following `train()` and `eval()`; a small module whose
 Python code branches on it becomes a leaf and is called as it is.
 """
@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +24,19 @@ from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
 
-__all__ = ["TrainingFlag", "is_leaf", "is_small", "own_tensors", "trace_symbolically"]
+__all__ = ["is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
 _SET_GRAD = torch._C._set_grad_enabled
 
 
-class TrainingFlag(nn.Module):
-    """Gives its own `training`, as a node of the graph."""
+def training_flag(training: bool) -> nn.Module:
+    """A module that gives its own `training`, as a node of the graph.
 
-    def forward(self) -> bool:
-        return self.training
+    It is made of PyTorch's and Python's own parts: so what is materialized of a graph needs no replfx.
+    """
+    flag = nn.Module().train(training)
+    flag.forward = partial(getattr, flag, "training")
+    return flag
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -235,8 +239,7 @@ class SymbolicTracer(fx.Tracer):
         path = self.path_of_module(module)
         flag = self._flags.get(path)
         if flag is None:
-            flag = self._flags[path] = TrainingFlag()
-            flag.train(module.__dict__["training"])
+            flag = self._flags[path] = training_flag(module.__dict__["training"])
             module._modules["training_flag"] = flag
             assert self.submodule_paths is not None
             self.submodule_paths[flag] = f"{path}.training_flag" if path else "training_flag"
