@@ -1,6 +1,5 @@
 """Chains: what `FindChains` finds, and which blocks of a chain can be replaced."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -68,22 +67,22 @@ class Chain:
         return [i for i in every if self.blocks[i].turn is None] or every
 
     def every(self, k: int) -> list[int]:
-        """The positions that `every=k` replaces.
+        """The positions that `every=k` replaces: those with a multiple of k for a number."""
+        steady = set(self.steady())
+        return [position for position, number in enumerate(self.numbers(k)) if number % k == 0 and position in steady]
+
+    def numbers(self, k: int) -> list[int]:
+        """The blocks' numbers, by which `every=k` chooses.
 
         Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
         leaves nothing (stages of one block, a change of shape in every block) they are counted through.
         """
-        steady = set(self.steady())
-        turns = [block.turn is not None or block.new_stage for block in self.blocks]
-        return self._counted(k, steady, turns) or self._counted(k, steady, [False] * len(turns))
-
-    def _counted(self, k: int, allowed: set[int], turns: Sequence[bool]) -> list[int]:
-        chosen, count = [], 0
-        for position, turn in enumerate(turns):
-            count = 1 if turn else count + 1
-            if count % k == 0 and position in allowed:
-                chosen.append(position)
-        return chosen
+        numbers: list[int] = []
+        for block in self.blocks:
+            anew = not numbers or block.turn is not None or block.new_stage
+            numbers.append(1 if anew else numbers[-1] + 1)
+        through = list(range(1, len(numbers) + 1))
+        return numbers if any(numbers[position] % k == 0 for position in self.steady()) else through
 
     def fraction(self, part: float) -> list[int]:
         """The positions that `fraction=part` replaces: spread evenly, never two in a row."""

@@ -11,7 +11,7 @@ from replfx.errors import VerifyError
 from replfx.state import fusion_layers
 from replfx.tracing import Inputs, ghost_of, info_of
 
-__all__ = ["Verify"]
+__all__ = ["Verify", "does_not_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +48,21 @@ class Verify(PassBase):
         try:
             after, still_without = _dry_run(model, inputs)
         except Exception as error:
-            raise VerifyError(f"the transformed model does not run: {type(error).__name__}: {error}") from error
+            raise VerifyError(does_not_run(error)) from error
         if before != after:
             raise VerifyError(f"the output's shapes were {before} and would become {after}; please report this")
         lost = sorted(name for name in still_without - without if name in dict(model.named_parameters()))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+
+
+def does_not_run(error: BaseException) -> str:
+    """What to say of a transformed model that fails although the original ran."""
+    return (
+        f"the transformed model does not run: {type(error).__name__}: {error}. A fusion layer takes what its block "
+        "took and has its attributes, but is not of its class: if the model asks isinstance(block, …), let it ask "
+        "for an attribute"
+    )
 
 
 def _check_synthesis(model: nn.Module) -> None:
