@@ -9,7 +9,7 @@ from replfx.passes.find_chains import FindChains
 from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.passes.select_blocks import SelectBlocks, plan_of
-from replfx.passes.verify import Verify
+from replfx.passes.verify import Verify, does_not_run
 
 __all__ = [
     "Block",
@@ -20,6 +20,7 @@ __all__ = [
     "SelectBlocks",
     "Verify",
     "chains_of",
+    "does_not_run",
     "plan_of",
     "run_passes",
 ]

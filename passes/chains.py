@@ -1,6 +1,5 @@
 """Chains: what `FindChains` finds, and which blocks of a chain can be replaced."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -69,29 +68,32 @@ class Chain:
         return [i for i in every if self.blocks[i].turn is None] or every
 
     def every(self, k: int) -> list[int]:
-        """The positions that `every=k` replaces.
+        """The positions that `every=k` replaces: those with a multiple of k for a number."""
+        steady = set(self.steady())
+        return [position for position, number in enumerate(self.numbers(k)) if number % k == 0 and position in steady]
+
+    def numbers(self, k: int) -> list[int]:
+        """The blocks' numbers, by which `every=k` chooses.
 
         Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
         leaves nothing (stages of one block, a change of shape in every block) they are counted through; and where all
         of these have to stay, the next one that need not takes its place.
         """
-        steady = set(self.steady())
-        turns = [block.turn is not None or block.new_stage for block in self.blocks]
-        through = [False] * len(turns)
-        return (
-            self._counted(k, steady, turns)
-            or self._counted(k, steady, through)
-            or self._counted(k, steady, through, late=True)
-        )
-
-    def _counted(self, k: int, allowed: set[int], turns: Sequence[bool], *, late: bool = False) -> list[int]:
-        chosen, count = [], 0
-        for position, turn in enumerate(turns):
-            count = 1 if turn else count + 1
-            if (count >= k if late else count % k == 0) and position in allowed:
-                chosen.append(position)
-                count = 0
-        return chosen
+        allowed = set(self.steady())
+        stages: list[int] = []
+        for block in self.blocks:
+            anew = not stages or block.turn is not None or block.new_stage
+            stages.append(1 if anew else stages[-1] + 1)
+        for numbers in (stages, list(range(1, len(self.blocks) + 1))):
+            if any(numbers[position] % k == 0 for position in allowed):
+                return numbers
+        late, count = [], 0
+        for position in range(len(self.blocks)):
+            count += 1
+            chosen = count >= k and position in allowed
+            late.append(k if chosen else count)
+            count = 0 if chosen else count
+        return late
 
     def fraction(self, part: float) -> list[int]:
         """The positions that `fraction=part` replaces: spread evenly, never two in a row."""

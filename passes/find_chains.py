@@ -12,7 +12,7 @@ from replfx.blocks import members_of, parameters_of, region_path
 from replfx.fusion import Site
 from replfx.fusion.anatomy import keeps_shape
 from replfx.fusion.interface import Interface, read_slot
-from replfx.fusion.pairing import pair, share_paired
+from replfx.fusion.pairing import first_unpaired, pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
 from replfx.passes.find_regions import find_regions
@@ -20,7 +20,7 @@ from replfx.passes.links import Path, paths_of
 from replfx.passes.regions import Region, region_module
 from replfx.passes.slots import Joined, input_slots, interface_of, output_slots
 from replfx.passes.why_not import ancestors, why_not
-from replfx.structure import Signature, family, first_difference, first_setting, signature, unfit_to_replace
+from replfx.structure import Signature, family, signature, unfit_to_replace
 from replfx.tracing import ModuleCall, info_of
 
 __all__ = ["FindChains"]
@@ -85,12 +85,15 @@ class _Search:
         found = []
         for path in paths:
             if len(path[0]) < SHORTEST:
+                one, other = (candidates[index].path for index in path[0])
+                few = f"no three like it in a row, only `{one}` and `{other}`: a block is replaced between two others"
+                dropped.update({one: few, other: few})
                 continue
             chain = self._chain(candidates, kinds, path)
             if any(block.unlike is None for block in chain.blocks[1:-1]):
                 found.append(chain)
             else:
-                dropped.update({block.path: block.unlike for block in chain.blocks[1:-1] if block.unlike})
+                dropped.update({block.path: block.unlike or _at_the_end(block, chain) for block in chain.blocks})
         return _levels_worth_it(_steady_if_any(found, dropped))
 
     def _chain(self, candidates: Sequence[Candidate], kinds: Sequence[int], path: Path) -> Chain:
@@ -152,7 +155,7 @@ class _Search:
         unlike = None
         if share_paired(block.site.block, *pairs) < _LEAST_SHARE:
             other = min((before, after), key=lambda o: share_paired(block.site.block, pair(block.site.block, o.module)))
-            differs = self.kinds.difference(block.site.block, other.module) or "nothing of it is the other's"
+            differs = first_unpaired(block.site.block, other.module)
             unlike = f"too little of it can be made from `{other.path}`: {differs}"
         alike = self.kinds.of(before.module) == self.kinds.of(block.site.block) == self.kinds.of(after.module)
         fixed = unfit_to_replace(parameters_of(self.root, block.path), self.owners)
@@ -188,10 +191,9 @@ class _Kinds:
         return self._numbers[key]
 
     def difference(self, one: nn.Module, other: nn.Module) -> str | None:
-        """The first thing in which two modules differ; with a parameter's shape, the setting that it comes from."""
-        differs = first_difference(self.signature(one), self.signature(other))
-        setting = None if differs is None else first_setting(one, other, differs[1 : differs.index("`", 1)])
-        return differs if setting is None else f"{setting} ({differs})"
+        """The first thing for which two modules cannot follow each other in a chain; None if they can."""
+        alike = self.likeness(self.of(one), self.of(other)) > 0
+        return None if alike else first_unpaired(one, other) or first_unpaired(other, one)
 
     def likeness(self, one: int, other: int) -> float:
         """The larger share of either's weights that has a counterpart in the other; 0 if it is under a half."""
@@ -232,10 +234,18 @@ def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
     steady = [chain for chain in chains if any(chain.blocks[i].turn is None for i in chain.replaceable())]
     for chain in chains if steady else ():
         if chain not in steady and chain.replaceable():
-            dropped.update(
-                {b.path: f"it changes the shape of its activation: {b.turn}" for b in chain.blocks if b.turn}
-            )
+            dropped.update({block.path: _turning(block) or _at_the_end(block, chain) for block in chain.blocks})
     return [chain for chain in chains if chain in steady or not chain.replaceable()] if steady else chains
+
+
+def _turning(block: Block) -> str | None:
+    return None if block.turn is None else f"it changes the shape of its activation: {block.turn}"
+
+
+def _at_the_end(block: Block, chain: Chain) -> str:
+    """Why a block stays that is the first or the last of a chain that nothing can be made of."""
+    end = "first" if block is chain.blocks[0] else "last"
+    return f"it is the {end} of {len(chain.blocks)} like blocks in a row, and none of those between can be replaced"
 
 
 # ---- nesting

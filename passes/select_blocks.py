@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
 from replfx.fusion.anatomy import is_residual
-from replfx.passes.chains import SHORTEST, Block, Chain, Chains, chains_of
+from replfx.passes.chains import SHORTEST, Chain, Chains, chains_of
 from replfx.plans import Plan, Replacement
 from replfx.structure import block_digest
 from replfx.tracing import info_of
@@ -81,7 +81,7 @@ class SelectBlocks(PassBase):
         for chain in found.chains:
             positions = self._positions(chain) if wanted is None else _selected(wanted, chain)
             made = self._replace(chain, positions, found)
-            found.kept.update(_kept(chain, made))
+            found.kept.update(self._kept(chain, made, found))
             replacements += made
         if not replacements:
             raise NoChainError(_nothing_left(self, found))
@@ -116,6 +116,32 @@ class SelectBlocks(PassBase):
             options = {**match.options, **self.operator.options}
             made.append(self._replacement(site, chain, i, Choice(self.operator.name, options)))
         return made
+
+    # ---- why the others stay
+
+    def _kept(self, chain: Chain, made: Sequence[Replacement], found: Chains) -> dict[str, str]:
+        """For each block of the chain that stays, the rule that keeps it."""
+        replaced = {replacement.path for replacement in made}
+        readers = {side: r.path for r in reversed(made) for side in (r.previous, r.next) if side}
+        kept = {}
+        for position, block in enumerate(chain.blocks):
+            if block.path in replaced:
+                continue
+            read = f"`{readers[block.path]}` is made from it" if block.path in readers else None
+            kept[block.path] = block.obstacle or read or found.refused.get(block.path) or self._rule(chain, position)
+        return kept
+
+    def _rule(self, chain: Chain, position: int) -> str:
+        block, last = chain.blocks[position], len(chain.blocks) - 1
+        if position in (0, last) and (self.select is None or operators[self.operator.name].needs_neighbours):
+            return f"it is the {'last' if position else 'first'} block of its chain"
+        if self.select is not None:
+            return "select does not name it"
+        if block.turn is not None:
+            return f"it changes the shape of its activation: {block.turn}"
+        if self.every is None:
+            return f"fraction={self.fraction} leaves it"
+        return f"every={self.every} leaves it: it is number {chain.numbers(self.every)[position]} in its stage"
 
     def _replacement(self, site: Site, chain: Chain, position: int, choice: Choice) -> Replacement:
         sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
@@ -190,32 +216,6 @@ def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
     """A replaced block needs a kept one on each side."""
     if not 0 < position < len(chain.blocks) - 1 or {position - 1, position + 1} & positions:
         raise PlanError(_lonely(chain, position, positions))
-
-
-# ---- why the others stay
-
-
-def _kept(chain: Chain, made: Sequence[Replacement]) -> dict[str, str]:
-    """For each block of the chain that stays, the rule that keeps it."""
-    replaced = {replacement.path for replacement in made}
-    readers = {side: r.path for r in reversed(made) for side in (r.previous, r.next) if side}
-    return {
-        block.path: _rule(block, readers, position, len(chain.blocks))
-        for position, block in enumerate(chain.blocks)
-        if block.path not in replaced
-    }
-
-
-def _rule(block: Block, readers: dict[str, str], position: int, length: int) -> str:
-    if block.obstacle is not None:
-        return block.obstacle
-    if block.path in readers:
-        return f"`{readers[block.path]}` is made from it"
-    if position in (0, length - 1):
-        return f"it is the {'first' if position == 0 else 'last'} block of its chain"
-    if block.turn is not None:
-        return f"it changes the shape of its activation: {block.turn}"
-    return "the policy leaves it"
 
 
 # ---- messages

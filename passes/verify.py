@@ -11,7 +11,7 @@ from replfx.state import fusion_layers
 from replfx.tracing import Inputs, ghost_of, info_of
 from replfx.tree import shapes_in, tensors_in
 
-__all__ = ["Verify"]
+__all__ = ["Verify", "does_not_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Verify(PassBase):
             info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
             return
         if isinstance(after, Exception):
-            raise VerifyError(f"the transformed model does not run: {type(after).__name__}: {after}") from after
+            raise VerifyError(does_not_run(after)) from after
         if before.outputs != after.outputs:
             raise VerifyError(
                 f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
@@ -65,6 +65,15 @@ class _Run:
 
     outputs: list[tuple[int, ...]] | None
     without: frozenset[str]
+
+
+def does_not_run(error: BaseException) -> str:
+    """What to say of a transformed model that fails although the original ran."""
+    return (
+        f"the transformed model does not run: {type(error).__name__}: {error}. A fusion layer takes what its block "
+        "took and has its attributes, but is not of its class: if the model asks isinstance(block, …), let it ask "
+        "for an attribute"
+    )
 
 
 def _check_synthesis(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 
 from torch import nn
 
+from replfx.blocks import is_region, members_of
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["ancestors", "why_not"]
@@ -32,50 +33,63 @@ def why_not(
 
     Args:
         modules: the model's modules by path.
-        difference: names the first thing in which the modules at two paths differ; None if they are alike.
+        difference: names the first thing for which the modules at two paths cannot follow each other in a chain;
+            None if they can.
         counts: how often each path was called.
         refused: reasons that are known already.
         in_chain: the paths of all blocks that are in a chain.
     """
     blocks = _block_like(modules, counts, in_chain, composite=True)
+    pieces = {path: why for path, why in refused.items() if path.endswith("]") or is_region(path)}
     if not blocks and not in_chain:
-        blocks = _block_like(modules, counts, in_chain, composite=False)
-    called = [path for path in blocks if counts[path]]
-    reasons = {}
-    for path in blocks:
-        if path in called:
-            reasons[path] = refused.get(path) or _unlike(path, called, difference)
-        else:
-            reasons[path] = "it is not called in a forward pass"
-    inner = {path: why for path, why in refused.items() if "[" in path and path not in in_chain}
-    return {**reasons, **({} if in_chain else inner), **_recurrent(modules)}
+        inside = {member for path in pieces if path.endswith("]") for member in members_of(modules[""], path)}
+        blocks = [p for p in _block_like(modules, counts, in_chain, composite=False) if p not in inside]
+    reasons = {path: refused.get(path) or _why(path, blocks, modules, difference, counts, in_chain) for path in blocks}
+    if in_chain:
+        pieces = {}
+    pieces = {path: why for path, why in pieces.items() if reasons.keys().isdisjoint(ancestors(path.strip("@")))}
+    return {**reasons, **pieces, **_recurrent(modules, in_chain)}
 
 
-def _unlike(path: str, called: list[str], difference: Callable[[str, str], str | None]) -> str:
-    """What sets a block apart from the next one (or, for the last, from the one before)."""
-    if len(called) < 2:
-        return "no other block is like it"
-    position = called.index(path)
-    twin = called[position + 1] if position + 1 < len(called) else called[position - 1]
+def _why(
+    path: str,
+    blocks: list[str],
+    modules: Mapping[str, nn.Module],
+    difference: Callable[[str, str], str | None],
+    counts: Mapping[str, int],
+    in_chain: Set[str],
+) -> str:
+    """What sets a block apart from the next one of its class (or else from the one before)."""
+    if not counts[path]:
+        return "it is not called in a forward pass"
+    if all(parameter.dim() < 2 for parameter in modules[path].parameters()):
+        return "its parameters are vectors alone, which no fusion makes"
+    order = {path: position for position, path in enumerate(modules)}
+    others = [p for p in (*blocks, *in_chain) if p in modules and p != path and counts[p]]
+    alike = sorted((p for p in others if type(modules[p]) is type(modules[path])), key=order.__getitem__)
+    if not alike:
+        parts = [p for p, module in modules.items() if type(module) is type(modules[path]) and p != path and counts[p]]
+        return f"the others of its class are parts of blocks (`{parts[0]}`)" if parts else "no other is of its class"
+    twin = next((p for p in alike if order[p] > order[path]), alike[-1])
     differs = difference(path, twin)
     if differs is None:
-        return f"no three like it in a row: it is like `{twin}`, but a block must be kept on each side of it"
+        return f"no three like it in a row: it is like `{twin}`, but no chain of three goes through it"
     return f"no three like it in a row: it is not like `{twin}`: {differs}"
 
 
-def _recurrent(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def _recurrent(modules: Mapping[str, nn.Module], in_chain: Set[str]) -> dict[str, str]:
     """Stacked recurrent layers are one call of one kernel: there is no layer between two others to replace."""
     return {
         path: f"its {module.num_layers} layers run in one call of {type(module).__name__}: none can be taken out"
         for path, module in modules.items()
-        if isinstance(module, nn.RNNBase) and module.num_layers > 2
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1 and in_chain.isdisjoint((path, *ancestors(path)))
     }
 
 
 def _block_like(
     modules: Mapping[str, nn.Module], counts: Mapping[str, int], in_chain: Set[str], *, composite: bool
 ) -> list[str]:
-    """Outermost modules with parameters that are called, or whose class occurs, more than once; no containers."""
+    """Outermost modules with parameters whose class occurs or is called more than once, containers not counted."""
     above = {ancestor for path in in_chain for ancestor in ancestors(path)}
     found: list[str] = []
     for path, module in modules.items():
@@ -85,6 +99,8 @@ def _block_like(
             continue
         if next(module.parameters(), None) is not None:
             found.append(path)
-    kinds = Counter(type(modules[path]) for path in (*found, *(p for p in in_chain if p in modules)))
-    repeated = {path for path in found if kinds[type(modules[path])] > 1 or (composite and counts[path] > 1)}
+    kinds: Counter[type[nn.Module]] = Counter()
+    for path, module in modules.items():
+        kinds[type(module)] += max(counts[path], 1)
+    repeated = {path for path in found if kinds[type(modules[path])] > 1}
     return [p for p in found if p in repeated and not any(a in repeated for a in ancestors(p))]

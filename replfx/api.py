@@ -18,6 +18,7 @@ from replfx.passes import (
     InsertFusion,
     SelectBlocks,
     Verify,
+    does_not_run,
     plan_of,
     run_passes,
 )
@@ -137,7 +138,12 @@ def inspect(
     found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
     if example_inputs is None:
         return found
-    return replace(found, before=before, after=totals_of(capture(twin, example_inputs)))
+    try:
+        return replace(found, before=before, after=totals_of(capture(twin, example_inputs)))
+    except CaptureError as error:  # the original ran
+        notes = [*draft.notes, f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"]
+        blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
+        return replace(draft, blocks=blocks, notes=notes)
 
 
 def report(model: nn.Module) -> Report:

@@ -107,10 +107,10 @@ class Report:
         title = f"{self.model}: {len(self.chains)} chain{'s' * (len(self.chains) != 1)}"
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("chain")
-        table.add_column("block", overflow="fold")  # the only one that a narrow terminal may break
+        table.add_column("block", overflow="fold")  # a narrow terminal may break text, but no figures
         for name in ("parameters", *(("MFLOPs", "saved MiB") if measured else ()), "after"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("replaced by", no_wrap=True)
+        table.add_column("replaced by, or why not", overflow="fold")
         for block in self.blocks:
             how = block.operator if block.fusion is None else f"{block.operator} · {block.fusion}"
             costs = (f"{(block.flops or 0) / 1e6:,.1f}", f"{(block.saved_bytes or 0) / 2**20:,.2f}")
@@ -120,7 +120,7 @@ class Report:
                 f"{block.parameters:,}",
                 *(costs if measured else ()),
                 "" if block.parameters_after is None else f"{block.parameters_after:,}",
-                how or "",
+                how or (f"– {block.kept}" if block.kept else ""),
             )
         return table
 

@@ -25,8 +25,6 @@ __all__ = [
     "class_of",
     "drop_hooks",
     "family",
-    "first_difference",
-    "first_setting",
     "move_hooks",
     "redirect",
     "set_submodule",
@@ -220,49 +218,6 @@ def _is_setting(value: object) -> bool:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def first_difference(one: Signature, other: Signature) -> str | None:
-    """Name the first fact in which two signatures differ, as "`attn.qkv.weight`: (9, 3) ≠ (12, 4)"."""
-    for key in (*one, *(k for k in other if k not in one)):
-        if one.get(key) != other.get(key):
-            return f"`{key}`: {_show(one.get(key))} ≠ {_show(other.get(key))}"
-    return None
-
-
-def first_setting(one: nn.Module, other: nn.Module, fact: str) -> str | None:
-    """Name a setting of the modules around a differing fact that differs too, as "`attn.window_size`: 7 ≠ 14".
-
-    Args:
-        one: a module.
-        other: another one.
-        fact: the key of a signature, such as "attn.relative_position_bias_table".
-    """
-    path = fact
-    while path:
-        path = path.rpartition(".")[0]
-        try:
-            mine, theirs = (_settings(attribute_at(module, path)) for module in (one, other))
-        except AttributeError:  # the other has no such part
-            continue
-        for name, value in mine.items():
-            if name in theirs and theirs[name] != value:
-                return f"`{_join(path, name)}`: {value} ≠ {theirs[name]}"
-    return None
-
-
-def _settings(module: object) -> dict[str, object]:
-    if not isinstance(module, nn.Module):  # a part that the other block does without
-        return {}
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _is_setting(v)}
-
-
-def _show(fact: object) -> str:
-    if isinstance(fact, type):
-        return fact.__qualname__
-    if isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[1], torch.dtype):
-        return f"{fact[0]} {str(fact[1]).removeprefix('torch.')}"
-    return "absent" if fact is None else str(fact)
 
 
 def block_digest(module: nn.Module) -> str:

@@ -100,7 +100,7 @@ def test_a_model_with_nothing_to_replace_says_why(capsys):
     assert main(["inspect", f"{__name__}:pair"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "0 blocks replaced" in out
-    assert "not replaced: 0: no three like it in a row: it is like `1`" in out
+    assert "not replaced: 0: no three like it in a row, only `0` and `1`" in out
 
 
 def test_runs_as_a_module():

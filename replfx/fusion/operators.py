@@ -157,6 +157,8 @@ class BlockOperator(Operator):
         self.sources = {name: Source(name) for name in synthesizable(block) if name not in keep}
         for name in self.sources:
             self._own(name, None)
+        self._recurrent = [name for name, module in self.block.named_modules() if isinstance(module, nn.RNNBase)]
+        self._forget_weights()
 
     def _own(self, name: str, value: nn.Parameter | None) -> None:
         path, _, leaf = name.rpartition(".")
@@ -172,14 +174,33 @@ class BlockOperator(Operator):
         return Match({"keep": kept}) if kept else Match()
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
+        if not self._recurrent:
+            return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
+        self._forget_weights()  # a copy has references of its own
+        try:
+            return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
+        finally:
+            self._forget_weights()  # what was synthesised is not to outlive the call
+
+    def _forget_weights(self) -> None:
+        """Recurrent layers keep a second list of their weights, for the kernels that they call."""
+        for layer in map(self.block.get_submodule, self._recurrent):
+            assert isinstance(layer, nn.RNNBase)
+            layer._flat_weights = [None] * len(layer._flat_weights)
+            layer.__dict__["_flat_weight_refs"] = [_gone] * len(layer._flat_weights)  # so that it looks for them anew
 
     def plain(self, theta: dict[str, Tensor]) -> nn.Module:
         for name, value in theta.items():
             self._own(name, nn.Parameter(value))
+        for layer in map(self.block.get_submodule, self._recurrent):
+            layer._init_flat_weights()  # type: ignore[operator]
         if isinstance(self.block, fx.GraphModule):  # a region: as a GraphModule of torch's own class
             return fx.GraphModule(self.block, self.block.graph, "Region").train(self.block.training)
         return self.block
+
+
+def _gone() -> None:
+    """A reference to a weight that is no more, as a dead `weakref.ref` gives it."""
 
 
 @operators.register("identity")

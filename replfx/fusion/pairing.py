@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from replfx.structure import class_of
 
-__all__ = ["Counterpart", "Counterparts", "counterparts", "pair", "share_paired", "synthesizable"]
+__all__ = ["Counterpart", "Counterparts", "counterparts", "first_unpaired", "pair", "share_paired", "synthesizable"]
 
 Side: TypeAlias = Literal["previous", "next"]
 Counterpart: TypeAlias = tuple[Side, str]  # a neighbour, and the name of its parameter
@@ -74,6 +74,38 @@ def share_paired(block: nn.Module, *pairs: Mapping[str, str]) -> float:
     sizes = {name: p.numel() for name, p in synthesizable(block).items()}
     total = sum(sizes.values())
     return sum(n for name, n in sizes.items() if all(name in each for each in pairs)) / total if total else 0.0
+
+
+def first_unpaired(block: nn.Module, neighbour: nn.Module) -> str | None:
+    """Why the first weight of the block without a counterpart has none, as "`conv.groups`: 4 ≠ 1"; None if all have."""
+    paired = pair(block, neighbour)
+    name = next((name for name in synthesizable(block) if name not in paired), None)
+    if name is None:
+        return None
+    mine, theirs = _roles(block)[name], _roles(neighbour).get(name)
+    path, _, _ = name.rpartition(".")
+    if theirs is None:
+        return f"`{name}`: {tuple(block.get_parameter(name).shape)} ≠ absent"
+    if mine.owner is not theirs.owner:
+        return f"`{path or 'class'}`: {mine.owner.__qualname__} ≠ {theirs.owner.__qualname__}"
+    if mine.kernel != theirs.kernel:
+        differs, one, other = (
+            f"{mine.kernel} ≠ {theirs.kernel}",
+            block.get_submodule(path),
+            neighbour.get_submodule(path),
+        )
+        for setting in ("kernel_size", "groups"):
+            values = getattr(one, setting, None), getattr(other, setting, None)
+            if values[0] != values[1]:
+                return f"`{path}.{setting}`: {values[0]} ≠ {values[1]} (`{name}`: {differs})".replace("`.", "`")
+        return f"`{name}`: {differs}"
+    if mine.dims != theirs.dims:
+        return f"`{name}`: {mine.dims} dimensions ≠ {theirs.dims}"
+    return f"`{name}`: held by {_held(mine)} ≠ by {_held(theirs)}"
+
+
+def _held(role: _Role) -> str:
+    return "the block" if role.holder is None else role.holder.__qualname__
 
 
 def _in_order(one: Sequence[Hashable], other: Sequence[Hashable]) -> Iterator[tuple[int, int]]:

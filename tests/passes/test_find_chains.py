@@ -461,8 +461,7 @@ def test_what_sets_blocks_apart_is_named() -> None:
     report = replfx.inspect(model, x)
     assert report.replaced == []
     assert report.refused["1"] == (
-        "no three like it in a row: it is not like `2`: `conv.groups`: 4 ≠ 1 (`conv.weight`: (4, 1, 3, 3) float32 ≠ "
-        "(4, 4, 3, 3) float32)"
+        "no three like it in a row: it is not like `2`: `conv.groups`: 4 ≠ 1 (`conv.weight`: depthwise ≠ dense)"
     )
 
 
@@ -480,7 +479,7 @@ def test_what_sets_blocks_apart_may_be_a_part_that_one_has_not() -> None:
     assert report.chains == [["0", "1", "2"]]
     wide = nn.Sequential(Shortcut(None), Shortcut(ways[0]), Shortcut(None))
     report = replfx.inspect(wide, torch.randn(2, 4))
-    assert report.refused["1"] == "too little of it can be made from `0`: `way.class`: Sequential ≠ absent"
+    assert report.refused["1"] == "too little of it can be made from `0`: `way.0.weight`: (32, 4) ≠ absent"
 
 
 def test_finding_is_deterministic() -> None:
