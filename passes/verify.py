@@ -1,12 +1,15 @@
 """verify: is the transformed model sound?"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.errors import VerifyError
+from replfx.errors import ReadFromOutsideError, VerifyError
 from replfx.state import fusion_layers
 from replfx.tracing import Inputs, ghost_of, info_of
 from replfx.tree import shapes_in, tensors_in
@@ -19,7 +22,8 @@ class Verify(PassBase):
     """Check a transformed model; changes nothing.
 
     Always: synthesised weights are finite. With inputs, under fake tensors, so at no compute: the output has
-    the shapes that it had, and every trainable parameter gets a gradient that had one before.
+    the shapes that it had, every trainable parameter gets a gradient that had one before, and the model runs in
+    training as in evaluation mode if it did so before.
 
     Attributes:
         model: the transformed model; None if it is the graph itself.
@@ -38,6 +42,7 @@ class Verify(PassBase):
         _check_synthesis(model)
         if self.inputs is not None:
             self._check_run(graph_module, model, self.inputs)
+            self._check_other_mode(model, self.inputs)
         return PassResult(graph_module, False)
 
     def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> None:
@@ -49,7 +54,7 @@ class Verify(PassBase):
             info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
             return
         if isinstance(after, Exception):
-            raise VerifyError(does_not_run(after)) from after
+            raise _broken(after)
         if before.outputs != after.outputs:
             raise VerifyError(
                 f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
@@ -57,6 +62,21 @@ class Verify(PassBase):
         lost = sorted((after.without - before.without).intersection(dict(model.named_parameters())))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+
+    def _check_other_mode(self, model: nn.Module, inputs: Inputs) -> None:
+        training = not model.training
+        after = _dry_run(model, inputs, training=training)
+        if isinstance(after, Exception) and isinstance(_dry_run(self.original, inputs, training=training), _Run):
+            raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
+
+
+def _broken(error: Exception, when: str = "") -> VerifyError:
+    """What to raise for a transformed model that fails although the original ran."""
+    if isinstance(error, ReadFromOutsideError):
+        return error
+    raised = VerifyError(does_not_run(error, when))
+    raised.__cause__ = error
+    return raised
 
 
 @dataclass(frozen=True)
@@ -67,12 +87,12 @@ class _Run:
     without: frozenset[str]
 
 
-def does_not_run(error: BaseException) -> str:
+def does_not_run(error: BaseException, when: str = "") -> str:
     """What to say of a transformed model that fails although the original ran."""
     return (
-        f"the transformed model does not run: {type(error).__name__}: {error}. A fusion layer takes what its block "
-        "took and has its attributes, but is not of its class: if the model asks isinstance(block, …), let it ask "
-        "for an attribute"
+        f"the transformed model does not run{when}: {type(error).__name__}: {error}. A fusion layer takes what its "
+        "block took and has its attributes, but is not of its class: if the model asks isinstance(block, …), let it "
+        "ask for an attribute"
     )
 
 
@@ -84,16 +104,47 @@ def _check_synthesis(model: nn.Module) -> None:
                 raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 
-def _dry_run(model: nn.Module, inputs: Inputs) -> _Run | Exception:
-    """Run forward and backward under fake tensors; where that fails, the error."""
+def _dry_run(model: nn.Module, inputs: Inputs, *, training: bool | None = None) -> _Run | Exception:
+    """Run forward and backward under fake tensors, in this mode or in the model's own; where that fails, the error."""
+    found: dict[str, list[str]] = {}
     try:
         mode, ghost, fakes = ghost_of(model, inputs)
-        with mode, torch.enable_grad():
+        ghost = ghost if training is None else ghost.train(training)
+        with mode, torch.enable_grad(), _reads_of_vacant(ghost, found):
             tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
             losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
             if losses:
                 torch.stack([loss.double() for loss in losses]).sum().backward()
     except Exception as error:
-        return error
+        if not found:
+            return error
+        path, names = next(iter(found.items()))
+        said = f"the model reads `{names[0]}` of `{path}` itself, which is replaced: {type(error).__name__}: {error}"
+        return ReadFromOutsideError(said, found)
     without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
     return _Run(shapes_in(tensors), without)
+
+
+@contextmanager
+def _reads_of_vacant(model: nn.Module, found: dict[str, list[str]]) -> Iterator[None]:
+    """While open, note which weights of replaced blocks are read while they are not there."""
+    vacant = {
+        (id(owner), leaf): (path, name)
+        for path, layer in fusion_layers(model).items()
+        for name, (owner, leaf) in layer.operator.vacant().items()
+    }
+    original = nn.Module.__getattr__
+
+    def read(self: nn.Module, name: str) -> Any:
+        value: Any = original(self, name)
+        if value is None and (id(self), name) in vacant:
+            path, parameter = vacant[id(self), name]
+            if parameter not in found.setdefault(path, []):
+                found[path].append(parameter)
+        return value
+
+    nn.Module.__getattr__ = read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from torch import fx, nn
 from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import CaptureError, NoChainError, PlanError, ReplfxError
+from replfx.errors import CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
 from replfx.fusion import Choice
 from replfx.measure import trainable_parameters
 from replfx.passes import (
@@ -22,7 +22,7 @@ from replfx.passes import (
     plan_of,
     run_passes,
 )
-from replfx.plans import Plan, has_regions
+from replfx.plans import Plan, has_regions, keeping
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
@@ -92,10 +92,16 @@ def transform(
         return apply(model, plan, example_inputs, inplace=inplace)
     policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
     _refuse_transformed(model)
-    target = model if inplace else _copy(model)
-    graph = capture(target, example_inputs)
-    run_passes(graph, [FindChains(), policy])
-    return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
+    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
+    read: dict[str, list[str]] = {}
+    while True:  # with one weight more each time that has to stay
+        graph = _planned(target, example_inputs, policy)
+        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
+        try:
+            return _carry_out(graph, model, target, inputs)
+        except ReadFromOutsideError as error:
+            for path, names in error.names.items():
+                read.setdefault(path, []).extend(names)
 
 
 def inspect(
@@ -178,9 +184,7 @@ def plan(
     """
     policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
     _refuse_transformed(model)
-    graph = capture(model, example_inputs)
-    run_passes(graph, [FindChains(), policy])
-    return plan_of(graph)
+    return plan_of(_planned(model, example_inputs, policy))
 
 
 def apply(
@@ -221,6 +225,13 @@ def apply(
 
 
 # ---- the pieces
+
+
+def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:
+    """A captured graph with the plan of the policy in its meta."""
+    graph = capture(model, example_inputs)
+    run_passes(graph, [FindChains(), policy])
+    return graph
 
 
 def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, inputs: Inputs | None) -> nn.Module:

@@ -62,6 +62,11 @@ class _Builder:
         replacement, path = self.replacement, self.path
         block = self._block(path, replacement.kind)
         made = self._operator(block)
+        if not made.sources and made.needs_neighbours:
+            raise FusionError(
+                f"`{path}`: operator {replacement.operator.name!r} has nothing to synthesise: all weights of the block "
+                "stay its own, because neither neighbour has their like or the model reads them itself"
+            )
         if not made.sources:
             return FusionLayer(made, None, None, replaced=block)
         if replacement.previous is None or replacement.next is None:

@@ -19,6 +19,15 @@ class Block(nn.Module):
         return x + self.fc(x).relu()
 
 
+class Wide(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.out(self.fc(x).relu()))
+
+
 class Held(nn.Module):
     """Registers its blocks, and runs them from where `hold` puts them."""
 
@@ -111,3 +120,53 @@ def test_hooks_that_found_the_block_inside_of_the_fusion_layer_stay_with_it() ->
     seen.clear()
     made(x)
     assert seen == ["class"] * 3
+
+
+class Rescaling(nn.Module):
+    """Halves weights of its blocks when it is first evaluated, and doubles them when it is trained again (RWKV)."""
+
+    def __init__(self, kind: type[Block], *rescaled: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(5))
+        self.rescaled, self.halved = rescaled, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.halved is self.training:
+            with torch.no_grad():
+                for name in self.rescaled:
+                    for block in self.blocks:
+                        block.get_submodule(name).weight.mul_(2.0 if self.training else 0.5)
+            self.halved = not self.training
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_the_model_reads_itself_stay_the_blocks_own(training: bool) -> None:
+    """In whichever mode it reads them, though the capture saw only one."""
+    torch.manual_seed(0)
+    model, x = Rescaling(Wide, "fc", "out").train(training), torch.randn(3, 4)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    made = replfx.transform(model, x)
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+    assert replfx.report(made).replaced == ["blocks.1", "blocks.3"]
+    state = made.state_dict()
+    assert "blocks.1.operator.block.fc.weight" in state
+    assert "blocks.3.operator.block.fc.weight" in state
+    assert "blocks.3.operator.block.out.weight" in state
+    assert "blocks.1.operator.block.last.weight" not in state
+    made.train()(x).sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+    trained = made(x)
+    made.eval()(x)
+    assert torch.equal(made.train()(x), trained)
+    again = replfx.apply(model, replfx.Plan.from_json(replfx.state.state_of(made).plan.to_json()))
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.train()(x), trained)
+
+
+def test_a_model_that_reads_all_that_would_be_replaced_is_refused() -> None:
+    model = Rescaling(Block, "fc")
+    with pytest.raises(replfx.FusionError, match=r"`blocks\.1`: operator 'block' has nothing to synthesise"):
+        replfx.transform(model, torch.randn(3, 4))

@@ -118,6 +118,10 @@ class Operator(nn.Module):
         self.interface = interface
         self.sources = {}
 
+    def vacant(self) -> dict[str, tuple[nn.Module, str]]:
+        """The block's parameters that are None but while it runs: by name, the module that lacks them and where."""
+        return {}
+
     @classmethod
     def match(cls, site: Site) -> Match:
         """Whether this operator can stand for the block at `site`."""
@@ -143,7 +147,8 @@ class BlockOperator(Operator):
     Args:
         block, interface: as for every operator.
         keep: parameters of two dimensions and up that stay the block's own too, because neither neighbour
-            has their like (the shortcut convolution of a block that changes the shape).
+            has their like (the shortcut convolution of a block that changes the shape), or because the model reads
+            them itself.
     """
 
     unrolls = True
@@ -160,9 +165,15 @@ class BlockOperator(Operator):
         self._recurrent = [name for name, module in self.block.named_modules() if isinstance(module, nn.RNNBase)]
         self._forget_weights()
 
-    def _own(self, name: str, value: nn.Parameter | None) -> None:
+    def vacant(self) -> dict[str, tuple[nn.Module, str]]:
+        return {name: self._slot(name) for name in self.sources}
+
+    def _slot(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
-        owner = self.block.get_submodule(path)
+        return self.block.get_submodule(path), leaf
+
+    def _own(self, name: str, value: nn.Parameter | None) -> None:
+        owner, leaf = self._slot(name)
         owner.__dict__.pop(leaf, None)  # where torch.fx puts the None when it copies a GraphModule
         owner._parameters[leaf] = value
 
