@@ -85,12 +85,17 @@ def _to_target(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], metric: Metric) -> Table:
-    """Lay the rows out for the terminal."""
-    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, head in enumerate(HEADS):
-        result.add_column(head.format(metric=metric.name), justify="right" if index else "left")
+    """Lay the rows out for the terminal: what counts most; the files have the rest."""
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    shown = [HEADS.index(head) for head in ("variant", "{metric}", "− full [95 %]", "− removed [95 %]", "step/full")]
+    for place, index in enumerate(shown):
+        head = HEADS[index].format(metric=metric.name).replace(" [", "\n[").replace(", ", ",\n")
+        result.add_column(head, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
     for row in rows:
-        result.add_row(*map(escape, cells(row)))
+        if not row.reason:
+            texts = cells(row)
+            result.add_row(*(escape(texts[index].replace(" [", "\n[")) for index in shown))
+    result.caption = escape("\n".join(f"{row.variant}: n/a: {row.reason}" for row in rows if row.reason)) or None
     return result
 
 
