@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if args.data_root is None:
             raise ReplfxError("the data is read from a folder: name it with --data-root")
         device = device_of(args)
+        _be_deterministic(device)
         subject = subject_of(args.task, args.budget, args.set, args.data_root, device)
         _work(args, subject, variants, lines, device, console)
     records = [r for r in store.read(lines).values() if r["subject"] == f"{args.task}/{budget}"]
@@ -71,6 +73,14 @@ def run(args: argparse.Namespace) -> int:
     for path in write(rows, records, f"{args.task}/{budget}", TASKS[args.task].metric, args.out):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _be_deterministic(device: torch.device) -> None:
+    """Have CUDA's libraries take the same way each time; on the CPU PyTorch does so anyway."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _grid(names: Sequence[str]) -> list[Variant]:
@@ -123,7 +133,7 @@ def _costs(
 ) -> dict[str, dict[str, Any]]:
     """What a step of each variant costs, by name; measured where there is no record yet."""
     records = store.read(lines)
-    # Full is measured with all others, so that each ratio is of one time; "as long as" costs what full costs.
+    # Full is measured with all others, so that each ratio is of one time.
     missing = [v for v in variants if costs.name_of(subject, v.name) not in records]
     if missing:
         full = [variant_of(costs.FULL)] if costs.FULL not in (v.name for v in missing) else []

@@ -16,6 +16,7 @@ from benchmarks.accuracy.resnet import ResNet
 from benchmarks.accuracy.text import Text, wikitext2, wikitext2_bytes
 from benchmarks.models import GPT
 from replfx import ReplfxError
+from replfx.demo.models import vision_transformer
 
 BUDGETS = ("small", "full")
 Data = Images | Text
@@ -53,26 +54,6 @@ class Task:
     models: Mapping[str, Callable[[], nn.Module]]
     recipes: Mapping[str, Recipe]
     variants: tuple[str, ...]
-
-
-def _vit(width: int, depth: int, patch: int) -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    model: nn.Module = VisionTransformer(
-        img_size=32,
-        patch_size=patch,
-        num_classes=10,
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // 32,
-        mlp_ratio=2.0,
-        class_token=False,
-        global_pool="avg",
-        weight_init="reset",
-    )
-    # timm draws positions at 0.02, from which so narrow a model learns to tell them apart too slowly.
-    nn.init.normal_(model.get_parameter("pos_embed"), std=0.5)
-    return model
 
 
 FRAME = (
@@ -129,7 +110,10 @@ TASKS = {
             "cifar10-vit",
             cifar10,
             ACCURACY,
-            {"small": partial(_vit, 64, 8, 8), "full": partial(_vit, 192, 12, 4)},
+            {
+                "small": partial(vision_transformer, 32, 8, 3, 10, width=64, depth=8),
+                "full": partial(vision_transformer, 32, 4, 3, 10, width=192, depth=12),
+            },
             {
                 "small": Recipe(1_500, 128, "adamw", 2e-3, weight_decay=0.05, clip=1.0, evaluations=8),
                 "full": Recipe(78_000, 128, "adamw", 1e-3, weight_decay=0.05, clip=1.0, evaluations=50),
@@ -159,7 +143,7 @@ TASKS = {
                 "full": partial(GPT, 33_278, 128, width=256, depth=12, heads=8, tied=True, dropout=0.3),
             },
             {
-                "small": replace(SMALL_TEXT, steps=600),
+                "small": replace(SMALL_TEXT, steps=300, evaluations=5),
                 "full": replace(SMALL_TEXT, steps=20_000, batch=64, learning_rate=1e-3, weight_decay=0.1),
             },
             FRAME,

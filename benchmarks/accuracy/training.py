@@ -109,6 +109,7 @@ class Run:
         self._grows_at = None if variant.grow is None else int(variant.grows_at * self.recipe.steps)
         points = range(1, self.recipe.evaluations + 1)
         self._evaluations = {max(1, self.recipe.steps * k // self.recipe.evaluations) for k in points}
+        self._random = self._get_random()
         if self.path is not None and self.path.exists():
             self._load(self.path)
 
@@ -126,18 +127,17 @@ class Run:
 
         """
         saved = time.monotonic()
-        while self.progress.step < self.recipe.steps:
-            if stop(self.progress.step):
-                self.save()
-                return False
+        self._set_random(self._random)
+        while self.progress.step < self.recipe.steps and not stop(self.progress.step):
             self._span(stop)
             if self.progress.step in self._evaluations:
                 self._evaluate()
             if time.monotonic() - saved > save_every:
                 self.save()
                 saved = time.monotonic()
+        self._random = self._get_random()
         self.save()
-        return True
+        return self.progress.step == self.recipe.steps
 
     def _span(self, stop: Callable[[int], bool]) -> None:
         """Take a step, and more of them up to a round number, an evaluation, a growth or a stop."""
@@ -196,8 +196,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "random": self._get_random(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".part")
@@ -214,9 +213,16 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"].cpu())
+        self._random = state["random"]
+
+    def _get_random(self) -> list[Tensor]:
+        on_device = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+    def _set_random(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0].cpu())
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all([each.cpu() for each in state["random_cuda"]])
+            torch.cuda.set_rng_state(states[1].cpu(), self.device)
 
     def forget(self) -> None:
         """Remove the checkpoint of a run that has its record."""

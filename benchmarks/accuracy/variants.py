@@ -87,13 +87,24 @@ def policy_of(options: Options) -> dict[str, Any]:
 
 def chosen_blocks(model: nn.Module, example: Tensor, options: Options) -> list[str]:
     """Paths of the blocks that replfx would replace, which the bounds and the peers act on too."""
-    return [path for path, _ in chosen_with_previous(model, example, options)]
+    return [r.path for r in replfx.plan(model, example, **policy_of(options)).replacements]
 
 
-def chosen_with_previous(model: nn.Module, example: Tensor, options: Options) -> list[tuple[str, str]]:
-    """The same, each with the path of the block before it."""
-    plan = replfx.plan(model, example, **policy_of(options))
-    return [(r.path, r.previous) for r in plan.replacements if r.previous is not None]
+def chosen_with_like(model: nn.Module, example: Tensor, options: Options) -> list[tuple[str, str]]:
+    """The same, each with the path of the neighbour whose parameters have its shapes, the one before if both have.
+
+    Raises:
+        ValueError: neither neighbour has them.
+
+    """
+    found = []
+    for r in replfx.plan(model, example, **policy_of(options)).replacements:
+        wanted = sharing.shapes(model.get_submodule(r.path))
+        like = [p for p in (r.previous, r.next) if p and sharing.shapes(model.get_submodule(p)) == wanted]
+        if not like:
+            raise ValueError(f"{r.path} has no neighbour with parameters of its shapes")
+        found.append((r.path, like[0]))
+    return found
 
 
 def all_blocks(model: nn.Module, example: Tensor) -> list[str]:
@@ -161,7 +172,7 @@ def _sharing(name: str, options: Options) -> Variant:
     policy_of(options)
     return Variant(
         name,
-        lambda model, example: sharing.share_with_previous(model, chosen_with_previous(model, example, options)),
+        lambda model, example: sharing.share_with_neighbours(model, chosen_with_like(model, example, options)),
     )
 
 
@@ -171,7 +182,7 @@ def _stacking(name: str, options: Options) -> Variant:
     policy_of(rest)
     return Variant(
         name,
-        lambda model, example: stacking.shallow(model, chosen_with_previous(model, example, rest)),
+        lambda model, example: stacking.shallow(model, chosen_with_like(model, example, rest)),
         grow=stacking.grown,
         grows_at=at,
     )

@@ -13,28 +13,21 @@ def share_all(model: nn.Module, paths: Sequence[str]) -> nn.Module:
     firsts: dict[tuple[object, ...], nn.Module] = {}
     for path in paths:
         block = model.get_submodule(path)
-        first = firsts.setdefault(_shapes(block), block)
+        first = firsts.setdefault(shapes(block), block)
         if first is not block:
             _share(first, block)
     return model
 
 
-def share_with_previous(model: nn.Module, chosen: Sequence[tuple[str, str]]) -> nn.Module:
-    """Give blocks the parameters of the block before, whose path comes with each block's.
-
-    Raises:
-        ValueError: the two have other shapes.
-
-    """
+def share_with_neighbours(model: nn.Module, chosen: Sequence[tuple[str, str]]) -> nn.Module:
+    """Give blocks the parameters of a neighbour, whose path comes with each block's."""
     for path, source in chosen:
-        previous, block = model.get_submodule(source), model.get_submodule(path)
-        if _shapes(previous) != _shapes(block):
-            raise ValueError(f"{path} cannot share the parameters of the block before, whose shapes are others")
-        _share(previous, block)
+        _share(model.get_submodule(source), model.get_submodule(path))
     return model
 
 
-def _shapes(block: nn.Module) -> tuple[object, ...]:
+def shapes(block: nn.Module) -> tuple[object, ...]:
+    """Names and shapes of a block's parameters: blocks that agree in them can take each other's."""
     return tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 

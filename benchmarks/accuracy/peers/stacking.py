@@ -14,7 +14,7 @@ class Absent(nn.Module):
 
     Args:
         path: where it is.
-        source: path of the block before, of which it will be a copy.
+        source: path of the neighbour of which it will be a copy.
 
     """
 
@@ -29,14 +29,14 @@ class Absent(nn.Module):
 
 
 def shallow(model: nn.Module, chosen: Sequence[tuple[str, str]]) -> nn.Module:
-    """Leave the chosen blocks out; each is given with the path of the block before it."""
+    """Leave the chosen blocks out; each is given with the path of a neighbour that is like it."""
     for path, source in chosen:
         model.set_submodule(path, Absent(path, source))
     return model
 
 
 def grown(model: nn.Module, optimizer: Optimizer) -> nn.Module:
-    """Put copies of the blocks before in all absent ones' places, the state of the optimizer included."""
+    """Put copies of the neighbours in all absent blocks' places, the state of the optimizer included."""
     absent = [module for module in model.modules() if isinstance(module, Absent)]
     for place in absent:
         source = model.get_submodule(place.source)
