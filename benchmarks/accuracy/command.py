@@ -54,8 +54,7 @@ def _seeds(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     """Train the runs of the grid that have no record yet, as many as asked for, and write the report."""
     console = Console()
-    names = list(args.variants or TASKS[args.task].variants)
-    variants = _grid(names)
+    variants = _grid(args.variants or TASKS[args.task].variants)
     budget = ",".join([args.budget, *sorted(args.set)])
     lines = args.out / "accuracy.jsonl"
     if not args.report:
@@ -66,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
         subject = subject_of(args.task, args.budget, args.set, args.data_root, device)
         _work(args, subject, variants, lines, device, console)
     records = [r for r in store.read(lines).values() if r["subject"] == f"{args.task}/{budget}"]
-    rows = rows_of(records, [v.name for v in variants], TASKS[args.task].metric, args.target)
+    shown = [v.name for v in variants]
+    if not args.variants:
+        shown = list(dict.fromkeys(shown + [r["variant"] for r in records]))
+    rows = rows_of(records, shown, TASKS[args.task].metric, args.target)
     if not any(row.metrics for row in rows):
         raise ReplfxError(f"{lines} has no finished run of {args.task}/{budget}")
     console.print(table(rows, TASKS[args.task].metric))

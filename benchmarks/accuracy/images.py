@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -73,8 +73,7 @@ class Images:
         if size > self.examples:
             raise ReplfxError(f"{self.examples} training images do not fill one batch of {size}")
         passes, place = divmod(step, self.examples // size)
-        order = torch.randperm(self.examples, generator=generator(seed, "order", passes))
-        chosen = order[place * size : (place + 1) * size].to(self.train.device)
+        chosen = _order(self.examples, seed, passes)[place * size : (place + 1) * size].to(self.train.device)
         images = self.normalised(self.train[chosen])
         if self.augment:
             images = augmented(images, generator(seed, "augmentation", step))
@@ -95,6 +94,12 @@ class Images:
 
     def _prepared(self, pixels: Tensor) -> Tensor:
         return self.normalised(pixels).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, passes: int) -> Tensor:
+    """The order of the images in one pass over them; kept, because each step of the pass asks for it."""
+    return torch.randperm(count, generator=generator(seed, "order", passes))
 
 
 def _moments(pixels: Tensor) -> tuple[float, float]:

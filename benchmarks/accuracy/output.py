@@ -117,9 +117,20 @@ def write(
     data.write_text(json.dumps(document, indent=1) + "\n")
     heads = [head.format(metric=metric.name) for head in HEADS]
     lines = [heads, ["---", *["---:"] * (len(HEADS) - 1)], *map(cells, rows)]
-    text.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    text.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + _depth(rows, metric))
     _plot(rows, name, metric, picture)
     return [data, text, picture]
+
+
+def _depth(rows: Sequence[Row], metric: Metric) -> str:
+    """Say of each set of deleted blocks whether full is better by enough: else nothing can be shown to replace them."""
+    lines = []
+    for row in rows:
+        gap = row.over_full
+        if row.variant.partition(":")[0] == "removed" and gap is not None and gap.error:
+            lost = (-gap.mean if metric.higher_is_better else gap.mean) / gap.error
+            lines.append(f"`{row.variant}` is {lost:.1f} standard errors worse than full ({gap.pairs} seeds).\n")
+    return "".join(lines)
 
 
 def _plot(rows: Sequence[Row], name: str, metric: Metric, path: Path) -> None:

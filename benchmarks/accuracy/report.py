@@ -23,11 +23,13 @@ class Difference:
 
     Attributes:
         mean: of the variant's metric less the other's.
+        error: standard error of that mean; None with fewer than two pairs.
         interval: of 95 % confidence; None with fewer than two pairs.
         pairs: how many seeds both have.
     """
 
     mean: float
+    error: float | None
     interval: tuple[float, float] | None
     pairs: int
 
@@ -39,13 +41,14 @@ class Difference:
             return None
         middle, count = mean(differences), len(differences)
         if count < 2:
-            return cls(middle, None, count)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
-        return cls(middle, (middle - half, middle + half), count)
+            return cls(middle, None, None, count)
+        error = stdev(differences) / math.sqrt(count)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+        return cls(middle, error, (middle - half, middle + half), count)
 
     def to_dict(self) -> dict[str, object]:
         """All figures, ready for JSON."""
-        return {"mean": self.mean, "interval": self.interval, "pairs": self.pairs}
+        return {"mean": self.mean, "standard_error": self.error, "interval": self.interval, "pairs": self.pairs}
 
 
 @dataclass(frozen=True)

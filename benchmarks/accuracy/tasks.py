@@ -64,6 +64,7 @@ FRAME = (
     "light+scalar",
     "light+channel",
     "rule2024",
+    "removed:every=4",
     "stochastic-depth",
     "layerdrop",
     "sharing",

@@ -115,8 +115,13 @@ def all_blocks(model: nn.Module, example: Tensor) -> list[str]:
 # ---- the methods
 
 
+def _no_options(options: Options) -> None:
+    if options:
+        raise ValueError(f"it has no options, so not {', '.join(options)}")
+
+
 def _full(name: str, options: Options) -> Variant:
-    policy_of(options)
+    _no_options(options)
     return Variant(name, lambda model, example: model)
 
 
@@ -189,7 +194,7 @@ def _stacking(name: str, options: Options) -> Variant:
 
 
 def _checkpointing(name: str, options: Options) -> Variant:
-    policy_of(options)
+    _no_options(options)
     return Variant(name, lambda model, example: checkpointing.checkpointed(model, all_blocks(model, example)))
 
 

@@ -39,6 +39,7 @@ def test_the_interval_is_students(freedom: int) -> None:
     assert found.interval[0] == pytest.approx(found.mean - half, abs=2e-3 * half)
     assert found.interval[1] == pytest.approx(found.mean + half, abs=2e-3 * half)
     assert found.pairs == freedom + 1
+    assert found.error == pytest.approx(half / T_TABLE[freedom])
 
 
 metrics = st.dictionaries(st.integers(0, 6), st.floats(-100, 100, width=32), max_size=6)
