@@ -78,12 +78,12 @@ TURNS = (
     "full",
     *(
         f"{how}:select={blocks}"
-        for blocks in ("layer1.2,layer2.2", "layer1.3,layer2.3", "layer2.0,layer3.0")
+        for blocks in ("layer1.2,layer2.2", "layer1.3,layer2.3", "layer2.0,layer3.0", "layer2.2,layer3.2")
         for how in ("block+scalar", "removed")
     ),
 )
 """Of a ResNet with four blocks a stage, two blocks each time: inside a stage between two of their own shapes; at its
-end, before a change of shape; and the blocks that change the shape."""
+end, before a change of shape; the blocks that change the shape; and again inside, in the stages that these begin."""
 
 # He et al., section 4.2: 64,000 iterations, the learning rate divided by 10 at 32,000 and 48,000.
 HE = Recipe(64_000, 128, "sgd", 0.1, "decay", weight_decay=1e-4, evaluations=64)
