@@ -117,7 +117,7 @@ def write(
     data.write_text(json.dumps(document, indent=1) + "\n")
     heads = [head.format(metric=metric.name) for head in HEADS]
     lines = [heads, ["---", *["---:"] * (len(HEADS) - 1)], *map(cells, rows)]
-    text.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + _depth(rows, metric))
+    text.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines) + _depth(rows, metric))
     _plot(rows, name, metric, picture)
     return [data, text, picture]
 
@@ -128,9 +128,10 @@ def _depth(rows: Sequence[Row], metric: Metric) -> str:
     for row in rows:
         gap = row.over_full
         if row.variant.partition(":")[0] == "removed" and gap is not None and gap.error:
-            lost = (-gap.mean if metric.higher_is_better else gap.mean) / gap.error
-            lines.append(f"`{row.variant}` is {lost:.1f} standard errors worse than full ({gap.pairs} seeds).\n")
-    return "".join(lines)
+            gain = (-gap.mean if metric.higher_is_better else gap.mean) / gap.error
+            how = "better" if gain > 0 else "worse"
+            lines.append(f"Full is {abs(gain):.1f} standard errors {how} than `{row.variant}` ({gap.pairs} seeds).\n")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _plot(rows: Sequence[Row], name: str, metric: Metric, path: Path) -> None:
