@@ -91,7 +91,7 @@ SMALL_IMAGES = Recipe(780, 256, "sgd", 0.2, weight_decay=5e-4, evaluations=8)
 SMALL_TEXT = Recipe(3_000, 16, "adamw", 4e-3, weight_decay=0.01, clip=1.0, evaluations=10)
 
 
-# Three passes over the images: a run of the narrow ResNet takes some 80 seconds of one core.
+# Two and a half passes over the images: a minute of one core, evaluations aside.
 # Of the learning rates 0.1, 0.2, 0.4 and 0.8, 0.4 is full's best after 240 steps (docs/heterogeneous.md).
 SMALL_TURNS = replace(SMALL_IMAGES, steps=480, learning_rate=0.4, evaluations=4)
 
