@@ -6,10 +6,11 @@ import argparse
 import sys
 
 from benchmarks import step
+from benchmarks.accuracy import command as accuracy
 from benchmarks.zoo import command as zoo
 from replfx import ReplfxError
 
-COMMANDS = {"step": step, "zoo": zoo}
+COMMANDS = {"step": step, "accuracy": accuracy, "zoo": zoo}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,17 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         metavar="NAME,…",
         help=f"which models, of {', '.join(SUBJECTS)} (default: all)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add_device_argument(parser)
     parser.add_argument("--bf16", action="store_true", help="run forward under bfloat16 autocast")
     parser.add_argument("--every", type=int, default=2, metavar="K", help="replace every K-th block")
     parser.add_argument("--batch", type=int, metavar="N", help="batch size (default: the model's own)")
     parser.add_argument("--quick", action="store_true", help="two examples a batch: does it run at all?")
     parser.add_argument("--out", type=Path, default=Path("replfx-benchmarks", out), metavar="DIR")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --device, which `device_of` reads."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
 def _names(text: str) -> list[str]:
@@ -60,6 +66,15 @@ def device_of(args: argparse.Namespace) -> torch.device:
     if args.device == "cuda" and not available:
         raise ReplfxError("--device cuda: PyTorch finds no CUDA device here")
     return torch.device(args.device or ("cuda" if available else "cpu"))
+
+
+def commit() -> str:
+    """The commit of this checkout; with a + where files have been changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def batch_size(args: argparse.Namespace, name: str, device: torch.device) -> int:

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import math
 import platform
-import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -18,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.zoo import store
+from benchmarks import store
+from benchmarks.common import commit
 from benchmarks.zoo.output import totals_table, write
 from benchmarks.zoo.worker import Job, Limits
 from replfx import ReplfxError
@@ -118,16 +118,7 @@ def _try(names: Sequence[str], args: argparse.Namespace, lines: Path, console: C
 def versions() -> dict[str, str]:
     """What a record depends on."""
     packages = ("torch", "timm", "torchvision", "transformers", "torch-pruning", "replfx")
-    return {name: version(name) for name in packages} | {"commit": _commit(), "python": platform.python_version()}
-
-
-def _commit() -> str:
-    """The commit of this checkout; with a + where files have been changed since."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return {name: version(name) for name in packages} | {"commit": commit(), "python": platform.python_version()}
 
 
 def _config(args: argparse.Namespace) -> dict[str, object]:

@@ -91,7 +91,20 @@ def _digits() -> Images:
 
 
 def _cifar10(root: Path) -> Images:
-    """Read CIFAR-10 as image folders (cifar10/train/CLASS/*.png) or as the pickled batches it comes in."""
+    train, train_labels, test, test_labels = cifar10_pixels(root)
+    return _normalised("cifar10", train, test, train_labels, test_labels, augment=True)
+
+
+def cifar10_pixels(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read CIFAR-10 as image folders (cifar10/train/CLASS/*.png) or as the pickled batches it comes in.
+
+    Returns:
+        training images (N, 3, 32, 32) uint8 and labels (N,) int64, then the same of the test images.
+
+    Raises:
+        ReplfxError: `root` has neither.
+
+    """
     folders, batches = root / "cifar10", root / "cifar-10-batches-py"
     if (folders / "train").is_dir() and (folders / "test").is_dir():
         train, test = _image_folder(folders / "train"), _image_folder(folders / "test")
@@ -100,29 +113,30 @@ def _cifar10(root: Path) -> Images:
         test = _pickled([batches / "test_batch"])
     else:
         raise ReplfxError(f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}")
-    return _normalised("cifar10", train[0], test[0], train[1], test[1], augment=True)
+    return (*train, *test)
 
 
 def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import ImageFolder
 
     images = ImageFolder(str(folder))
-    pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image, _ in images])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image, _ in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
 
 
 def _pickled(files: list[Path]) -> tuple[Tensor, Tensor]:
     # The published files are pickles; they are the user's own download, as torchvision reads them too.
     parts = [pickle.loads(file.read_bytes(), encoding="bytes") for file in files]
-    pixels = np.concatenate([part[b"data"] for part in parts]).astype(np.float32).reshape(-1, 3, 32, 32)
+    pixels = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)
     labels = np.concatenate([part[b"labels"] for part in parts])
-    return torch.from_numpy(pixels), torch.from_numpy(labels)
+    return torch.from_numpy(pixels), torch.from_numpy(labels).long()
 
 
 def _normalised(
     name: str, train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, *, augment: bool
 ) -> Images:
     """Shift and scale both parts by the training images' mean and deviation a channel."""
+    train, test = train.float(), test.float()
     mean = train.mean(dim=(0, 2, 3), keepdim=True)
     deviation = train.std(dim=(0, 2, 3), keepdim=True)
     return Images(

@@ -57,17 +57,32 @@ class ResidualCNN(nn.Module):
 
 
 def vit(data: Images) -> nn.Module:
-    """Build timm's VisionTransformer, deep for its width; sixteen patches an image, or sixty-four."""
+    """Build a small vision transformer; sixteen patches an image, or sixty-four."""
+    return vision_transformer(data.size, max(2, data.size // 8), data.channels, data.classes, width=64, depth=8)
+
+
+def vision_transformer(size: int, patch: int, channels: int, classes: int, *, width: int, depth: int) -> nn.Module:
+    """Build timm's VisionTransformer, narrow for its depth: heads of 16 to 32 channels, an MLP of twice the width.
+
+    Args:
+        size: height and width of an image.
+        patch: height and width of a patch.
+        channels: channels of an image.
+        classes: number of labels.
+        width: length of an activation.
+        depth: number of blocks.
+
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     model: nn.Module = VisionTransformer(
-        img_size=data.size,
-        patch_size=max(2, data.size // 8),
-        in_chans=data.channels,
-        num_classes=data.classes,
-        embed_dim=64,
-        depth=8,
-        num_heads=4,
+        img_size=size,
+        patch_size=patch,
+        in_chans=channels,
+        num_classes=classes,
+        embed_dim=width,
+        depth=depth,
+        num_heads=max(4, width // 32),
         mlp_ratio=2.0,
         class_token=False,
         global_pool="avg",

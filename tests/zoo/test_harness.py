@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.zoo import command, peers, store
+from benchmarks import store
+from benchmarks.zoo import command, peers
 from benchmarks.zoo.output import write
 from benchmarks.zoo.worker import Job, Limits, record_of
 from tests.zoo import toys

@@ -1,4 +1,4 @@
-"""The records of a run: one JSON line a model, so that a run that was stopped goes on where it was."""
+"""The records of a command: a JSON line for each piece of work, so that one that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 def read(path: Path) -> dict[str, Record]:
-    """Records by model, the last of each; a line that was cut short when the run was stopped does not count."""
+    """Records by name, the last of each; a line that was cut short when the run was stopped does not count."""
     records: dict[str, Record] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

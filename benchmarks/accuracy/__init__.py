@@ -1,0 +1,1 @@
+"""What does replacing blocks cost in accuracy, and what does it save? Real data, several seeds."""

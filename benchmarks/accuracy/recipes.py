@@ -1,0 +1,77 @@
+"""Recipes: how long a task is trained, with which optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+
+from replfx import ReplfxError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the same for all variants of a task.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: examples a step.
+        optimizer: SGD with momentum 0.9, or AdamW.
+        learning_rate: the highest of the schedule.
+        schedule: "one-cycle" goes up and down again over all steps; "decay" divides by 10 after a half and after
+            three quarters of them, as He et al. do.
+        weight_decay: of all parameters.
+        clip: norm that gradients are cut to; None leaves them.
+        evaluations: how often the metric is taken, the last time at the end.
+    """
+
+    steps: int
+    batch: int
+    optimizer: Literal["sgd", "adamw"]
+    learning_rate: float
+    schedule: Literal["one-cycle", "decay"] = "one-cycle"
+    weight_decay: float = 0.0
+    clip: float | None = None
+    evaluations: int = 10
+
+    def optimizer_for(self, model: nn.Module) -> Optimizer:
+        """Make the optimizer of the trainable parameters."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(trained, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay, fused=True)
+
+    def schedule_for(self, optimizer: Optimizer) -> LRScheduler:
+        """Make the schedule, which is advanced once a step."""
+        if self.schedule == "decay":
+            return MultiStepLR(optimizer, [self.steps // 2, self.steps * 3 // 4])
+        return OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
+
+    def changed(self, settings: Iterable[str]) -> Recipe:
+        """The same with some fields set, each as "name=value".
+
+        Raises:
+            ReplfxError: there is no such field, or it takes no such value.
+
+        """
+        changes: dict[str, object] = {}
+        kinds = {"steps": int, "batch": int, "evaluations": int, "learning_rate": float, "weight_decay": float}
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            kind = kinds.get(name)
+            if kind is None:
+                raise ReplfxError(f"--set {setting}: there are {', '.join(kinds)}")
+            try:
+                changes[name] = kind(value)
+            except ValueError:
+                raise ReplfxError(f"--set {setting}: {name} takes {kind.__name__}, not {value!r}") from None
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def to_dict(self) -> Mapping[str, object]:
+        """All fields, ready for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,258 @@
+"""One run: a variant of a task trained from a seed. It can be stopped at any step and goes on exactly as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import timer
+
+from benchmarks.accuracy.tasks import Subject
+from benchmarks.accuracy.variants import Variant
+from replfx import ReplfxError
+from replfx.measure import trainable_parameters
+
+SPAN = 20
+"""Steps between two readings of the clock: on an accelerator each reading waits for all that is under way."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; what of it is not a tensor of model or optimizer.
+
+    Attributes:
+        step: steps taken.
+        seconds: training time so far, without evaluations.
+        spans: seconds a step, one value a span of steps.
+        curve: for each evaluation the step, the training time until then, the mean training loss since the one
+            before, and the metric.
+        loss: sum of the training losses since the last evaluation.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    spans: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    loss: float = 0.0
+
+
+def clock_for(device: torch.device) -> tuple[str, Callable[[], float]]:
+    """How training time is taken: of one thread on the CPU its own time, which other programs hardly disturb."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return "CPU time", time.process_time
+    return "wall time", timer
+
+
+def prepared(subject: Subject, variant: Variant, seed: int, device: torch.device) -> nn.Module:
+    """Build a model from its seed, then change it: what is kept starts alike in all variants.
+
+    Raises:
+        ReplfxError: the variant does not fit the model.
+
+    """
+    torch.manual_seed(seed)
+    model = subject.build().to(device)
+    inputs, _ = subject.data.batch(seed, 0, 2)
+    try:
+        model = variant.prepare(model.train(), inputs)
+    except ValueError as error:
+        raise ReplfxError(f"{variant.name}: {error}") from error
+    if inputs.dim() == 4:
+        model = model.to(memory_format=torch.channels_last)
+    # What the variant drew while it was built does not change what is drawn in training.
+    torch.manual_seed(seed)
+    return model.train()
+
+
+class Run:
+    """A training run, from its beginning or from its checkpoint.
+
+    Args:
+        subject: the task at a budget; its data is on `device`.
+        variant: what is trained.
+        seed: fixes the initial weights, the order of the data and how it is augmented.
+        device: where.
+        folder: where the checkpoint is kept; None keeps none.
+        steps: instead of the recipe's.
+
+    Raises:
+        ReplfxError: the variant does not fit the model, or the checkpoint is of another run.
+
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        variant: Variant,
+        seed: int,
+        device: torch.device,
+        folder: Path | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self.subject, self.variant, self.seed, self.device = subject, variant, seed, device
+        self.recipe = replace(subject.recipe, steps=steps or subject.recipe.steps)
+        self.name = f"{subject.name}/{variant.name}/{seed}"
+        self.path = None if folder is None else folder / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.pt"
+        self.model = prepared(subject, variant, seed, device)
+        self.parameters = trainable_parameters(self.model)
+        self.optimizer = self.recipe.optimizer_for(self.model)
+        self.schedule = self.recipe.schedule_for(self.optimizer)
+        self.progress = Progress()
+        self.clock_name, self.clock = clock_for(device)
+        self._grows_at = None if variant.grow is None else int(variant.grows_at * self.recipe.steps)
+        points = range(1, self.recipe.evaluations + 1)
+        self._evaluations = {max(1, self.recipe.steps * k // self.recipe.evaluations) for k in points}
+        self._random = self._get_random()
+        if self.path is not None and self.path.exists():
+            self._load(self.path)
+
+    # ---- training
+
+    def train(self, stop: Callable[[int], bool] = lambda step: False, save_every: float = 60.0) -> bool:
+        """Train on until the end, or until `stop(steps taken)` says so; a checkpoint is left either way.
+
+        Args:
+            stop: asked before every step.
+            save_every: seconds between checkpoints.
+
+        Returns:
+            whether the run is at its end.
+
+        """
+        saved = time.monotonic()
+        self._set_random(self._random)
+        while self.progress.step < self.recipe.steps and not stop(self.progress.step):
+            self._span(stop)
+            if self.progress.step in self._evaluations:
+                self._evaluate()
+            if time.monotonic() - saved > save_every:
+                self.save()
+                saved = time.monotonic()
+        self._random = self._get_random()
+        self.save()
+        return self.progress.step == self.recipe.steps
+
+    def _span(self, stop: Callable[[int], bool]) -> None:
+        """Take a step, and more of them up to a round number, an evaluation, a growth or a stop."""
+        first, start = self.progress.step, self.clock()
+        if first == self._grows_at:
+            self._grow()
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        while True:
+            losses += self._step()
+            at = self.progress.step
+            if at % SPAN == 0 or at in self._evaluations or at == self._grows_at or stop(at):
+                break
+        self.progress.loss += float(losses)
+        seconds = self.clock() - start
+        self.progress.seconds += seconds
+        self.progress.spans.append(seconds / (self.progress.step - first))
+
+    def _step(self) -> Tensor:
+        batch = self.subject.data.batch(self.seed, self.progress.step, self.recipe.batch)
+        self.optimizer.zero_grad()
+        loss = self.subject.data.loss(self.model, batch)
+        loss.backward()
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.progress.step += 1
+        return loss.detach()
+
+    def _grow(self) -> None:
+        assert self.variant.grow is not None
+        self.model = self.variant.grow(self.model, self.optimizer).train()
+
+    def _evaluate(self) -> None:
+        self.model.eval()
+        metric = self.subject.data.metric(self.model, final=self.progress.step == self.recipe.steps)
+        self.model.train()
+        progress = self.progress
+        since = progress.step - int(progress.curve[-1]["step"] if progress.curve else 0)
+        point = {"step": progress.step, "seconds": progress.seconds, "loss": progress.loss / since, "metric": metric}
+        progress.curve.append(point)
+        progress.loss = 0.0
+
+    # ---- checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        return {"name": self.name, "recipe": dict(self.recipe.to_dict())}
+
+    def save(self) -> None:
+        """Write a checkpoint, beside the old one and then in its place."""
+        if self.path is None:
+            return
+        state = {
+            "identity": self._identity(),
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": self._get_random(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        torch.save(state, beside)
+        beside.replace(self.path)
+
+    def _load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["identity"] != self._identity():
+            raise ReplfxError(f"{path} is a checkpoint of {state['identity']}, not of {self._identity()}; move it away")
+        self.progress = Progress(**state["progress"])
+        if self._grows_at is not None and self.progress.step > self._grows_at:
+            self._grow()
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._random = state["random"]
+
+    def _get_random(self) -> list[Tensor]:
+        on_device = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+    def _set_random(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1].cpu(), self.device)
+
+    def forget(self) -> None:
+        """Remove the checkpoint of a run that has its record."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    # ---- what came out
+
+    def record(self, cost: Mapping[str, Any], stamps: Mapping[str, Any]) -> dict[str, Any]:
+        """All there is to say of a run that is at its end; plain JSON values.
+
+        Args:
+            cost: of a step, as `benchmarks.accuracy.costs` measures it.
+            stamps: versions and machine.
+
+        """
+        progress = self.progress
+        return {
+            "name": self.name,
+            "kind": "run",
+            "subject": self.subject.name,
+            "variant": self.variant.name,
+            "seed": self.seed,
+            "recipe": dict(self.recipe.to_dict()),
+            "metric": progress.curve[-1]["metric"],
+            "trainable_parameters": self.parameters,
+            "step_seconds": median(progress.spans),
+            "train_seconds": progress.seconds,
+            "clock": self.clock_name,
+            "peak_training_bytes": cost["peak_training_bytes"],
+            "curve": progress.curve,
+            "environment": dict(stamps),
+        }

@@ -1,0 +1,210 @@
+"""What is compared: the bounds, replfx with each operator and fusion, and the peers. Each is named by a text.
+
+    NAME[:OPTION=VALUE…]        removed     block+scalar:select=layer1.2,layer2.2     same-time:as=light+channel
+
+NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import replfx
+from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
+from benchmarks.accuracy.resnet import BasicBlock
+from replfx import ReplfxError
+
+Options = Mapping[str, str]
+Prepare = Callable[[nn.Module, Tensor], nn.Module]
+Grow = Callable[[nn.Module, Optimizer], nn.Module]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model is changed before it is trained, and perhaps once more on the way.
+
+    Attributes:
+        name: the text that it was read from.
+        prepare: (untouched model, example inputs) → the model to train.
+        grow: (model, its optimizer) → the model to train on from `grows_at` on; the optimizer is changed in place.
+        grows_at: share of the steps.
+        as_long_as: the variant whose total training time is not to be exceeded; None takes the recipe's steps.
+    """
+
+    name: str
+    prepare: Prepare
+    grow: Grow | None = None
+    grows_at: float = 0.5
+    as_long_as: str | None = None
+
+
+def variant_of(name: str) -> Variant:
+    """Read a variant from its name.
+
+    Raises:
+        ReplfxError: there is no such method, or it has no such option.
+
+    """
+    method, *given = name.split(":")
+    if method == "same-time":
+        other = name.partition(":as=")[2]
+        if not other:
+            raise ReplfxError(f"variant {name!r}: say as which other, as in same-time:as=removed")
+        variant_of(other)
+        return Variant(name, lambda model, example: model, as_long_as=other)
+    options: dict[str, str] = {}
+    for option in given:
+        key, _, value = option.partition("=")
+        options[key] = value
+    make = METHODS.get(method, _replfx if "+" in method else None)
+    if make is None:
+        raise ReplfxError(f"no variant {method!r}; there are {', '.join(METHODS)}, same-time and OPERATOR+FUSION")
+    try:
+        return make(name, options)
+    except (TypeError, ValueError) as error:
+        raise ReplfxError(f"variant {name!r}: {error}") from error
+
+
+def policy_of(options: Options) -> dict[str, Any]:
+    """The options of `replfx.transform` that say which blocks are replaced."""
+    policy: dict[str, Any] = {}
+    for key, value in options.items():
+        if key == "select":
+            policy[key] = value.split(",")
+        elif key == "every":
+            policy[key] = int(value)
+        elif key == "fraction":
+            policy[key] = float(value)
+        else:
+            raise ValueError(f"there is no option {key}; there are select, every, fraction")
+    return policy
+
+
+def chosen_blocks(model: nn.Module, example: Tensor, options: Options) -> list[str]:
+    """Paths of the blocks that replfx would replace, which the bounds and the peers act on too."""
+    return [r.path for r in replfx.plan(model, example, **policy_of(options)).replacements]
+
+
+def chosen_with_like(model: nn.Module, example: Tensor, options: Options) -> list[tuple[str, str]]:
+    """The same, each with the path of the neighbour whose parameters have its shapes, the one before if both have.
+
+    Raises:
+        ValueError: neither neighbour has them.
+
+    """
+    found = []
+    for r in replfx.plan(model, example, **policy_of(options)).replacements:
+        wanted = sharing.shapes(model.get_submodule(r.path))
+        like = [p for p in (r.previous, r.next) if p and sharing.shapes(model.get_submodule(p)) == wanted]
+        if not like:
+            raise ValueError(f"{r.path} has no neighbour with parameters of its shapes")
+        found.append((r.path, like[0]))
+    return found
+
+
+def all_blocks(model: nn.Module, example: Tensor) -> list[str]:
+    """Paths of all blocks of all chains."""
+    return [path for chain in replfx.inspect(model, example).chains for path in chain]
+
+
+# ---- the methods
+
+
+def _no_options(options: Options) -> None:
+    if options:
+        raise ValueError(f"it has no options, so not {', '.join(options)}")
+
+
+def _full(name: str, options: Options) -> Variant:
+    _no_options(options)
+    return Variant(name, lambda model, example: model)
+
+
+def _removed(name: str, options: Options) -> Variant:
+    policy_of(options)
+    return Variant(name, lambda model, example: removed(model, chosen_blocks(model, example, options)))
+
+
+def removed(model: nn.Module, paths: list[str]) -> nn.Module:
+    """Delete blocks; of one that changes its activation's shape the shortcut stays, which has no parameters."""
+    for path in paths:
+        block = model.get_submodule(path)
+        # Its shortcut's input is never negative, so that the ReLU after the sum has nothing left to do.
+        model.set_submodule(path, block.shortcut if isinstance(block, BasicBlock) else nn.Identity())
+    return model
+
+
+def _replfx(name: str, options: Options) -> Variant:
+    operator, _, fusion = name.partition(":")[0].partition("+")
+    rest = dict(options)
+    gradient = float(rest.pop("neighbour_gradient", 1.0))
+    unrolled = rest.pop("unroll", None)
+    policy = policy_of(rest)
+
+    def prepare(model: nn.Module, example: Tensor) -> nn.Module:
+        return replfx.transform(
+            model, example, operator=operator, fusion=fusion, neighbour_gradient=gradient, inplace=True, **policy
+        )
+
+    if unrolled is None:
+        return Variant(name, prepare)
+    return Variant(name, prepare, grow=replfx.unroll, grows_at=float(unrolled))
+
+
+def _rule2024(name: str, options: Options) -> Variant:
+    """The 2024 rule as published: two scalars a layer, one of every four layers (arXiv 2410.01239)."""
+    return replace(_replfx("block+scalar_layer", {"every": "4", **options}), name=name)
+
+
+def _stochastic_depth(name: str, options: Options) -> Variant:
+    last = dropping.survival(options, default=0.5)
+    return Variant(name, lambda model, example: dropping.stochastic_depth(model, all_blocks(model, example), last))
+
+
+def _layerdrop(name: str, options: Options) -> Variant:
+    kept = dropping.survival(options, default=0.8)
+    return Variant(name, lambda model, example: dropping.layerdrop(model, all_blocks(model, example), kept))
+
+
+def _sharing(name: str, options: Options) -> Variant:
+    if not options:
+        return Variant(name, lambda model, example: sharing.share_all(model, all_blocks(model, example)))
+    policy_of(options)
+    return Variant(
+        name,
+        lambda model, example: sharing.share_with_neighbours(model, chosen_with_like(model, example, options)),
+    )
+
+
+def _stacking(name: str, options: Options) -> Variant:
+    rest = dict(options)
+    at = float(rest.pop("at", 0.5))
+    policy_of(rest)
+    return Variant(
+        name,
+        lambda model, example: stacking.shallow(model, chosen_with_like(model, example, rest)),
+        grow=stacking.grown,
+        grows_at=at,
+    )
+
+
+def _checkpointing(name: str, options: Options) -> Variant:
+    _no_options(options)
+    return Variant(name, lambda model, example: checkpointing.checkpointed(model, all_blocks(model, example)))
+
+
+METHODS: dict[str, Callable[[str, Options], Variant]] = {
+    "full": _full,
+    "removed": _removed,
+    "rule2024": _rule2024,
+    "stochastic-depth": _stochastic_depth,
+    "layerdrop": _layerdrop,
+    "sharing": _sharing,
+    "stacking": _stacking,
+    "checkpointing": _checkpointing,
+}
