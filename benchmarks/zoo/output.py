@@ -16,6 +16,12 @@ HEADS = ("models", "replaced", "refused", "failed", *PEERS)
 SHOWN = 4
 """How many reasons of a refusal, or models of one failure, are written out."""
 
+INTRODUCTION = """\
+Which models can be transformed, and why not the others? `python -m benchmarks zoo` asks, and writes this page; what is
+asked of a model, and what the columns count, is said in [benchmarks/README.md](../benchmarks/README.md). A cell such as
+3/4 says that another tool works on 3 of the 4 models that it was given.
+"""
+
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -26,7 +32,7 @@ def write(records: Records, config: Mapping[str, object], folder: Path) -> list[
     environment = {"platform": f"{platform.system()} {platform.machine()}", "versions": _versions(records)}
     ordered = sorted(records, key=lambda record: (_source(record), record["family"], record["name"]))
     data.write_text(json.dumps({"config": config, "environment": environment, "results": ordered}, indent=1) + "\n")
-    text.write_text("\n".join(_markdown(ordered)) + "\n")
+    text.write_text("\n".join(_markdown(ordered, config)) + "\n")
     return [data, text]
 
 
@@ -40,8 +46,11 @@ def totals_table(records: Records) -> Table:
     return table
 
 
-def _markdown(records: Records) -> Iterator[str]:
+def _markdown(records: Records, config: Mapping[str, object]) -> Iterator[str]:
     yield "# Model zoo"
+    yield from ("", *INTRODUCTION.splitlines())
+    if config.get("peer_parameters"):
+        yield f"Models of over {config['peer_parameters']:,.0f} parameters were not given to the other tools."
     yield from ("", *_table("source", _totals(records)))
     for source, group in _groups(records, _source):
         yield from ("", f"## {source}", "")
