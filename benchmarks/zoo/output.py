@@ -57,6 +57,8 @@ def _markdown(records: Records, config: Mapping[str, object]) -> Iterator[str]:
         yield from _table("family", ((f, _cells(r)) for f, r in _groups(group, lambda record: record["family"])))
     failures = [record for record in records if record["status"] == "failure"]
     yield from ("", "## Failures", "")
+    if not failures:
+        yield "None."
     for reason, group in _groups(failures, lambda record: f"{record['stage']}: {record['error']}"):
         yield f"- {', '.join(record['name'] for record in group)}: {_code(reason)}"
     yield from ("", "## Refusals", "")
