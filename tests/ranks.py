@@ -14,9 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import replfx
+from replfx.state import fusion_layers
 from tests.reference import Stack
 from tests.strategies import Case
+from tests.test_property_functional import Regions
 from tests.test_property_heterogeneous import Drawn
 
 Gradients = dict[str, Tensor | None]
@@ -70,7 +71,7 @@ MODES: dict[str, Callable[[Stack], nn.Module]] = {
 }
 
 
-def work(rank: int, port: int, jobs: list[tuple[str, Case | Drawn, tuple[str, ...]]], folder: str) -> None:
+def work(rank: int, port: int, jobs: list[tuple[str, Case | Drawn | Regions, tuple[str, ...]]], folder: str) -> None:
     """Run every case in its modes; write what went wrong as JSON."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -101,7 +102,7 @@ def _check(
     single: Stack,
     history: list[Gradients],
     wrap: Callable[[Stack], nn.Module],
-    case: Case | Drawn,
+    case: Case | Drawn | Regions,
     rank: int,
 ) -> None:
     """Training on half of the batch a process, against one process with the whole batch."""
@@ -111,31 +112,31 @@ def _check(
             _compare(gradient, history[step][name], f"gradient {step} of {name}")
     for name, parameter in model.named_parameters():
         _compare(_whole_tensor(parameter), single.get_parameter(name), f"parameter {name}")
-    for path in replfx.report(single).replaced:  # also from outside of a forward pass, where all is sharded
+    for path in fusion_layers(single):  # also from outside of a forward pass, where all is sharded
         one, other = (m.get_submodule(path).synthesized() for m in (model, single))  # type: ignore[operator]
         for name, tensor in other.items():
             _compare(_whole_tensor(one[name]), tensor, f"synthesised {name}")
     assert list(model.state_dict()) == list(single.state_dict())
 
 
-def _train(wrapped: nn.Module, model: Stack, case: Case | Drawn, part: slice) -> Iterator[Gradients]:
+def _train(wrapped: nn.Module, model: Stack, case: Case | Drawn | Regions, part: slice) -> Iterator[Gradients]:
     """Two steps on a part of each batch; the gradients of each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(2):
         x, *extra = case.inputs(BATCH)
         x = x.detach() + step
-        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
         optimizer.zero_grad()
-        _loss(wrapped(x[part], *extra), weight[part]).backward()
+        _loss(wrapped(x[part], *extra), part).backward()
         yield {name: _whole_tensor(p.grad) for name, p in model.named_parameters()}
         optimizer.step()
 
 
-def _loss(result: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+def _loss(result: Tensor | tuple[Tensor, Tensor], part: slice) -> Tensor:
     """A mean over the batch, so that the mean over the processes is that over all."""
     if isinstance(result, tuple):
-        return _loss(result[0], weight) + result[1]
-    return (result * weight).sum() / len(result)
+        return _loss(result[0], part) + result[1]
+    weight = torch.randn(BATCH, *result.shape[1:], generator=torch.Generator().manual_seed(7), dtype=result.dtype)
+    return (result * weight[part]).sum() / len(result)
 
 
 def _whole_tensor(tensor: Tensor | None) -> Tensor | None:

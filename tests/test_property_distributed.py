@@ -12,19 +12,24 @@ from tests.ranks import MODES, RANKS, work
 from tests.reference import FAMILIES, Options
 from tests.reference.heterogeneous import Step
 from tests.strategies import FUSIONS, Case, Policy, fits
+from tests.test_property_functional import Regions, spec_of
 from tests.test_property_heterogeneous import Drawn
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
 
 
-def _jobs() -> list[tuple[str, Case | Drawn, tuple[str, ...]]]:
+def _jobs() -> list[tuple[str, Case | Drawn | Regions, tuple[str, ...]]]:
     """A transformer and a convolution network in everything; the other families with something of each."""
     modes = tuple(MODES)
     # A wider block with another kernel between two, and one of other heads: all that is read is aligned.
     units = (Step(4, 4), Step(4, 6, kernel=5), Step(6, 6), Step(6, 4, groups=2))
+    flat = (Step(4, 4), Step(4, 6, kernel=5), Step(6, 6), Step(6, 6))
+    whole = ("ddp", "fsdp_whole")  # no block of theirs is a module
     tokens = (Step(4, 4), Step(4, 6, heads=2, hidden=12), Step(6, 4, hidden=3))
-    found: list[tuple[str, Case | Drawn, tuple[str, ...]]] = [
+    found: list[tuple[str, Case | Drawn | Regions, tuple[str, ...]]] = [
         ("unlike_units", Drawn("units", units, neighbour_gradient=0.5, training=False), modes),
+        ("flat", Drawn("flat_conv_norm", flat, fusion="scalar", training=False), whole),
+        ("functional", Regions(spec_of("mlp", dropout=False), training=False), whole),
         ("unlike_tokens", Drawn("tokens", tokens, fusion="scalar", training=False), ("fsdp_by_block",)),
     ]
     for position, family in enumerate(FAMILIES):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import replfx
 from tests.reference.heterogeneous import KINDS, Step, build_stack, input_shape, reference_run, replaced_every, spots_of
@@ -289,7 +290,37 @@ def test_copies_casts_and_functional_calls(drawn: Drawn) -> None:
     assert_close(outputs(low, (drawn.inputs()[0].float(),))[0].detach().double(), before.detach(), "float32", 1e-3)
 
 
-# ---- compiled and exported
+# ---- checkpointed, compiled and exported
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.part, x, use_reentrant=False)
+        return y
+
+
+@FEW
+@given(drawn=drawn_stacks(operators=BOTH))
+def test_checkpointed(drawn: Drawn) -> None:
+    """Around each block, and in flat stacks around each layer: a fusion layer is where its first one was."""
+    model = drawn.transformed()
+    wanted, gradients = run(copy.deepcopy(model), drawn.inputs())
+    parts = dict(model.named_parameters())
+    holder = getattr(model, "blocks", None) or getattr(model, "features", model)
+    for name, part in list(holder._modules.items()):
+        if part is not model._modules.get("head"):
+            holder._modules[name] = _Checkpointed(part)
+    (x,) = drawn.inputs()
+    result = outputs(model, (x,))[0]
+    loss_of([result]).backward()
+    assert_close(result.detach(), wanted[0], "output")
+    for name, parameter in parts.items():
+        assert parameter.grad is not None, name
+        assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["units", "flat_conv_norm"])
