@@ -175,6 +175,57 @@ def test_the_report_says_that_it_became_a_graph() -> None:
     assert_unchanged(model, before)
 
 
+class Inside(nn.Module):
+    """Convolutions and norms that a submodule's forward calls one by one, in no container."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for i in range(5):
+                self.add_module(f"conv{i}", nn.Conv2d(4, 4, 3, padding=1, bias=False))
+                self.add_module(f"norm{i}", nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i in range(5):
+                x = x + getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)).relu()
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 1), self.Body(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_repeated_region_inside_of_one_modules_forward(measured: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Inside().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    made = replfx.transform(model, x if measured else None)
+    assert isinstance(made, fx.GraphModule)
+    replaced = [1, 3]
+    assert replfx.report(made).replaced == [f"@body.conv{i}.weight" for i in replaced]
+    randomize(made, 1)
+    expected = Inside().double()
+    state = {name: t for name, t in made.state_dict().items() if not name.startswith("replaced")}
+    for i in replaced:
+        layer = made.get_submodule(f"replaced_body_conv{i}_weight")
+        before, after = (made.get_parameter(f"body.conv{j}.weight") for j in (i - 1, i + 1))
+        a, b = layer.get_parameter("fusion.previous"), layer.get_parameter("fusion.next")
+        state[f"body.conv{i}.weight"] = a * before + b * after
+        norm = {name.partition("m1.")[2]: t for name, t in layer.state_dict().items() if ".m1." in name}
+        state.update({f"body.norm{i}.{name}": t for name, t in norm.items()})
+    expected.load_state_dict(state, strict=True)
+    plain = replfx.materialize(made)
+    assert plain.state_dict().keys() == expected.state_dict().keys()
+    for mode in (False, True):
+        wanted = expected.train(mode)(x)
+        assert_close(made.train(mode)(x), wanted, "output")
+        assert_close(plain.train(mode)(x), wanted, "output of the materialized one")
+
+
 # ---- 3: ways out
 
 
