@@ -25,7 +25,7 @@ from replfx.plans import Plan, has_regions
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture, check_has_weights, info_of
+from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_has_weights, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -92,7 +92,7 @@ def transform(
     policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
     _refuse_transformed(model)
     target = model if inplace else _copy(model)
-    graph = capture(target, example_inputs)
+    graph = capture_lazily(target, example_inputs)
     run_passes(graph, [FindChains(), policy])
     return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
 
@@ -121,7 +121,7 @@ def inspect(
     """
     policy = _policy(every, fraction, select, fusion, operator, 1.0, False)
     _refuse_transformed(model)
-    graph = capture(model, example_inputs)
+    graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains()])
     try:
         run_passes(graph, [policy])
@@ -137,7 +137,7 @@ def inspect(
     found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
     if example_inputs is None:
         return found
-    return replace(found, before=before, after=totals_of(capture(twin, example_inputs)))
+    return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
 
 
 def report(model: nn.Module) -> Report:
@@ -172,7 +172,7 @@ def plan(
     """
     policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
     _refuse_transformed(model)
-    graph = capture(model, example_inputs)
+    graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains(), policy])
     return plan_of(graph)
 
@@ -203,7 +203,7 @@ def apply(
     check_has_weights(model)
     target = model if inplace else _copy(model)
     if has_regions(plan):
-        graph = capture(target, example_inputs)
+        graph = capture_lazily(target, example_inputs)
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
         return _carry_out(graph, model, target, Inputs.of(example_inputs, model))

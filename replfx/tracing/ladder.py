@@ -22,7 +22,7 @@ from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
 from replfx.tree import shapes_in, tensors_in
 
-__all__ = ["capture", "ghost_of"]
+__all__ = ["capture", "capture_lazily", "ghost_of"]
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
@@ -50,6 +50,18 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
         >>> graph = replfx.capture(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224))
         >>> sum(n.meta["replfx"].flops for n in graph.graph.nodes if "replfx" in n.meta)
         3628146688
+    """
+    lazy = capture_lazily(model, example_inputs)
+    root = info_of(lazy).root
+    graph_module = fx.GraphModule(root, lazy.graph, type(root).__name__)
+    graph_module.meta.update(lazy.meta)
+    return graph_module
+
+
+def capture_lazily(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+    """Capture as `capture` does; Python code is generated only when the graph is run.
+
+    For passes: torch.fx generates and compiles the code of the whole graph after each, for nobody.
     """
     check_has_weights(model)
     inputs = Inputs.of(example_inputs, model)
@@ -94,6 +106,7 @@ def _measured(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModul
 def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
     """The first rung, with inputs to measure on."""
     graph_module, root = _symbolic(model, inputs, traces)
+    _sweep(traces)
     _measure(graph_module, root, model, inputs, traces)
     return graph_module
 
@@ -103,6 +116,7 @@ def _measure(
 ) -> None:
     """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output, same costs."""
     expected = _fake_run(model, inputs, traces)
+    _sweep(traces)
     mode, ghost, fakes = ghost_of(root, inputs, traces)
     with mode, torch.enable_grad():
         by_name = _bind_to_placeholders(graph_module, model, fakes)
@@ -113,6 +127,11 @@ def _measure(
         raise CaptureError(f"the symbolic graph gives {actual}, the model {expected}")
     info = info_of(graph_module)
     info.measured, info.outputs = True, shapes_in(output)
+
+
+def _sweep(traces: Traces | None) -> None:
+    if traces is not None:
+        traces.sweep()
 
 
 def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[object, ...]:

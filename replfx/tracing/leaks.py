@@ -31,7 +31,7 @@ _DEPTH = 4  # containers between a cache and a tensor in it
 class Traces:
     """Knows what a dry run made, and the namespaces as they were before it.
 
-    From its making until `close`, Python's cyclic garbage collector is off.
+    From its making until `close`, Python's cyclic garbage collector is off, but for `sweep`.
 
     Args:
         model: the classes of its modules are looked after.
@@ -62,6 +62,10 @@ class Traces:
         for leaf in (value,) if isinstance(value, torch.Tensor | Proxy) else pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor | Proxy):
                 self._made.append(weakref.ref(leaf))
+
+    def sweep(self) -> None:
+        """Let go of the circles that a part of the dry run has left: each is as large as the model's graph."""
+        gc.collect(0)
 
     def _alive(self) -> list[Any]:
         return [value for ref in self._made if (value := ref()) is not None]
@@ -153,8 +157,8 @@ def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
 
 
 def _collect_young() -> None:
-    """Circles among what was made during the dry run: the collector was off, so all of it is young."""
-    gc.collect(0)
+    """Circles among what was made during the dry run: it was swept at most, so all of it is young."""
+    gc.collect(1)
 
 
 def _is_link(value: object) -> bool:
