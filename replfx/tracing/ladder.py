@@ -106,7 +106,6 @@ def _measured(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModul
 def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
     """The first rung, with inputs to measure on."""
     graph_module, root = _symbolic(model, inputs, traces)
-    _sweep(traces)
     _measure(graph_module, root, model, inputs, traces)
     return graph_module
 
@@ -116,7 +115,6 @@ def _measure(
 ) -> None:
     """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output, same costs."""
     expected = _fake_run(model, inputs, traces)
-    _sweep(traces)
     mode, ghost, fakes = ghost_of(root, inputs, traces)
     with mode, torch.enable_grad():
         by_name = _bind_to_placeholders(graph_module, model, fakes)
@@ -127,11 +125,6 @@ def _measure(
         raise CaptureError(f"the symbolic graph gives {actual}, the model {expected}")
     info = info_of(graph_module)
     info.measured, info.outputs = True, shapes_in(output)
-
-
-def _sweep(traces: Traces | None) -> None:
-    if traces is not None:
-        traces.sweep()
 
 
 def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[object, ...]:

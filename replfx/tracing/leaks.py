@@ -25,21 +25,23 @@ __all__ = ["Traces"]
 _LRU: type[Any] = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (tuple, list, dict, set)
 _CLOSED = (type, types.ModuleType, torch.Tensor, nn.Module, str, bytes, int, float, bool, type(None))
+_YOUNG, _NEVER = 50_000, 2**31 - 1  # objects: circles of a trace are as large as the model's graph, if they add up
 _DEPTH = 4  # containers between a cache and a tensor in it
 
 
 class Traces:
     """Knows what a dry run made, and the namespaces as they were before it.
 
-    From its making until `close`, Python's cyclic garbage collector is off, but for `sweep`.
+    From its making until `close`, Python's cyclic garbage collector leaves old objects alone, so that what was made
+    meanwhile stays young and can be asked for without the rest.
 
     Args:
         model: the classes of its modules are looked after.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._collecting = gc.isenabled()
-        gc.disable()
+        self._thresholds = gc.get_threshold()
+        gc.set_threshold(_YOUNG, _NEVER, _NEVER)
         self._made: list[weakref.ref[Any]] = []
         self._namespaces: list[tuple[Any, dict[str, Any]]] = []
         for cls in {base for module in model.modules() for base in type(module).__mro__}:
@@ -54,18 +56,13 @@ class Traces:
         try:
             self.clear()
         finally:
-            if self._collecting:
-                gc.enable()
+            gc.set_threshold(*self._thresholds)
 
     def note(self, value: object) -> None:
         """The dry run made it."""
         for leaf in (value,) if isinstance(value, torch.Tensor | Proxy) else pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor | Proxy):
                 self._made.append(weakref.ref(leaf))
-
-    def sweep(self) -> None:
-        """Let go of the circles that a part of the dry run has left: each is as large as the model's graph."""
-        gc.collect(0)
 
     def _alive(self) -> list[Any]:
         return [value for ref in self._made if (value := ref()) is not None]
@@ -157,7 +154,7 @@ def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
 
 
 def _collect_young() -> None:
-    """Circles among what was made during the dry run: it was swept at most, so all of it is young."""
+    """Circles among what was made during the dry run: it is in the first two generations."""
     gc.collect(1)
 
 
