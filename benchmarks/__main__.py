@@ -6,10 +6,11 @@ import argparse
 import sys
 
 from benchmarks import step
+from benchmarks.scale import command as scale
 from benchmarks.zoo import command as zoo
 from replfx import ReplfxError
 
-COMMANDS = {"step": step, "zoo": zoo}
+COMMANDS = {"step": step, "scale": scale, "zoo": zoo}
 
 
 def main(argv: list[str] | None = None) -> int:
