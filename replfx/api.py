@@ -26,7 +26,7 @@ from replfx.plans import Plan, has_regions, keeping
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture, check_has_weights, info_of
+from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_has_weights, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -128,7 +128,7 @@ def inspect(
     """
     policy = _policy(every, fraction, select, fusion, operator, 1.0, False)
     _refuse_transformed(model)
-    graph = capture(model, example_inputs)
+    graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains()])
     try:
         run_passes(graph, [policy])
@@ -145,7 +145,7 @@ def inspect(
     if example_inputs is None:
         return found
     try:
-        return replace(found, before=before, after=totals_of(capture(twin, example_inputs)))
+        return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
     except CaptureError as error:  # the original ran
         notes = [*draft.notes, f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"]
         blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
@@ -213,7 +213,7 @@ def apply(
     check_has_weights(model)
     target = model if inplace else _copy(model)
     if has_regions(plan):
-        graph = capture(target, example_inputs)
+        graph = capture_lazily(target, example_inputs)
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
         return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
@@ -229,7 +229,7 @@ def apply(
 
 def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:
     """A captured graph with the plan of the policy in its meta."""
-    graph = capture(model, example_inputs)
+    graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains(), policy])
     return graph
 

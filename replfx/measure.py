@@ -255,15 +255,17 @@ def interleaved_times(
     *,
     warmup: int = 2,
     on_round: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = timer,
 ) -> dict[str, Sample]:
     """Time the steps in turn, A B C A B C …, so that a slow spell of the machine meets all of them.
 
     Args:
-        steps: name → one training step. They run on whatever device they use; the clock is
-            ``torch.utils.benchmark.timer``, which waits for the accelerator where there is one.
+        steps: name → one training step. They run on whatever device they use.
         repeats: how often each is timed.
         warmup: how often each runs untimed before.
         on_round: called after every round, timed or not; for a progress bar.
+        clock: gives seconds; the default is ``torch.utils.benchmark.timer``, which waits for the accelerator
+            where there is one.
 
     Returns:
         name → seconds a step.
@@ -278,18 +280,18 @@ def interleaved_times(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            seconds[name].append(_seconds(step))
+            seconds[name].append(_seconds(step, clock))
         on_round()
     return {name: Sample(tuple(values)) for name, values in seconds.items()}
 
 
-def _seconds(step: Callable[[], object]) -> float:
+def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
     collecting = gc.isenabled()
     gc.disable()  # a collection that one step happens to trigger is not that step's cost
     try:
-        start = timer()
+        start = clock()
         step()
-        return timer() - start
+        return clock() - start
     finally:
         if collecting:
             gc.enable()

@@ -2,7 +2,7 @@
 
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
-from replfx.tracing.ladder import capture, ghost_of
+from replfx.tracing.ladder import capture, capture_lazily, ghost_of
 
 __all__ = [
     "CaptureInfo",
@@ -11,6 +11,7 @@ __all__ = [
     "Inputs",
     "ModuleCall",
     "capture",
+    "capture_lazily",
     "check_has_weights",
     "ghost_of",
     "info_of",

@@ -22,7 +22,7 @@ from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
 from replfx.tree import shapes_in, tensors_in
 
-__all__ = ["capture", "ghost_of"]
+__all__ = ["capture", "capture_lazily", "ghost_of"]
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
@@ -50,6 +50,18 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
         >>> graph = replfx.capture(torchvision.models.resnet18(), torch.rand(1, 3, 224, 224))
         >>> sum(n.meta["replfx"].flops for n in graph.graph.nodes if "replfx" in n.meta)
         3628146688
+    """
+    lazy = capture_lazily(model, example_inputs)
+    root = info_of(lazy).root
+    graph_module = fx.GraphModule(root, lazy.graph, type(root).__name__)
+    graph_module.meta.update(lazy.meta)
+    return graph_module
+
+
+def capture_lazily(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+    """Capture as `capture` does; Python code is generated only when the graph is run.
+
+    For passes: torch.fx generates and compiles the code of the whole graph after each, for nobody.
     """
     check_has_weights(model)
     inputs = Inputs.of(example_inputs, model)

@@ -25,21 +25,23 @@ __all__ = ["Traces"]
 _LRU: type[Any] = type(functools.lru_cache(lambda: None))
 _CONTAINERS = (tuple, list, dict, set)
 _CLOSED = (type, types.ModuleType, torch.Tensor, nn.Module, str, bytes, int, float, bool, type(None))
+_YOUNG, _NEVER = 50_000, 2**31 - 1  # objects: circles of a trace are as large as the model's graph, if they add up
 _DEPTH = 4  # containers between a cache and a tensor in it
 
 
 class Traces:
     """Knows what a dry run made, and the namespaces as they were before it.
 
-    From its making until `close`, Python's cyclic garbage collector is off.
+    From its making until `close`, Python's cyclic garbage collector leaves old objects alone, so that what was made
+    meanwhile stays young and can be asked for without the rest.
 
     Args:
         model: the classes of its modules are looked after.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._collecting = gc.isenabled()
-        gc.disable()
+        self._thresholds = gc.get_threshold()
+        gc.set_threshold(_YOUNG, _NEVER, _NEVER)
         self._made: list[weakref.ref[Any]] = []
         self._namespaces: list[tuple[Any, dict[str, Any]]] = []
         for cls in {base for module in model.modules() for base in type(module).__mro__}:
@@ -54,8 +56,7 @@ class Traces:
         try:
             self.clear()
         finally:
-            if self._collecting:
-                gc.enable()
+            gc.set_threshold(*self._thresholds)
 
     def note(self, value: object) -> None:
         """The dry run made it."""
@@ -153,8 +154,8 @@ def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
 
 
 def _collect_young() -> None:
-    """Circles among what was made during the dry run: the collector was off, so all of it is young."""
-    gc.collect(0)
+    """Circles among what was made during the dry run: it is in the first two generations."""
+    gc.collect(1)
 
 
 def _is_link(value: object) -> bool:

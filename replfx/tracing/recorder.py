@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import base_types
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -464,7 +465,7 @@ def _graph_module(root: nn.Module, recorder: Recorder) -> fx.GraphModule:
         root.register_buffer(name, tensor, persistent=False)
     for target, training in recorder.flags.items():
         set_submodule(root, target, training_flag(training))
-    graph_module = fx.GraphModule(root, recorder.graph, type(root).__name__)
+    graph_module = _LazyGraphModule(root, recorder.graph, type(root).__name__)
     graph_module.meta["replfx"] = CaptureInfo(
         "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True
     )

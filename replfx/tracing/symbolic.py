@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.proxy import ParameterProxy, Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -357,7 +358,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     for node in reversed(graph.nodes):
         if node.op == "call_module" and str(node.target).endswith("training_flag") and not node.users:
             graph.erase_node(node)
-    graph_module = fx.GraphModule(root, graph, type(root).__name__)
+    graph_module = _LazyGraphModule(root, graph, type(root).__name__)
     alive = set(graph.nodes)
     notes = [
         f"`{p or type(root).__name__}` branches on `training`: captured as it is now" for p in sorted(tracer.branched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import replfx
 from replfx import Choice, FusionLayer
 from replfx.passes import FindChains, InsertFusion, SelectBlocks, plan_of, run_passes
 from replfx.structure import structural_copy
+from replfx.tracing import info_of
 from tests.models import GPT, ConvNet, Mlp, tower
 from tests.passes.test_find_chains import WithExtras
 from tests.tracing.test_ladder import Stop
@@ -135,3 +137,20 @@ def test_the_plan_is_carried_out_on_a_structural_copy_too() -> None:
     run_passes(graph, [InsertFusion(twin)])
     assert not any(isinstance(m, FusionLayer) for m in model.modules())
     assert sum(isinstance(m, FusionLayer) for m in twin.modules()) == 2
+
+
+def test_a_graph_of_many_regions_can_be_copied() -> None:
+    class Weights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.ParameterList(torch.eye(4) for _ in range(256))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for w in self.w:
+                x = torch.relu(x @ w)
+            return x
+
+    graph = replfx.capture(Weights())
+    passes = [FindChains(), SelectBlocks(every=2), InsertFusion(info_of(graph).root)]
+    result = run_passes(graph, passes).graph_module
+    assert torch.equal(copy.deepcopy(result)(X), result(X))

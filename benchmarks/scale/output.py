@@ -1,0 +1,282 @@
+"""The figures of the pass as tables, as Markdown, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.scale.subjects import TOWERS
+from benchmarks.scale.trial import PHASES, Memory, Timing
+from replfx.measure import MIB, Sample, pairwise_ratios
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Growth", "ModelRow", "slope", "tables", "write"]
+
+HEADS = (
+    "model",
+    "inputs",
+    "capture",
+    "replaced",
+    "step, s",
+    "transform, s",
+    "transform / step",
+    "capture … insert / step",
+    "extra, MiB",
+    "% of model",
+)
+GROWTH_HEADS = (
+    "tower",
+    "inputs",
+    "capture",
+    "blocks",
+    "transform, s",
+    "ms / block",
+    "slope",
+    "steepest phase",
+)
+
+
+def slope(seconds: Mapping[int, float]) -> float:
+    """The exponent p of the power law t = c·nᵖ that fits best: least squares of log t over log n.
+
+    Args:
+        seconds: n → t; two and more, all above zero.
+
+    """
+    return statistics.linear_regression([math.log(n) for n in seconds], [math.log(t) for t in seconds.values()]).slope
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """The cost of the pass on one model, with or without example inputs."""
+
+    model: str
+    inputs: bool
+    timing: Timing
+    memory: Memory
+
+    @property
+    def in_steps(self) -> Sample:
+        """`transform` over a training step, round by round."""
+        assert self.timing.step is not None
+        return pairwise_ratios({"transform": self.timing.transform, "step": self.timing.step}, "step")["transform"]
+
+    def phase_in_steps(self, phase: str) -> float:
+        """The median of a phase over that of a step."""
+        assert self.timing.step is not None
+        return self.timing.phases[phase].median / self.timing.step.median
+
+    @property
+    def passes_in_steps(self) -> float:
+        """Capture, chains, plan and insertion, without copying and verifying, over a training step."""
+        return sum(map(self.phase_in_steps, ("capture", "find chains", "select", "insert")))
+
+    @property
+    def share(self) -> float:
+        """Peak extra memory over the model's bytes."""
+        return self.memory.extra_bytes / self.memory.model_bytes
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures, ready for JSON."""
+        return {
+            "model": self.model,
+            "inputs": self.inputs,
+            **self.timing.to_dict(),
+            "transform_over_step": self.in_steps.to_dict(),
+            "passes_over_step": self.passes_in_steps,
+            **asdict(self.memory),
+            "extra_over_model": self.share,
+        }
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The cost of the pass on one kind of tower, by the number of blocks."""
+
+    tower: str
+    inputs: bool
+    timings: dict[int, Timing]
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Blocks → seconds of `transform`."""
+        return {blocks: timing.transform.median for blocks, timing in self.timings.items()}
+
+    @property
+    def slope(self) -> float:
+        """See `slope`; of `transform` as a whole."""
+        return slope(self.seconds)
+
+    @property
+    def phase_slopes(self) -> dict[str, float]:
+        """The same of each phase."""
+        return {
+            phase: slope({blocks: timing.phases[phase].median for blocks, timing in self.timings.items()})
+            for phase in PHASES
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures, ready for JSON."""
+        return {
+            "tower": self.tower,
+            "inputs": self.inputs,
+            "slope": self.slope,
+            "phase_slopes": self.phase_slopes,
+            "blocks": {blocks: timing.to_dict() for blocks, timing in self.timings.items()},
+        }
+
+
+# ---- tables
+
+
+def _inputs(given: bool) -> str:
+    return "with" if given else "without"
+
+
+def _model_cells(row: ModelRow) -> list[str]:
+    assert row.timing.step is not None
+    return [
+        row.model,
+        _inputs(row.inputs),
+        row.timing.capture,
+        f"{row.timing.replaced:,}",
+        f"{row.timing.step.median:.2f}",
+        f"{row.timing.transform.median:.2f}",
+        f"{row.in_steps.median:.2f}",
+        f"{row.passes_in_steps:.2f}",
+        f"{row.memory.extra_bytes / MIB:.0f}",
+        f"{100 * row.share:.1f}",
+    ]
+
+
+def _growth_cells(growth: Growth) -> list[str]:
+    first, *_, last = growth.seconds
+    steepest = max(growth.phase_slopes.items(), key=lambda item: item[1])
+    return [
+        growth.tower,
+        _inputs(growth.inputs),
+        growth.timings[last].capture,
+        f"{first:,} … {last:,}",
+        f"{growth.seconds[first]:.2f} … {growth.seconds[last]:.1f}",
+        f"{1e3 * growth.seconds[last] / last:.1f}",
+        f"{growth.slope:.2f}",
+        f"{steepest[0]} {steepest[1]:.2f}",
+    ]
+
+
+def _grids(
+    models: Sequence[ModelRow], growths: Sequence[Growth]
+) -> Iterator[tuple[Sequence[str], list[list[str]], int]]:
+    """Heads, rows, and how many columns are words."""
+    if models:
+        yield HEADS, [_model_cells(row) for row in models], 3
+    if growths:
+        yield GROWTH_HEADS, [_growth_cells(growth) for growth in growths], 3
+
+
+def tables(models: Sequence[ModelRow], growths: Sequence[Growth]) -> Iterator[Table]:
+    """Lay the figures out for the terminal."""
+    for heads, rows, words in _grids(models, growths):
+        table = Table(box=None, pad_edge=False)
+        for index, head in enumerate(heads):
+            table.add_column(head.replace(" ", "\n"), justify="left" if index < words else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        yield table
+
+
+def write(
+    models: Sequence[ModelRow],
+    growths: Sequence[Growth],
+    config: Mapping[str, object],
+    environment: Mapping[str, object],
+    folder: Path,
+) -> list[Path]:
+    """Write ``scale.json``, ``scale.md`` and ``scale.png`` to the folder; returns where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text, picture = (folder / f"scale.{ending}" for ending in ("json", "md", "png"))
+    record = {
+        "config": config,
+        "environment": environment,
+        "models": [row.to_dict() for row in models],
+        "growth": [growth.to_dict() for growth in growths],
+    }
+    data.write_text(json.dumps(record, indent=2) + "\n")
+    text.write_text("\n".join(_markdown(*grid) for grid in _grids(models, growths)))
+    _plot(models, growths, picture)
+    return [data, text, picture]
+
+
+def _markdown(heads: Sequence[str], rows: list[list[str]], words: int) -> str:
+    lines = [heads, ["---"] * words + ["---:"] * (len(heads) - words), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# ---- plot
+
+
+def _plot(models: Sequence[ModelRow], growths: Sequence[Growth], path: Path) -> None:
+    """Plot growth with and without inputs, log–log, and what the phases cost in steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    for ax, inputs in zip(axes, (True, False), strict=False):
+        _plot_growth(ax, [growth for growth in growths if growth.inputs is inputs])
+        ax.set_title(f"transform {_inputs(inputs)} example inputs")
+    axes[1].sharey(axes[0])
+    _plot_steps(axes[2], models)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_growth(ax: Axes, growths: Sequence[Growth]) -> None:
+    ax.set(xscale="log", yscale="log", xlabel="blocks", ylabel="CPU seconds")
+    ax.grid(which="major", alpha=0.3)
+    towers = list(TOWERS)
+    for growth in growths:
+        kind = towers.index(growth.tower)
+        ax.plot(
+            *zip(*growth.seconds.items(), strict=True),
+            marker="os^D"[kind],
+            color=f"C{kind}",
+            label=f"{growth.tower}: slope {growth.slope:.2f}",
+        )
+    if not growths:
+        return
+    heights = list(growths[0].seconds)
+    start = 0.6 * min(growth.seconds[heights[0]] for growth in growths)
+    for power, style in ((1.0, ":"), (1.1, "--")):
+        line = [start * (n / heights[0]) ** power for n in heights]
+        ax.plot(heights, line, style, color="gray", linewidth=1, label=f"slope {power:.1f}")
+    ax.set_xticks(heights, [f"{n:,}" for n in heights])
+    ax.minorticks_off()
+    ax.legend(fontsize="small")
+
+
+def _plot_steps(ax: Axes, models: Sequence[ModelRow]) -> None:
+    for place, row in enumerate(models):
+        left = 0.0
+        for index, phase in enumerate(PHASES):
+            width = row.phase_in_steps(phase)
+            ax.barh(place, width, left=left, color=f"C{index}", label=phase if place == 0 else None)
+            left += width
+        ax.annotate(f" {row.in_steps.median:.2f}", (left, place), va="center", fontsize="small")
+    ax.set(title="in training steps of the model (figures: transform as a whole)", xlabel="CPU time / that of a step")
+    ax.set_yticks(range(len(models)), [f"{row.model}, {_inputs(row.inputs)}" for row in models])
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="x", alpha=0.3)
+    if models:
+        ax.legend(fontsize="small")
