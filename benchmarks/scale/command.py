@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.scale.output import Growth, ModelRow, tables, write
+from benchmarks.scale.output import Growth, ModelRow, Results, tables, write
 from benchmarks.scale.subjects import BATCH, MODELS, TOWERS
 from benchmarks.scale.trial import Job, memory_of, time_model, time_tower
 from replfx import ReplfxError
@@ -46,30 +46,31 @@ def run(args: argparse.Namespace) -> int:
         raise ReplfxError(f"--only: no {', '.join(unknown)}; there are {', '.join((*MODELS, *TOWERS))}")
     repeats = args.repeats or (1 if args.quick else 3)
     heights = (4, 8, 16) if args.quick else HEIGHTS
+    results = Results(
+        config={"repeats": repeats, "quick": args.quick, "batch": BATCH},
+        environment=environment(torch.device("cpu")) | {"threads": 1},  # that of the processes that measure
+    )
     console = Console()
     with Progress(console=console) as progress:
-        models = list(progress.track(_models(args, repeats), _count(args.only, MODELS), description="models"))
-        growths = list(
-            progress.track(_growths(args, repeats, heights), _count(args.only, TOWERS), description="growth")
-        )
-    for table in tables(models, growths):
+        rows = _rows(args, repeats, heights)
+        for row in progress.track(rows, _count(args.only), description="models and towers"):
+            results.add(row)
+            paths = write(results, args.out)  # after each: a run that is cut short leaves what it has measured
+    for table in tables(results):
         console.print(table)
-    config = {
-        "repeats": repeats,
-        "quick": args.quick,
-        "batch": BATCH,
-        "models": {row.model: MODELS[row.model].about for row in models},
-        "towers": {growth.tower: TOWERS[growth.tower].about for growth in growths},
-    }
-    described = environment(torch.device("cpu")) | {"threads": 1}  # that of the processes that measure
-    for path in write(models, growths, config, described, args.out):
+    for path in paths:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
 
-def _count(names: list[str], subjects: object) -> int:
-    assert isinstance(subjects, dict)
-    return sum(1 + subjects[name].symbolic for name in names if name in subjects)
+def _count(names: list[str]) -> int:
+    subjects = {**MODELS, **TOWERS}
+    return sum(1 + subjects[name].symbolic for name in names)
+
+
+def _rows(args: argparse.Namespace, repeats: int, heights: tuple[int, ...]) -> Iterator[ModelRow | Growth]:
+    yield from _models(args, repeats)
+    yield from _growths(args, repeats, heights)
 
 
 def _models(args: argparse.Namespace, repeats: int) -> Iterator[ModelRow]:

@@ -6,21 +6,21 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.scale.subjects import TOWERS
+from benchmarks.scale.subjects import MODELS, TOWERS
 from benchmarks.scale.trial import PHASES, Memory, Timing
 from replfx.measure import MIB, Sample, pairwise_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Growth", "ModelRow", "slope", "tables", "write"]
+__all__ = ["Growth", "ModelRow", "Results", "slope", "tables", "write"]
 
 HEADS = (
     "model",
@@ -28,18 +28,19 @@ HEADS = (
     "capture",
     "replaced",
     "step, s",
-    "transform, s",
-    "transform / step",
-    "capture … insert / step",
+    "whole, s",
+    "whole / step",
+    "passes / step",
     "extra, MiB",
     "% of model",
 )
+CAPTION = "whole: replfx.transform. passes: capture, chains, plan, insertion. extra: peak memory beyond a copy"
 GROWTH_HEADS = (
     "tower",
     "inputs",
     "capture",
     "blocks",
-    "transform, s",
+    "whole, s",
     "ms / block",
     "slope",
     "steepest phase",
@@ -136,6 +137,34 @@ class Growth:
         }
 
 
+@dataclass
+class Results:
+    """What a run has measured so far, with its settings and its machine."""
+
+    config: Mapping[str, object]
+    environment: Mapping[str, object]
+    models: list[ModelRow] = field(default_factory=list)
+    growths: list[Growth] = field(default_factory=list)
+
+    def add(self, row: ModelRow | Growth) -> None:
+        """Put a row with its like."""
+        if isinstance(row, ModelRow):
+            self.models.append(row)
+        else:
+            self.growths.append(row)
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures and what the subjects are, ready for JSON."""
+        models = {row.model: MODELS[row.model].about for row in self.models}
+        towers = {growth.tower: TOWERS[growth.tower].about for growth in self.growths}
+        return {
+            "config": {**self.config, "models": models, "towers": towers},
+            "environment": self.environment,
+            "models": [row.to_dict() for row in self.models],
+            "growth": [growth.to_dict() for growth in self.growths],
+        }
+
+
 # ---- tables
 
 
@@ -174,20 +203,18 @@ def _growth_cells(growth: Growth) -> list[str]:
     ]
 
 
-def _grids(
-    models: Sequence[ModelRow], growths: Sequence[Growth]
-) -> Iterator[tuple[Sequence[str], list[list[str]], int]]:
+def _grids(results: Results) -> Iterator[tuple[Sequence[str], list[list[str]], int]]:
     """Heads, rows, and how many columns are words."""
-    if models:
-        yield HEADS, [_model_cells(row) for row in models], 3
-    if growths:
-        yield GROWTH_HEADS, [_growth_cells(growth) for growth in growths], 3
+    if results.models:
+        yield HEADS, [_model_cells(row) for row in results.models], 3
+    if results.growths:
+        yield GROWTH_HEADS, [_growth_cells(growth) for growth in results.growths], 3
 
 
-def tables(models: Sequence[ModelRow], growths: Sequence[Growth]) -> Iterator[Table]:
+def tables(results: Results) -> Iterator[Table]:
     """Lay the figures out for the terminal."""
-    for heads, rows, words in _grids(models, growths):
-        table = Table(box=None, pad_edge=False)
+    for heads, rows, words in _grids(results):
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=CAPTION, caption_justify="left")
         for index, head in enumerate(heads):
             table.add_column(head.replace(" ", "\n"), justify="left" if index < words else "right", overflow="fold")
         for row in rows:
@@ -195,25 +222,13 @@ def tables(models: Sequence[ModelRow], growths: Sequence[Growth]) -> Iterator[Ta
         yield table
 
 
-def write(
-    models: Sequence[ModelRow],
-    growths: Sequence[Growth],
-    config: Mapping[str, object],
-    environment: Mapping[str, object],
-    folder: Path,
-) -> list[Path]:
+def write(results: Results, folder: Path) -> list[Path]:
     """Write ``scale.json``, ``scale.md`` and ``scale.png`` to the folder; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text, picture = (folder / f"scale.{ending}" for ending in ("json", "md", "png"))
-    record = {
-        "config": config,
-        "environment": environment,
-        "models": [row.to_dict() for row in models],
-        "growth": [growth.to_dict() for growth in growths],
-    }
-    data.write_text(json.dumps(record, indent=2) + "\n")
-    text.write_text("\n".join(_markdown(*grid) for grid in _grids(models, growths)))
-    _plot(models, growths, picture)
+    data.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    text.write_text("\n".join([*(_markdown(*grid) for grid in _grids(results)), f"{CAPTION}.\n"]))
+    _plot(results.models, results.growths, picture)
     return [data, text, picture]
 
 
