@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _count(names: list[str]) -> int:
-    subjects = {**MODELS, **TOWERS}
-    return sum(1 + subjects[name].symbolic for name in names)
+    symbolic = {name: subject.symbolic for name, subject in (*MODELS.items(), *TOWERS.items())}
+    return sum(1 + symbolic[name] for name in names)
 
 
 def _rows(args: argparse.Namespace, repeats: int, heights: tuple[int, ...]) -> Iterator[ModelRow | Growth]:
