@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.scale.output import Growth, ModelRow, Results, tables, write
-from benchmarks.scale.subjects import BATCH, MODELS, TOWERS
+from benchmarks.scale.subjects import BATCH, MODELS, TOWERS, Model, Tower
 from benchmarks.scale.trial import Job, memory_of, time_model, time_tower
 from replfx import ReplfxError
 from replfx.measure import environment
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _count(names: list[str]) -> int:
-    symbolic = {name: subject.symbolic for name, subject in (*MODELS.items(), *TOWERS.items())}
-    return sum(1 + symbolic[name] for name in names)
+    subjects: dict[str, Model | Tower] = {**MODELS, **TOWERS}
+    return sum(1 + subjects[name].symbolic for name in names)
 
 
 def _rows(args: argparse.Namespace, repeats: int, heights: tuple[int, ...]) -> Iterator[ModelRow | Growth]:
