@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import ReadFromOutsideError, VerifyError
@@ -41,15 +42,15 @@ class Verify(PassBase):
         model = graph_module if self.model is None else self.model
         _check_synthesis(model)
         if self.inputs is not None:
-            self._check_run(graph_module, model, self.inputs)
-            self._check_other_mode(model, self.inputs)
+            rehearsal = _Rehearsal(model, self.inputs)
+            self._check_run(graph_module, model, rehearsal.run(model.training))
+            self._check_other_mode(rehearsal.run(not model.training), not model.training)
         return PassResult(graph_module, False)
 
-    def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> None:
-        after = _dry_run(model, inputs)
+    def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception") -> None:
         if after == _Run(info_of(graph_module).outputs, frozenset()):
             return
-        before = _dry_run(self.original, inputs)
+        before = self._before(self.original.training)
         if isinstance(before, Exception):  # the capture ran the model for real for the same reason
             info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
             return
@@ -63,11 +64,13 @@ class Verify(PassBase):
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
 
-    def _check_other_mode(self, model: nn.Module, inputs: Inputs) -> None:
-        training = not model.training
-        after = _dry_run(model, inputs, training=training)
-        if isinstance(after, Exception) and isinstance(_dry_run(self.original, inputs, training=training), _Run):
+    def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
+        if isinstance(after, Exception) and isinstance(self._before(training), _Run):
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
+
+    def _before(self, training: bool) -> "_Run | Exception":
+        assert self.inputs is not None
+        return _Rehearsal(self.original, self.inputs).run(training)
 
 
 def _broken(error: Exception, when: str = "") -> VerifyError:
@@ -104,25 +107,37 @@ def _check_synthesis(model: nn.Module) -> None:
                 raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 
-def _dry_run(model: nn.Module, inputs: Inputs, *, training: bool | None = None) -> _Run | Exception:
-    """Run forward and backward under fake tensors, in this mode or in the model's own; where that fails, the error."""
-    found: dict[str, list[str]] = {}
-    try:
-        mode, ghost, fakes = ghost_of(model, inputs)
-        ghost = ghost if training is None else ghost.train(training)
-        with mode, torch.enable_grad(), _reads_of_vacant(ghost, found):
-            tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
-            losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
-            if losses:
-                torch.stack([loss.double() for loss in losses]).sum().backward()
-    except Exception as error:
-        if not found:
-            return error
-        path, names = next(iter(found.items()))
-        said = f"the model reads `{names[0]}` of `{path}` itself, which is replaced: {type(error).__name__}: {error}"
-        return ReadFromOutsideError(said, found)
-    without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
-    return _Run(shapes_in(tensors), without)
+class _Rehearsal:
+    """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
+        self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
+
+    def run(self, training: bool) -> _Run | Exception:
+        """Run forward, and backward but where a model in training is evaluated; where that fails, the error."""
+        trained = training or not self.model.training
+        found: dict[str, list[str]] = {}
+        try:
+            mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
+            if training is not self.model.training:  # what is inside may have a mode of its own, as a frozen norm has
+                ghost.train(training)
+            ghost.zero_grad()
+            with mode, torch.set_grad_enabled(trained), _reads_of_vacant(ghost, found):
+                tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
+                losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
+                if losses:
+                    torch.stack([loss.double() for loss in losses]).sum().backward()
+        except Exception as error:
+            if not found:
+                return error
+            path, names = next(iter(found.items()))
+            said = (
+                f"the model reads `{names[0]}` of `{path}` itself, which is replaced: {type(error).__name__}: {error}"
+            )
+            return ReadFromOutsideError(said, found)
+        without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
+        return _Run(shapes_in(tensors), without)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase
 
 from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
@@ -16,6 +17,7 @@ from replfx.measure import trainable_parameters
 from replfx.passes import (
     FindChains,
     InsertFusion,
+    Release,
     SelectBlocks,
     Verify,
     does_not_run,
@@ -249,7 +251,9 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
         )
     blocks = {r.path: block_at(target, r.path) for r in planned.replacements if not rewritten}
     try:
-        passes = [InsertFusion(target), Verify(None if rewritten else target, original, inputs)]
+        passes: list[PassBase] = [InsertFusion(target), Verify(None if rewritten else target, original, inputs)]
+        if not rewritten:
+            passes.insert(1, Release())
         result = run_passes(graph, passes).graph_module
     except ReplfxError:
         put_blocks(target, blocks)  # with inplace=True the model is the user's

@@ -81,7 +81,14 @@ class _Builder:
             raise PlanError(f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1")
         readings = self._readings(made, block, previous, next)
         fusion = self._fusion(made, block, readings)
-        return FusionLayer(made, fusion, readings, neighbour_gradient=replacement.neighbour_gradient, replaced=block)
+        return FusionLayer(
+            made,
+            fusion,
+            readings,
+            neighbour_gradient=replacement.neighbour_gradient,
+            replaced=block,
+            neighbours=(previous, next),
+        )
 
     def _block(self, path: str, kind: str | None) -> nn.Module:
         """The block at `path`, which must be of the kind that the plan was made for."""

@@ -1,18 +1,21 @@
 """The ways out of a transformed model: materialize and unroll."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from replfx.blocks import head_of, is_region, put_blocks
 from replfx.errors import FusionError
 from replfx.fusion import FusionLayer
+from replfx.fusion.interface import read_slot
 from replfx.passes.rewritten import Rewritten, restore_region
 from replfx.state import placed_layers, state_of, unmark
 from replfx.structure import move_hooks
+from replfx.tracing import ExampleInputs, Inputs
 
 __all__ = ["materialize", "unroll"]
 
@@ -47,48 +50,77 @@ def materialize(model: nn.Module) -> nn.Module:
     return twin
 
 
-def unroll(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
+def unroll(
+    model: nn.Module, optimizer: Optimizer | None = None, example_inputs: ExampleInputs | None = None
+) -> nn.Module:
     """Give the replaced blocks back at full depth, starting from what their fusion layers learned.
 
+    Under operator `block` the blocks have the weights that were synthesised last. Under `light` and `identity` they
+    start as the means of their neighbours, save that each computes exactly what its operator computed
+    (`replfx.fusion.folding` says how; random dropping of branches and channels sets in).
+
     Args:
-        model: a model transformed with operator `block`. It is changed in place, so that an optimizer goes on
-            holding the parameters of the kept blocks.
-        optimizer: gets the new parameters, in the group of the coefficients that they take the place of, and
-            forgets those; the state of all other parameters stays.
+        model: a transformed model. It is changed in place, so that an optimizer goes on holding the parameters of
+            the kept blocks.
+        optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
+            coefficients; the state of all other parameters stays.
+        example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone:
+            their inner batch normalisation is set to the statistics of what it gets.
 
     Returns:
         `model` itself, with the outputs that it had and the parameter names of the original.
 
     Raises:
         PlanError: the model is not transformed.
-        FusionError: another operator than `block`; the model is left as it was.
+        FusionError: an operator that does not go back into a full block, or example inputs that are needed; the
+            model is left as it was.
 
     Example:
-        >>> model = replfx.transform(model, every=2)
+        >>> model = replfx.transform(model, operator="light")
         >>> ...                                # most of the training
         >>> replfx.unroll(model, optimizer)
         >>> ...                                # the rest at full depth
     """
     layers = placed_layers(model, state_of(model).plan)
-    for path, layer in layers.items():
-        if not layer.operator.unrolls:
-            raise FusionError(
-                f"`{path}` has operator {type(layer.operator).__name__}, which keeps no full block to give back; "
-                "unroll needs operator='block' (or call replfx.materialize)"
-            )
+    seen = {} if example_inputs is None else _main_inputs(model, layers, Inputs.of(example_inputs, model))
     with torch.no_grad():
-        thetas = {
-            path: {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
-            for path, layer in layers.items()
-        }
-        blocks = {}
-        for path, layer in layers.items():
-            coefficients = set(layer.parameters())
-            blocks[path] = layer.operator.plain(thetas[path])
-            if optimizer is not None:
-                _hand_over(optimizer, coefficients, blocks[path])
+        like = next(model.parameters())
+        coefficients = {path: set(layer.parameters()) for path, layer in layers.items()}
+        blocks = {path: _full_block(path, layer, like, seen.get(path)) for path, layer in layers.items()}
+        if optimizer is not None:
+            for path, block in blocks.items():
+                _hand_over(optimizer, coefficients[path], block, layers[path].neighbours)
     _put(model, layers, blocks)
     return model
+
+
+def _full_block(path: str, layer: FusionLayer, like: Tensor, inputs: Tensor | None) -> nn.Module:
+    theta = {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
+    if layer.operator.unrolls:
+        return layer.operator.plain(theta)
+    try:
+        if is_region(path):
+            raise FusionError("it was no module, and only operator='block' gives such a block back")
+        block = layer.full_block(like)
+        layer.operator.restore(theta, block, inputs)
+    except FusionError as error:
+        raise FusionError(f"`{path}` cannot be unrolled: {error}") from error
+    return block
+
+
+def _main_inputs(model: nn.Module, layers: Mapping[str, FusionLayer], inputs: Inputs | None) -> dict[str, Tensor]:
+    """What each fusion layer gets as its main activation, in a run of a copy of the model."""
+    twin, seen = copy.deepcopy(model), {}
+    for path, layer in placed_layers(twin, state_of(twin).plan).items():
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, layer: FusionLayer = layer) -> None:
+            seen[path] = read_slot(layer.operator.interface.main, args, kwargs).detach()
+
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    assert inputs is not None
+    with torch.no_grad():
+        twin(*inputs.args, **inputs.kwargs)
+    return seen
 
 
 def _put(model: nn.Module, layers: Mapping[str, FusionLayer], plain: Mapping[str, nn.Module]) -> None:
@@ -118,14 +150,21 @@ def _in_place_of(layer: FusionLayer, plain: nn.Module) -> nn.Module:
     return plain
 
 
-def _hand_over(optimizer: Optimizer, old: set[nn.Parameter], full: nn.Module) -> None:
-    """Let the parameters of `full` take the place of those of `old` that are gone, in the same group."""
-    kept = set(full.parameters())
-    gone = old - kept
-    new = [p for p in full.parameters() if p not in old]
+def _hand_over(optimizer: Optimizer, old: set[nn.Parameter], full: nn.Module, like: Sequence[nn.Module]) -> None:
+    """Let the parameters of `full` take the place of those of `old` that are gone.
+
+    Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), or else to that
+    of what is gone, or else to the first.
+    """
+    gone = old.difference(full.parameters())
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    rest = next((group for p, group in groups.items() if p in gone), optimizer.param_groups[0])
+    names = [dict(block.named_parameters()) for block in like]
     for group in optimizer.param_groups:
-        if any(parameter in gone for parameter in group["params"]):
-            group["params"] = [p for p in group["params"] if p not in gone] + new
-            new = []  # the coefficients may be spread over groups, the new parameters go to the first
+        group["params"] = [p for p in group["params"] if p not in gone]
+    for name, parameter in full.named_parameters():
+        if parameter not in old:
+            homes = [groups[side[name]] for side in names if side.get(name) in groups]
+            (homes[0] if homes else rest)["params"].append(parameter)
     for parameter in gone:
         optimizer.state.pop(parameter, None)

@@ -330,10 +330,9 @@ def test_ways_out_of_a_model_that_was_never_in() -> None:
             refuse(replfx.PlanError, message, function, plain)
 
 
-@pytest.mark.parametrize("operator", ["light", "identity"])
-def test_what_keeps_no_full_block_cannot_unroll(operator: str) -> None:
-    made = replfx.transform(tower(5), X, operator=operator)
-    message = r"`blocks\.1` has operator .*unroll needs operator='block' \(or call replfx\.materialize\)"
+def test_a_block_that_the_light_map_has_no_place_in_cannot_be_unrolled() -> None:
+    made = replfx.transform(Tower(*(Mlp(bias=False) for _ in range(5))), X, operator="light")
+    message = r"`blocks\.1` cannot be unrolled: .*: `fc2` has no bias"
     refuse(replfx.FusionError, message, replfx.unroll, made)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
     held = [id(p) for p in optimizer.param_groups[0]["params"]]

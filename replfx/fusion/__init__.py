@@ -1,6 +1,7 @@
 """Fusion layers: a fusion makes parameters from two neighbours, an operator runs with them."""
 
 from replfx.fusion.fusions import Fusion, fusions, register_fusion
+from replfx.fusion.identity import IdentityOperator
 from replfx.fusion.interface import Interface
 from replfx.fusion.layer import FusionLayer
 from replfx.fusion.light import LightOperator
@@ -11,6 +12,7 @@ __all__ = [
     "Choice",
     "Fusion",
     "FusionLayer",
+    "IdentityOperator",
     "Interface",
     "LightOperator",
     "Match",

@@ -17,7 +17,18 @@ from torch.nn import functional as F
 
 from replfx.fusion.operators import Site
 
-__all__ = ["Anatomy", "MapPair", "Norm", "activation_of", "dissect", "is_residual", "keeps_shape"]
+__all__ = [
+    "Anatomy",
+    "MapPair",
+    "Norm",
+    "activation_of",
+    "behind_identity",
+    "dissect",
+    "is_norm",
+    "is_residual",
+    "is_sum",
+    "keeps_shape",
+]
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
@@ -113,7 +124,7 @@ def keeps_shape(site: Site) -> bool:
 def _residual(site: Site) -> tuple[str | None] | None:
     """A one-tuple with the activation after the sum; None if the block is no sum with its input."""
     node, activation = site.output, None
-    if not _is_sum(node):
+    if not is_sum(node):
         activation = _elementwise(site, node)
         if activation is None or not node.all_input_nodes:
             return None
@@ -121,24 +132,26 @@ def _residual(site: Site) -> tuple[str | None] | None:
     return (activation,) if _reaches_input(site, node) else None
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
+    """Whether the node adds."""
     return node.target in _SUMS
 
 
 def _reaches_input(site: Site, node: fx.Node) -> bool:
     """Whether the input itself is a term of the sum `node`."""
-    pending = [node] if _is_sum(node) else []
+    pending = [node] if is_sum(node) else []
     while pending:
         for term in pending.pop().all_input_nodes:
-            term = _behind_identity(site, term)
+            term = behind_identity(site, term)
             if term is site.input:
                 return True
-            if _is_sum(term) and term in site.nodes:
+            if is_sum(term) and term in site.nodes:
                 pending.append(term)
     return False
 
 
-def _behind_identity(site: Site, node: fx.Node) -> fx.Node:
+def behind_identity(site: Site, node: fx.Node) -> fx.Node:
+    """The node itself, or what comes into the `nn.Identity` modules that it is the output of."""
     while node.op == "call_module" and node in site.nodes and type(_module(site, node)) is nn.Identity:
         node = node.all_input_nodes[0]
     return node
@@ -257,17 +270,18 @@ def _depthwise(site: Site, width: int) -> str | None:
 def _norm(site: Site, width: int, linear: bool) -> Norm | None:
     """The normalisation that takes the activation itself, or else the last one that the block applies."""
     called = [n for n in site.nodes if n.op == "call_module" and site.inside(n)]
-    norms = [n for n in called if _is_norm(_module(site, n), width)]
+    norms = [n for n in called if is_norm(_module(site, n), width)]
     if not norms:
         return None
-    first = next((n for n in norms if _behind_identity(site, n.all_input_nodes[0]) is site.input), None)
+    first = next((n for n in norms if behind_identity(site, n.all_input_nodes[0]) is site.input), None)
     node = first or norms[-1]
     dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
     last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)
     return Norm(site.inside(node), first is not None, last_dim)
 
 
-def _is_norm(module: nn.Module, width: int) -> bool:
+def is_norm(module: nn.Module, width: int) -> bool:
+    """Whether it is a normalisation of so many channels: an `eps`, and one value a channel."""
     parameters = list(module.parameters())
     return hasattr(module, "eps") and bool(parameters) and all(p.shape == (width,) for p in parameters)
 

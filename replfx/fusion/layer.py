@@ -1,5 +1,6 @@
 """The fusion layer: the module that stands in a replaced block's place."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
 from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
-from replfx.structure import move_hooks
+from replfx.structure import move_hooks, structural_copy
 
 __all__ = ["FusionLayer", "Readings"]
 
@@ -34,9 +35,11 @@ class FusionLayer(nn.Module):
         neighbour_gradient: factor λ on the gradient that flows through this layer into the neighbours;
             1 is the paper's, 0 detaches them.
         replaced: the block that this layer replaces, for its simple attributes (a model may ask a block for
-            its `shift_size`); the block itself is not kept.
+            its `shift_size`) and for its structure, if the operator has not kept that; its weights are not kept.
+        neighbours: the kept block before and the one after.
 
     Attributes:
+        neighbours: the kept block before and the one after; empty if the operator needs none.
         names: where the parts of a block that was no module were in the model, by their names in the block.
     """
 
@@ -48,11 +51,15 @@ class FusionLayer(nn.Module):
         *,
         neighbour_gradient: float = 1.0,
         replaced: nn.Module,
+        neighbours: tuple[nn.Module, ...] = (),
     ) -> None:
         super().__init__()
         self.operator = operator
         self.fusion = fusion
         self._readings = readings
+        self.neighbours = neighbours  # in a tuple, so that they are no submodules
+        skeleton = None if operator.unrolls else structural_copy(replaced, _without_values)
+        self._skeleton = (skeleton,)  # in a tuple, so that it is no submodule
         self.names: Mapping[str, str] = {}
         self.neighbour_gradient = neighbour_gradient
         self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
@@ -82,6 +89,34 @@ class FusionLayer(nn.Module):
                 for side in self._readings
             )
             self._readings = (before, after)
+
+    def full_block(self, like: Tensor) -> nn.Module:
+        """A block of the replaced one's structure; each parameter is the mean of the neighbours' of its name and shape.
+
+        Without neighbours its layers initialise themselves.
+
+        Args:
+            like: tells device and dtype.
+
+        Raises:
+            FusionError: a parameter that no neighbour has the like of, or that no layer initialises.
+        """
+        (skeleton,) = self._skeleton
+        assert skeleton is not None
+        block = copy.deepcopy(skeleton)
+        sides = [dict(neighbour.named_parameters()) for neighbour in self.neighbours]
+        for name, shape in [(name, p.shape) for name, p in skeleton.named_parameters()]:
+            path, _, leaf = name.rpartition(".")
+            owner = block.get_submodule(path)
+            found = [side[name].detach() for side in sides if name in side and side[name].shape == shape]
+            if not found and (sides or not hasattr(owner, "reset_parameters")):
+                raise FusionError(f"nothing tells where its `{name}` would start: neither neighbour has the like")
+            value = torch.stack(found).mean(0) if found else like.new_empty(shape)
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=skeleton.get_parameter(name).requires_grad)
+        for module in block.modules():
+            if not sides and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        return block.to(like.device)
 
     def synthesized(self) -> dict[str, Tensor]:
         """The operator's weights as they stand: parameter name in the block → tensor.
@@ -149,6 +184,11 @@ def _scale_gradient(theta: Tensor, factor: float) -> Tensor:
     if factor == 1.0:
         return theta
     return theta.detach() if factor == 0.0 else torch.lerp(theta.detach(), theta, factor)
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """Of a parameter its shape and dtype alone; a buffer (a table of relative positions) as it is."""
+    return nn.Parameter(tensor.to("meta"), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor
 
 
 def _is_simple(value: object) -> bool:

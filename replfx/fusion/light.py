@@ -19,7 +19,7 @@ A block with LayerScale loses it: g takes its place.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from torch.nn import functional as F
 
 from replfx.errors import FusionError
 from replfx.fusion.anatomy import Anatomy, activation_of, dissect
+from replfx.fusion.folding import Fold
 from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.light_fold import light_fold, restore_light
 from replfx.fusion.operators import Match, Operator, Site, Source, operators
 from replfx.fusion.plain import plain_module
 from replfx.structure import structural_copy
@@ -59,6 +61,7 @@ class Recipe:
         norm_first: N comes before the map.
         norm_last_dim: N wants channels last although the activation has them second.
         activation: φ, as `Anatomy.activation` names it.
+        fold: where the map goes when the full block is given back, or why it has no place there.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Recipe:
     norm_first: bool
     norm_last_dim: bool
     activation: str | None
+    fold: Fold | str = "its plan was made before light operators could be unrolled"
 
     @classmethod
     def read(cls, options: Mapping[str, Any]) -> "Recipe":
@@ -78,7 +82,13 @@ class Recipe:
         """
         try:
             rows = options["rows"]
-            recipe = cls(**{**options, "maps": tuple(options["maps"]), "rows": None if rows is None else tuple(rows)})
+            fold = options.get("fold", cls.fold)
+            read = {
+                "maps": tuple(options["maps"]),
+                "rows": None if rows is None else tuple(rows),
+                "fold": fold if isinstance(fold, str) else Fold.read(fold),
+            }
+            recipe = cls(**{**options, **read})
         except (KeyError, TypeError) as error:
             raise FusionError(f"the light operator's options are malformed: {error!r}") from error
         for name, wanted in _FIELDS.items():
@@ -165,6 +175,7 @@ class LightOperator(Operator):
         recipe = Recipe.choose(anatomy, site.block)
         if isinstance(recipe, str):
             return Match(reason=recipe)
+        recipe = replace(recipe, fold=light_fold(site, recipe))
         lacking = sorted(set(recipe.maps) & set(site.without_counterpart()))
         return Match(reason=f"neither neighbour has its like of `{lacking[0]}`") if lacking else Match(asdict(recipe))
 
@@ -180,16 +191,19 @@ class LightOperator(Operator):
                 self.map, {leaf: theta[self.recipe.maps[0]]}, (h,), tie_weights=False
             )
             return mapped
-        *before, last = self._matrices(theta)
+        *before, last = self.matrices(theta)
         for matrix in before:
             h = self._apply_matrix(h, matrix, None)
         return self._apply_matrix(h, last, self.bias)
 
-    def _matrices(self, theta: dict[str, Tensor]) -> list[Tensor]:
-        """The maps as they are applied in turn: the product as one d×d matrix if 2h > d, else both."""
+    def factors(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """W_in (h, d) and g ⊙ W_out (d, h)."""
         inward, outward = (theta[name].flatten(1) for name in self.recipe.maps)
-        if self.gain is not None:
-            outward = self.gain.unsqueeze(1) * outward
+        return inward, outward if self.gain is None else self.gain.unsqueeze(1) * outward
+
+    def matrices(self, theta: dict[str, Tensor]) -> list[Tensor]:
+        """The maps as they are applied in turn: the product as one d×d matrix if 2h > d, else both."""
+        inward, outward = self.factors(theta)
         return [outward @ inward] if 2 * inward.shape[0] > inward.shape[1] else [inward, outward]
 
     def _apply_matrix(self, h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -197,12 +211,17 @@ class LightOperator(Operator):
             return F.linear(h, matrix, bias)
         return _CONVOLUTIONS[h.dim()](h, matrix.view(*matrix.shape, *[1] * (h.dim() - 2)), bias)
 
+    def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
+        if isinstance(self.recipe.fold, str):
+            raise FusionError(f"the light operator cannot go back into the full block: {self.recipe.fold}")
+        restore_light(self, self.recipe.fold, theta, block, inputs)
+
     def plain(self, theta: dict[str, Tensor]) -> nn.Module:
         if self.map is not None:
             self.map._parameters[self.recipe.maps[0].rpartition(".")[2]] = nn.Parameter(theta[self.recipe.maps[0]])
             maps: list[nn.Module] = [self.map]
         else:
-            *before, last = self._matrices(theta)
+            *before, last = self.matrices(theta)
             dims = theta[self.recipe.maps[-1]].dim()
             maps = [*(_plain_map(matrix, None, dims) for matrix in before), _plain_map(last, self.bias, dims)]
         body = _Body(self.recipe, self.norm, nn.Sequential(*maps), self.activation)

@@ -7,15 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.fusion.interface import Interface, read_slot
+from replfx.errors import FusionError
+from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import pair, synthesizable
-from replfx.fusion.plain import plain_module
 from replfx.fusion.registry import Registry
 from replfx.structure import drop_hooks, structural_copy
 
 __all__ = [
     "BlockOperator",
-    "IdentityOperator",
     "Match",
     "Operator",
     "Site",
@@ -135,6 +134,21 @@ class Operator(nn.Module):
         """A module without replfx that computes the same with `theta` as its own weights."""
         raise NotImplementedError
 
+    def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
+        """Let `block`, the full block of which this operator took the place, compute what the operator computes.
+
+        For operators of which `unrolls` is false: those of which it is true have the block themselves.
+
+        Args:
+            theta: the synthesised weights.
+            block: has weights like its neighbours'; it is changed in place.
+            inputs: a batch of its main activation, if there is one at hand.
+
+        Raises:
+            FusionError: it cannot.
+        """
+        raise FusionError(f"{type(self).__name__} cannot go back into a full block; call replfx.materialize instead")
+
 
 @operators.register("block")
 class BlockOperator(Operator):
@@ -212,22 +226,3 @@ class BlockOperator(Operator):
 
 def _gone() -> None:
     """A reference to a weight that is no more, as a dead `weakref.ref` gives it."""
-
-
-@operators.register("identity")
-class IdentityOperator(Operator):
-    """y = x: the block is gone. The bound that replacing can save, and depth pruning for who wants that."""
-
-    needs_neighbours = False
-
-    @classmethod
-    def match(cls, site: Site) -> Match:
-        if site.interface.computed():
-            return Match(reason="it gives more than its activation, which only the block itself can compute")
-        return Match()
-
-    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.interface.result(args, kwargs, read_slot(self.interface.main, args, kwargs))
-
-    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
-        return plain_module(nn.Identity(), self.interface)

@@ -106,7 +106,7 @@ def test_unsound_operators(operator: type[Operator], message: str, inplace: bool
     assert_unchanged(model, before)
     (note,) = caught.value.__notes__
     assert "'Verify'" in note
-    assert "['InsertFusion']" in note
+    assert "['InsertFusion', 'Release']" in note
 
 
 @pytest.mark.parametrize("inputs", [None, X])
