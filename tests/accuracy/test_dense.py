@@ -86,3 +86,12 @@ def test_of_a_block_of_torchvision_the_shortcut_stays() -> None:
     expected = 0.75 * block(x) + 0.25 * skipped(block)(x)
     torch.testing.assert_close(Dropped(block, 0.75, scaled=True).eval()(x), expected)
     assert torch.equal(Dropped(block, 1e-9, scaled=False).train()(x), skipped(block)(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["removed", "stochastic-depth:survival=0.1", "sharing", "light+channel"])
+def test_a_model_of_torchvision_takes_the_variants(variant: str) -> None:
+    task = TASKS["camvid-fcn"]
+    subject = Subject(task, "full", task.recipes["full"], toys.fcn().data)
+    model = prepared(subject, variant_of(variant), 0, CPU)
+    assert torch.isfinite(subject.data.loss(model, subject.data.batch(0, 0, 2)))
