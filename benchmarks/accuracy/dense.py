@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.accuracy.resnet import trunk
 
 
-def small_fcn(classes: int, width: int = 16, blocks: int = 9) -> nn.Module:
+def small_fcn(classes: int, width: int = 16, blocks: int = 5) -> nn.Module:
     """A fully convolutional network on three stages of basic blocks, at 1/16 of the resolution.
 
     Args:
