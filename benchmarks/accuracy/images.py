@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.accuracy.seeds import generator
+from benchmarks.accuracy.seeds import chosen, generator
 from replfx import ReplfxError
 from replfx.demo.data import augmented, cifar10_pixels
 
@@ -30,6 +31,7 @@ class Images:
     test_labels: Tensor
     augment: bool = True
     """Whether training shifts images by up to an eighth of their width and mirrors half of them."""
+    channels_last: ClassVar[bool] = True
 
     @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -61,8 +63,6 @@ class Images:
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """The batch of a step: a function of its arguments alone, so that a run can go on anywhere.
 
-        Each pass over the images has its own order; what does not fill a batch at its end is left out.
-
         Returns:
             normalised images (size, C, H, W) and labels (size,).
 
@@ -70,14 +70,16 @@ class Images:
             ReplfxError: there are not enough images for one batch.
 
         """
-        if size > self.examples:
-            raise ReplfxError(f"{self.examples} training images do not fill one batch of {size}")
-        passes, place = divmod(step, self.examples // size)
-        chosen = _order(self.examples, seed, passes)[place * size : (place + 1) * size].to(self.train.device)
-        images = self.normalised(self.train[chosen])
+        taken = torch.tensor(chosen(self.examples, seed, step, size), device=self.train.device)
+        images = self.normalised(self.train[taken])
         if self.augment:
             images = augmented(images, generator(seed, "augmentation", step))
-        return images.contiguous(memory_format=torch.channels_last), self.train_labels[chosen]
+        return images.contiguous(memory_format=torch.channels_last), self.train_labels[taken]
+
+    @staticmethod
+    def inputs(batch: Batch) -> Tensor:
+        """The images."""
+        return batch[0]
 
     @staticmethod
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -94,12 +96,6 @@ class Images:
 
     def _prepared(self, pixels: Tensor) -> Tensor:
         return self.normalised(pixels).contiguous(memory_format=torch.channels_last)
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, passes: int) -> Tensor:
-    """The order of the images in one pass over them; kept, because each step of the pass asks for it."""
-    return torch.randperm(count, generator=generator(seed, "order", passes))
 
 
 def _moments(pixels: Tensor) -> tuple[float, float]:
@@ -130,4 +126,35 @@ def fashion_mnist(root: Path) -> Images:
     return Images(train, train_labels, test, test_labels)
 
 
-LOADERS: dict[str, Callable[[Path], Images]] = {"cifar10": cifar10, "fashion-mnist": fashion_mnist}
+def svhn(root: Path) -> Images:
+    """SVHN from ``svhn/{train,test}_32x32.mat`` under `root`, without its extra images; digits are not mirrored."""
+    from scipy.io import loadmat
+
+    parts = []
+    for split in ("train", "test"):
+        path = root / "svhn" / f"{split}_32x32.mat"
+        if not path.is_file():
+            raise ReplfxError(f"no SVHN in {root}: there is no {path.relative_to(root)}")
+        content = loadmat(path)
+        # (H, W, C, N) and (N, 1); the digit 0 has the label 10.
+        pixels = torch.from_numpy(content["X"].transpose(3, 2, 0, 1).copy())
+        parts += [pixels, torch.from_numpy(content["y"].astype(np.int64).flatten() % 10)]
+    train, train_labels, test, test_labels = parts
+    return Images(train, train_labels, test, test_labels, augment=False)
+
+
+def stl10(root: Path) -> Images:
+    """STL-10 from ``stl10_binary/{train,test}_{X,y}.bin`` under `root`, without its unlabelled images."""
+    parts = []
+    for split in ("train", "test"):
+        paths = [root / "stl10_binary" / f"{split}_{kind}.bin" for kind in "Xy"]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise ReplfxError(f"no STL-10 in {root}: there is no {missing[0].relative_to(root)}")
+        pixels, labels = (np.fromfile(path, dtype=np.uint8) for path in paths)
+        if pixels.size != labels.size * 3 * 96 * 96:
+            raise ReplfxError(f"{paths[0]} has {pixels.size} bytes, which are not {labels.size} images of 3 × 96 × 96")
+        # Column by column; labels from 1 on.
+        images = pixels.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2).copy()
+        parts += [torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) - 1)]
+    train, train_labels, test, test_labels = parts
+    return Images(train, train_labels, test, test_labels)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +46,20 @@ class BasicBlock(nn.Module):
         return torch.relu(self.branch(x) + self.shortcut(x))
 
 
+def skipped(block: nn.Module) -> nn.Module:
+    """What stays of a residual block without its branch: nothing, or of one that changes the shape the shortcut.
+
+    Args:
+        block: a `BasicBlock`, a block of torchvision's ResNets, or one that gives what has its input's shape.
+
+    """
+    if isinstance(block, BasicBlock):
+        # Its shortcut's input is never negative, so that the ReLU after the sum has nothing left to do.
+        return block.shortcut
+    downsample = getattr(block, "downsample", None)
+    return nn.Sequential(downsample, nn.ReLU()) if isinstance(downsample, nn.Module) else nn.Identity()
+
+
 class ResNet(nn.Module):
     """Three stages of basic blocks; each after the first halves the resolution and doubles the channels.
 
@@ -69,9 +86,7 @@ class ResNet(nn.Module):
         self.layer2 = _stage(width, 2 * width, blocks, stride=2)
         self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
         self.fc = nn.Linear(4 * width, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images: (N, channels, H, W) to (N, classes) logits."""
@@ -79,6 +94,52 @@ class ResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
         return logits
+
+
+def trunk(width: int, blocks: Sequence[int]) -> nn.Sequential:
+    """A residual network without its classifier, for dense predictions on larger images, as narrow as wanted.
+
+    A stem goes to a quarter of the resolution, as that of He et al.'s ImageNet networks does, and each stage after
+    the first halves it again and doubles the channels.
+
+    Args:
+        width: channels of the first stage.
+        blocks: how many basic blocks each stage has.
+
+    Returns:
+        the stem and layer1, layer2, …, one after the other.
+
+    """
+    stem = nn.Sequential(
+        nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+    parts = OrderedDict[str, nn.Module](stem=stem)
+    channels_in = width
+    for number, count in enumerate(blocks):
+        channels = width << number
+        parts[f"layer{number + 1}"] = _stage(channels_in, channels, count, stride=2 if number else 1)
+        channels_in = channels
+    network = nn.Sequential(parts)
+    _initialise(network)
+    return network
+
+
+def classifier(width: int, blocks: Sequence[int], classes: int) -> nn.Module:
+    """Classify images by what the last stage of a `trunk` makes of them, on average over the places."""
+    features = width << (len(blocks) - 1)
+    parts = OrderedDict[str, nn.Module](
+        trunk=trunk(width, blocks), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(features, classes)
+    )
+    return nn.Sequential(parts)
+
+
+def _initialise(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

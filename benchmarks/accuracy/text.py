@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Text:
     perplexity: bool = True
     curve_windows: int = 128
     final_windows: int | None = None
+    channels_last: ClassVar[bool] = False
 
     @property
     def examples(self) -> int:
@@ -71,6 +73,11 @@ class Text:
     def _windows(self, split: Tensor, starts: Tensor) -> Batch:
         ids = split[(starts + torch.arange(self.context + 1)).to(split.device)].long()
         return ids[:, :-1], ids[:, 1:]
+
+    @staticmethod
+    def inputs(batch: Batch) -> Tensor:
+        """The tokens."""
+        return batch[0]
 
     @staticmethod
     def loss(model: nn.Module, batch: Batch) -> Tensor:

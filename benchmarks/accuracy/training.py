@@ -59,12 +59,12 @@ def prepared(subject: Subject, variant: Variant, seed: int, device: torch.device
     """
     torch.manual_seed(seed)
     model = subject.build().to(device)
-    inputs, _ = subject.data.batch(seed, 0, 2)
+    example = subject.data.inputs(subject.data.batch(seed, 0, 2))
     try:
-        model = variant.prepare(model.train(), inputs)
+        model = variant.prepare(model.train(), example)
     except ValueError as error:
         raise ReplfxError(f"{variant.name}: {error}") from error
-    if inputs.dim() == 4:
+    if subject.data.channels_last:
         model = model.to(memory_format=torch.channels_last)
     # What the variant drew while it was built does not change what is drawn in training.
     torch.manual_seed(seed)

@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 import replfx
 from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
-from benchmarks.accuracy.resnet import BasicBlock
+from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError
+from replfx.tracing import ExampleInputs
 
 Options = Mapping[str, str]
-Prepare = Callable[[nn.Module, Tensor], nn.Module]
+Prepare = Callable[[nn.Module, ExampleInputs], nn.Module]
 Grow = Callable[[nn.Module, Optimizer], nn.Module]
 
 
@@ -85,12 +86,12 @@ def policy_of(options: Options) -> dict[str, Any]:
     return policy
 
 
-def chosen_blocks(model: nn.Module, example: Tensor, options: Options) -> list[str]:
+def chosen_blocks(model: nn.Module, example: ExampleInputs, options: Options) -> list[str]:
     """Paths of the blocks that replfx would replace, which the bounds and the peers act on too."""
     return [r.path for r in replfx.plan(model, example, **policy_of(options)).replacements]
 
 
-def chosen_with_like(model: nn.Module, example: Tensor, options: Options) -> list[tuple[str, str]]:
+def chosen_with_like(model: nn.Module, example: ExampleInputs, options: Options) -> list[tuple[str, str]]:
     """The same, each with the path of the neighbour whose parameters have its shapes, the one before if both have.
 
     Raises:
@@ -107,7 +108,7 @@ def chosen_with_like(model: nn.Module, example: Tensor, options: Options) -> lis
     return found
 
 
-def all_blocks(model: nn.Module, example: Tensor) -> list[str]:
+def all_blocks(model: nn.Module, example: ExampleInputs) -> list[str]:
     """Paths of all blocks of all chains."""
     return [path for chain in replfx.inspect(model, example).chains for path in chain]
 
@@ -131,11 +132,9 @@ def _removed(name: str, options: Options) -> Variant:
 
 
 def removed(model: nn.Module, paths: list[str]) -> nn.Module:
-    """Delete blocks; of one that changes its activation's shape the shortcut stays, which has no parameters."""
+    """Delete blocks; of one that changes its activation's shape the shortcut stays."""
     for path in paths:
-        block = model.get_submodule(path)
-        # Its shortcut's input is never negative, so that the ReLU after the sum has nothing left to do.
-        model.set_submodule(path, block.shortcut if isinstance(block, BasicBlock) else nn.Identity())
+        model.set_submodule(path, skipped(model.get_submodule(path)))
     return model
 
 
@@ -146,7 +145,7 @@ def _replfx(name: str, options: Options) -> Variant:
     unrolled = rest.pop("unroll", None)
     policy = policy_of(rest)
 
-    def prepare(model: nn.Module, example: Tensor) -> nn.Module:
+    def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
         return replfx.transform(
             model, example, operator=operator, fusion=fusion, neighbour_gradient=gradient, inplace=True, **policy
         )

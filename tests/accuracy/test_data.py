@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.accuracy import images, text
+from benchmarks.accuracy.tasks import TASKS, subject_of
 from replfx import ReplfxError
 from tests.accuracy import toys
 
 SPLITS = ("train", "valid", "test")
+SPLIT_SIZES = (("train", 4), ("test", 3))
 
 
 def test_both_layouts_of_cifar10_give_the_same_images(tmp_path: Path) -> None:
@@ -66,6 +69,45 @@ def test_fashion_mnist_is_read_as_published(tmp_path: Path) -> None:
     assert found.train_labels.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_svhn_is_read_as_published(tmp_path: Path) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    rng = np.random.default_rng(0)
+    pixels = {split: rng.integers(256, size=(32, 32, 3, count), dtype=np.uint8) for split, count in SPLIT_SIZES}
+    labels = {split: rng.integers(1, 11, size=(count, 1), dtype=np.uint8) for split, count in SPLIT_SIZES}
+    labels["train"][0] = 10
+    (tmp_path / "svhn").mkdir()
+    for split in ("train", "test"):
+        savemat(tmp_path / "svhn" / f"{split}_32x32.mat", {"X": pixels[split], "y": labels[split]})
+    found = images.svhn(tmp_path)
+    assert found.train.shape == (4, 3, 32, 32)
+    assert found.train[1, 2, 3, 4] == pixels["train"][3, 4, 2, 1]
+    assert torch.equal(found.test[2, 0], torch.from_numpy(pixels["test"][:, :, 0, 2]))
+    assert found.train_labels[0] == 0  # the digit 0
+    assert found.train_labels.tolist() == [int(label) % 10 for label in labels["train"][:, 0]]
+    x, _ = found.batch(0, 0, 4)  # digits stay as they are: in their order, the very pixels
+    assert {one.numpy().tobytes() for one in x.contiguous()} == {
+        one.numpy().tobytes() for one in found.normalised(found.train)
+    }
+
+
+def test_stl10_is_read_as_published(tmp_path: Path) -> None:
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = {split: rng.integers(256, size=(count, 3, 96, 96), dtype=np.uint8) for split, count in SPLIT_SIZES}
+    for split, each in pixels.items():
+        # Written pixel by pixel as its page says: channel after channel, each column by column.
+        (folder / f"{split}_X.bin").write_bytes(b"".join(np.asfortranarray(c).tobytes("F") for i in each for c in i))
+        (folder / f"{split}_y.bin").write_bytes(bytes(range(1, len(each) + 1)))
+    found = images.stl10(tmp_path)
+    assert torch.equal(found.train, torch.from_numpy(pixels["train"]))
+    assert torch.equal(found.test, torch.from_numpy(pixels["test"]))
+    assert found.train_labels.tolist() == [0, 1, 2, 3]
+    (folder / "test_y.bin").write_bytes(b"\1")
+    with pytest.raises(ReplfxError, match="are not 1 images"):
+        images.stl10(tmp_path)
+
+
 TEXTS = {"train": "\n = A =\n\n b a b .\n", "valid": " a c\n", "test": " <unk> b\n"}
 
 
@@ -85,11 +127,16 @@ def test_wikitext_as_words_and_as_bytes(tmp_path: Path, pattern: str) -> None:
     assert bytes(raw.train.tolist()).decode() == TEXTS["train"]
 
 
-@pytest.mark.parametrize("load", [images.cifar10, images.fashion_mnist, text.wikitext2, text.wikitext2_bytes])
-def test_data_that_is_not_there_is_said_to_be(tmp_path: Path, load: object) -> None:
+@pytest.mark.parametrize("load", sorted({task.load for task in TASKS.values()}, key=lambda load: load.__name__))
+def test_data_that_is_not_there_is_said_to_be(tmp_path: Path, load: Callable[[Path], object]) -> None:
     pytest.importorskip("torchvision")
-    with pytest.raises(ReplfxError, match=r"no (CIFAR-10|Fashion-MNIST|WikiText-2) in "):
-        load(tmp_path)  # type: ignore[operator]
+    with pytest.raises(ReplfxError, match=r"no [\w-]+ in "):
+        load(tmp_path)
+
+
+def test_a_budget_that_is_not_there_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(ReplfxError, match="imagenet has no budget small: ask for --budget full"):
+        subject_of("imagenet", "small", [], tmp_path, toys.CPU)
 
 
 # ---- batches

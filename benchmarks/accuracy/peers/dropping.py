@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.resnet import BasicBlock
+from benchmarks.accuracy.resnet import BasicBlock, skipped
 
 
 class Dropped(nn.Module):
@@ -28,16 +28,15 @@ class Dropped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block, or not."""
-        shortcut = self.block.shortcut if isinstance(self.block, BasicBlock) else nn.Identity()
         if self.training and float(torch.rand(())) >= self.survival:
-            left: Tensor = shortcut(x)
+            left: Tensor = skipped(self.block)(x)
             return left
         y: Tensor = self.block(x)
         if self.training or not self.scaled:
             return y
         if isinstance(self.block, BasicBlock):  # its ReLU follows the sum
-            return torch.relu(shortcut(x) + self.survival * self.block.branch(x))
-        return torch.lerp(x, y, self.survival)
+            return torch.relu(self.block.shortcut(x) + self.survival * self.block.branch(x))
+        return torch.lerp(skipped(self.block)(x), y, self.survival)
 
 
 def survival(options: Mapping[str, str], default: float) -> float:
