@@ -169,7 +169,11 @@ class Run:
 
     def _grow(self) -> None:
         assert self.variant.grow is not None
-        self.model = self.variant.grow(self.model, self.optimizer).train()
+        data = self.subject.data
+        example = data.inputs(data.batch(self.seed, self.progress.step, self.recipe.batch))
+        self.model = self.variant.grow(self.model, self.optimizer, example).train()
+        if data.channels_last:
+            self.model.to(memory_format=torch.channels_last)
 
     def _evaluate(self) -> None:
         self.model.eval()

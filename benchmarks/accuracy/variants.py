@@ -22,7 +22,7 @@ from replfx.tracing import ExampleInputs
 
 Options = Mapping[str, str]
 Prepare = Callable[[nn.Module, ExampleInputs], nn.Module]
-Grow = Callable[[nn.Module, Optimizer], nn.Module]
+Grow = Callable[[nn.Module, Optimizer, ExampleInputs], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Variant:
     Attributes:
         name: the text that it was read from.
         prepare: (untouched model, example inputs) → the model to train.
-        grow: (model, its optimizer) → the model to train on from `grows_at` on; the optimizer is changed in place.
+        grow: (model, its optimizer, inputs of a training batch) → the model to train on from `grows_at` on; the
+            optimizer is changed in place.
         grows_at: share of the steps.
         as_long_as: the variant whose total training time is not to be exceeded; None takes the recipe's steps.
     """
@@ -187,7 +188,7 @@ def _stacking(name: str, options: Options) -> Variant:
     return Variant(
         name,
         lambda model, example: stacking.shallow(model, chosen_with_like(model, example, rest)),
-        grow=stacking.grown,
+        grow=lambda model, optimizer, example: stacking.grown(model, optimizer),
         grows_at=at,
     )
 

@@ -47,6 +47,7 @@ def assert_same(one: Run, other: Run) -> None:
         (toys.resnet, "stacking"),
         (toys.resnet, "block+scalar:unroll=0.5"),
         (toys.gpt, "block+channel"),
+        (toys.resnet, "light+scalar:unroll=0.5"),
         (toys.gpt, "stochastic-depth"),
     ],
 )
@@ -111,6 +112,7 @@ ALL = (
     "stacking:at=0.2",
     "checkpointing",
     "block+scalar:unroll=0.75",
+    "light+scalar:unroll=0.5",
 )
 RESNET_ALONE = (
     "block+scalar:select=layer2.0,layer3.0",
