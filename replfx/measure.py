@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,11 @@ class Sample:
         """Median, quartiles and the raw values, ready for JSON."""
         lower, upper = self.quartiles
         return {"median": self.median, "quartiles": [lower, upper], "raw": list(self.values)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Sample:
+        """Read what `to_dict` gave."""
+        return cls(tuple(record["raw"]))
 
 
 @dataclass(frozen=True)

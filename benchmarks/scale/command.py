@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.common import commit
 from benchmarks.scale.output import Growth, ModelRow, Results, tables, write
 from benchmarks.scale.subjects import BATCH, MODELS, TOWERS, Model, Tower
 from benchmarks.scale.trial import Job, memory_of, time_model, time_tower
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=names,
         metavar="NAME,…",
-        help=f"which models and towers, of {', '.join(names)} (default: all)",
+        help=f"which models and towers, of {', '.join(names)} (all); rows of others that DIR has stay",
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds (default: 3; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="a few blocks each: does it run at all?")
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         config={"repeats": repeats, "quick": args.quick, "batch": BATCH},
         environment=environment(torch.device("cpu")) | {"threads": 1},  # that of the processes that measure
     )
+    results.read(args.out)
     console = Console()
     with Progress(console=console) as progress:
         rows = _rows(args, repeats, heights)
@@ -77,16 +79,15 @@ def _models(args: argparse.Namespace, repeats: int) -> Iterator[ModelRow]:
     for name in (name for name in args.only if name in MODELS):
         for inputs in (True, False) if MODELS[name].symbolic else (True,):
             job = Job(name, inputs, repeats, small=args.quick)
-            yield ModelRow(name, inputs, _alone(time_model, job), _alone(memory_of, job))
+            yield ModelRow(name, inputs, _alone(time_model, job), _alone(memory_of, job), commit())
 
 
 def _growths(args: argparse.Namespace, repeats: int, heights: tuple[int, ...]) -> Iterator[Growth]:
     for name in (name for name in args.only if name in TOWERS):
         for inputs in (True, False) if TOWERS[name].symbolic else (True,):
             jobs = [Job(name, inputs, repeats if blocks <= FEW else 1, blocks) for blocks in heights]
-            yield Growth(
-                name, inputs, {blocks: _alone(time_tower, job) for blocks, job in zip(heights, jobs, strict=True)}
-            )
+            timings = {blocks: _alone(time_tower, job) for blocks, job in zip(heights, jobs, strict=True)}
+            yield Growth(name, inputs, timings, commit())
 
 
 def _alone(measure: Callable[[Job], T], job: Job) -> T:

@@ -6,9 +6,9 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.markup import escape
 from rich.table import Table
@@ -34,6 +34,7 @@ HEADS = (
     "extra, MiB",
     "% of model",
 )
+NAME = "scale"
 CAPTION = "whole: replfx.transform. passes: capture, chains, plan, insertion. extra: peak memory beyond a copy"
 GROWTH_HEADS = (
     "tower",
@@ -65,6 +66,12 @@ class ModelRow:
     inputs: bool
     timing: Timing
     memory: Memory
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What tells it from others."""
+        return self.model, self.inputs
 
     @property
     def in_steps(self) -> Sample:
@@ -92,12 +99,19 @@ class ModelRow:
         return {
             "model": self.model,
             "inputs": self.inputs,
+            "commit": self.commit,
             **self.timing.to_dict(),
             "transform_over_step": self.in_steps.to_dict(),
             "passes_over_step": self.passes_in_steps,
             **asdict(self.memory),
             "extra_over_model": self.share,
         }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ModelRow:
+        """Read what `to_dict` gave."""
+        memory = Memory(**{each.name: record[each.name] for each in fields(Memory)})
+        return cls(record["model"], record["inputs"], Timing.from_dict(record), memory, record["commit"])
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,12 @@ class Growth:
     tower: str
     inputs: bool
     timings: dict[int, Timing]
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What tells it from others."""
+        return self.tower, self.inputs
 
     @property
     def seconds(self) -> dict[int, float]:
@@ -131,27 +151,45 @@ class Growth:
         return {
             "tower": self.tower,
             "inputs": self.inputs,
+            "commit": self.commit,
             "slope": self.slope,
             "phase_slopes": self.phase_slopes,
             "blocks": {blocks: timing.to_dict() for blocks, timing in self.timings.items()},
         }
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Growth:
+        """Read what `to_dict` gave."""
+        timings = {int(blocks): Timing.from_dict(timing) for blocks, timing in record["blocks"].items()}
+        return cls(record["tower"], record["inputs"], timings, record["commit"])
+
+
+Row = TypeVar("Row", ModelRow, Growth)
+
 
 @dataclass
 class Results:
-    """What a run has measured so far, with its settings and its machine."""
+    """All rows of a folder, those of earlier runs with the same settings among them."""
 
     config: Mapping[str, object]
     environment: Mapping[str, object]
     models: list[ModelRow] = field(default_factory=list)
     growths: list[Growth] = field(default_factory=list)
 
+    def read(self, folder: Path) -> None:
+        """Take over the rows that are there already, if they were measured with the same settings."""
+        path = folder / f"{NAME}.json"
+        record = json.loads(path.read_text()) if path.exists() else {"config": {}}
+        if self.config.items() <= record["config"].items():
+            self.models = [ModelRow.from_dict(row) for row in record["models"]]
+            self.growths = [Growth.from_dict(row) for row in record["growth"]]
+
     def add(self, row: ModelRow | Growth) -> None:
-        """Put a row with its like."""
+        """Put a row with its like, in the place of an earlier one of the same."""
         if isinstance(row, ModelRow):
-            self.models.append(row)
+            self.models = _ordered(self.models, row, list(MODELS))
         else:
-            self.growths.append(row)
+            self.growths = _ordered(self.growths, row, list(TOWERS))
 
     def to_dict(self) -> dict[str, object]:
         """All figures and what the subjects are, ready for JSON."""
@@ -163,6 +201,11 @@ class Results:
             "models": [row.to_dict() for row in self.models],
             "growth": [growth.to_dict() for growth in self.growths],
         }
+
+
+def _ordered(rows: Sequence[Row], new: Row, names: Sequence[str]) -> list[Row]:
+    merged = {**{row.key: row for row in rows}, new.key: new}
+    return sorted(merged.values(), key=lambda row: (names.index(row.key[0]), not row.key[1]))
 
 
 # ---- tables
@@ -225,7 +268,7 @@ def tables(results: Results) -> Iterator[Table]:
 def write(results: Results, folder: Path) -> list[Path]:
     """Write ``scale.json``, ``scale.md`` and ``scale.png`` to the folder; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, text, picture = (folder / f"scale.{ending}" for ending in ("json", "md", "png"))
+    data, text, picture = (folder / f"{NAME}.{ending}" for ending in ("json", "md", "png"))
     data.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
     text.write_text("\n".join([*(_markdown(*grid) for grid in _grids(results)), f"{CAPTION}.\n"]))
     _plot(results.models, results.growths, picture)

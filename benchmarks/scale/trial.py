@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,17 @@ class Timing:
             "phase_seconds": {name: sample.to_dict() for name, sample in self.phases.items()},
             **({} if self.step is None else {"step_seconds": self.step.to_dict()}),
         }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Timing:
+        """Read what `to_dict` gave."""
+        return cls(
+            record["capture"],
+            record["replaced"],
+            Sample.from_dict(record["transform_seconds"]),
+            {name: Sample.from_dict(sample) for name, sample in record["phase_seconds"].items()},
+            Sample.from_dict(record["step_seconds"]) if "step_seconds" in record else None,
+        )
 
 
 @dataclass(frozen=True)

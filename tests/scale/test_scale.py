@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import replfx
 from benchmarks.scale import command
-from benchmarks.scale.output import Growth, ModelRow, slope
+from benchmarks.scale.output import Growth, ModelRow, Results, slope, write
 from benchmarks.scale.subjects import TINY, TOWERS
 from benchmarks.scale.trial import PHASES, Job, Memory, Timing, memory_of, time_tower
 from replfx import ReplfxError
@@ -48,6 +48,25 @@ def test_a_growth_has_the_slopes_of_its_phases() -> None:
     growth = Growth("modules", True, {n: timing(float(n) ** 2) for n in (2, 4, 8)})
     assert growth.slope == pytest.approx(2)
     assert growth.phase_slopes == {phase: pytest.approx(2) for phase in PHASES}
+
+
+def test_rows_of_earlier_runs_stay_and_are_replaced_by_new_ones(tmp_path: Path) -> None:
+    config, memory = {"repeats": 2}, Memory(1000, 1100, 50)
+    first = Results(config, {})
+    for name in ("resnet152", "vit_l"):
+        first.add(ModelRow(name, True, timing(1.0, 3.0, step=2.0), memory, "abc"))
+    first.add(Growth("modules", True, {n: timing(float(n)) for n in (2, 4, 8)}, "abc"))
+    write(first, tmp_path)
+    again = Results(config, {})
+    again.read(tmp_path)
+    assert (again.models, again.growths) == (first.models, first.growths)
+    again.add(ModelRow("vit_l", True, timing(7.0, 7.0, step=2.0), memory, "def"))
+    again.add(ModelRow("vit_l", False, timing(7.0, 7.0, step=2.0), memory, "def"))
+    rows = [(row.model, row.inputs, row.commit) for row in again.models]
+    assert rows == [("vit_l", True, "def"), ("vit_l", False, "def"), ("resnet152", True, "abc")]
+    other = Results({"repeats": 3}, {})
+    other.read(tmp_path)
+    assert not other.models
 
 
 def options(*words: str) -> argparse.Namespace:
