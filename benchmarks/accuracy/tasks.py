@@ -111,9 +111,13 @@ FULL_BOXES = Recipe(190_000, 16, "sgd", 0.01, weight_decay=1e-4, clip=10.0, eval
 SMALL_TURNS = replace(SMALL_IMAGES, steps=480, learning_rate=0.4, evaluations=4)
 
 
-def _resnet(name: str, depth: int, small_depth: int) -> Task:
+# Ten passes: three minutes of one core, after which depth matters (docs/findings.md).
+SMALL_DEPTH = replace(SMALL_IMAGES, steps=2_000, learning_rate=0.4, evaluations=4)
+
+
+def _resnet(name: str, depth: int, small_depth: int, small: Recipe = SMALL_IMAGES) -> Task:
     models = {"small": partial(ResNet, small_depth, 8, stride=2), "full": partial(ResNet, depth)}
-    return Task(name, cifar10, ACCURACY, models, {"small": SMALL_IMAGES, "full": HE}, FRAME)
+    return Task(name, cifar10, ACCURACY, models, {"small": small, "full": HE}, FRAME)
 
 
 def _imagenet_resnet50() -> nn.Module:
@@ -126,7 +130,7 @@ def _imagenet_resnet50() -> nn.Module:
 TASKS = {
     task.name: task
     for task in (
-        _resnet("cifar10-resnet20", 20, small_depth=20),
+        _resnet("cifar10-resnet20", 20, small_depth=20, small=SMALL_DEPTH),
         _resnet("cifar10-resnet32", 32, small_depth=32),
         _resnet("cifar10-resnet110", 110, small_depth=56),
         Task(
