@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import replfx
+from benchmarks.accuracy import prototypes as prototypes  # registers them
 from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
 from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError

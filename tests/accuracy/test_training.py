@@ -118,6 +118,11 @@ RESNET_ALONE = (
     "block+scalar:select=layer2.0,layer3.0",
     "removed:select=layer2.0,layer3.0",
     "light+scalar:select=layer1.1",
+    "narrow+scalar",
+    "narrow-own+scalar",
+    "coarse+scalar",
+    "point+channel",
+    "one-map-own+channel",
 )
 
 
@@ -135,6 +140,12 @@ def test_every_variant_trains(make: Callable[..., Subject], variant: str) -> Non
 @pytest.mark.parametrize("variant", RESNET_ALONE)
 def test_variants_of_single_blocks_train(variant: str) -> None:
     assert run_of(toys.resnet(), variant).train()
+
+
+def test_trials_of_other_blocks_are_refused() -> None:
+    assert run_of(toys.gpt(), "narrow-mlp+scalar").train()
+    with pytest.raises(ReplfxError, match="it is no CausalBlock"):
+        run_of(toys.resnet(), "narrow-mlp+scalar")
 
 
 def test_the_vision_transformer_takes_the_variants() -> None:

@@ -1,0 +1,134 @@
+"""Operators that were tried, for the blocks of this benchmark alone; docs/findings.md says what became of them.
+
+They are registered with replfx, so that a variant names them as any other: ``narrow+scalar``. Those whose names end
+in ``-own`` have weights of their own instead of synthesised ones, as a control for what synthesising earns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import replfx
+from benchmarks.accuracy.resnet import BasicBlock
+from benchmarks.models import CausalBlock
+from replfx import Interface, Match, Operator, Site, Source
+from replfx.fusion.interface import read_slot
+
+__all__: list[str] = []
+
+
+class _Tried(Operator):
+    """y = `replace(x, θ)`, from the block's activation to the next.
+
+    Attributes:
+        fits: the class of block that it is written for.
+        own: whether θ are parameters of the operator itself.
+    """
+
+    fits: ClassVar[type[nn.Module]]
+    own: ClassVar[bool] = False
+
+    def __init__(self, block: nn.Module, interface: Interface, **sources: Source) -> None:
+        super().__init__(block, interface)
+        self.sources = {source.path: source for source in sources.values()}
+        if self.own:
+            kept = {path: _part(block.get_parameter(path), source) for path, source in self.sources.items()}
+            self.weights = nn.ParameterList(nn.Parameter(weight.detach().clone()) for weight in kept.values())
+
+    @classmethod
+    def match(cls, site: Site) -> Match:
+        if isinstance(site.block, cls.fits):
+            return Match()
+        return Match(reason=f"it is no {cls.fits.__name__}, and this operator is a trial")
+
+    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.own:
+            # Zero times what is synthesised, so that the coefficients have a gradient, as the library asks.
+            theta = {name: w + 0 * theta[name] for name, w in zip(theta, self.weights, strict=True)}
+        y = self.replace(read_slot(self.interface.main, args, kwargs), *theta.values())
+        return self.interface.result(args, kwargs, y)
+
+    def replace(self, x: Tensor, *theta: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
+        raise replfx.FusionError("a trial cannot be materialized")
+
+
+def _part(weight: Tensor, source: Source) -> Tensor:
+    return weight if source.rows is None else weight[source.rows[0] : source.rows[1]]
+
+
+class _Branch(_Tried):
+    """φ(x + U bn₂(conv₂(relu(bn₁(conv₁(D x)))))), with a share of the inner channels; D pools, U repeats pixels."""
+
+    fits = BasicBlock
+    share: ClassVar[float] = 1.0
+    pool: ClassVar[int] = 1
+
+    def __init__(self, block: nn.Module, interface: Interface) -> None:
+        assert isinstance(block, BasicBlock)
+        width = len(block.conv1.weight)
+        self.inner = int(width * self.share)
+        super().__init__(block, interface, first=Source("conv1.weight", (0, self.inner)), last=Source("conv2.weight"))
+        self.bn1, self.bn2 = nn.BatchNorm2d(self.inner), nn.BatchNorm2d(width)
+
+    def replace(self, x: Tensor, *theta: Tensor) -> Tensor:
+        first, last = theta
+        h = F.avg_pool2d(x, self.pool) if self.pool > 1 else x
+        h = torch.relu(self.bn1(F.conv2d(h, first, padding=1)))
+        h = self.bn2(F.conv2d(h, last[:, : self.inner], padding=1))
+        return torch.relu(x + (F.interpolate(h, scale_factor=self.pool) if self.pool > 1 else h))
+
+
+class _OneMap(_Tried):
+    """φ(x + bn(K ∗ x)), K the last convolution's kernel or the sum of its taps; bn's weight starts at 0.1."""
+
+    fits = BasicBlock
+    taps: ClassVar[bool] = True
+
+    def __init__(self, block: nn.Module, interface: Interface) -> None:
+        super().__init__(block, interface, last=Source("conv2.weight"))
+        self.bn = nn.BatchNorm2d(len(block.get_parameter("conv2.weight")))
+        nn.init.constant_(self.bn.weight, 0.1)
+
+    def replace(self, x: Tensor, *theta: Tensor) -> Tensor:
+        (kernel,) = theta
+        h = F.conv2d(x, kernel, padding=1) if self.taps else F.conv2d(x, kernel.sum((2, 3), keepdim=True))
+        return torch.relu(x + self.bn(h))
+
+
+class _NarrowMlp(_Tried):
+    """x + g ⊙ W₂ gelu(W₁ N(x) + b) + c: the MLP of a causal block with half of its hidden channels; g starts at 0.1."""
+
+    fits = CausalBlock
+
+    def __init__(self, block: nn.Module, interface: Interface) -> None:
+        bias, last = block.get_parameter("mlp.0.bias"), block.get_parameter("mlp.2.weight")
+        self.hidden = len(bias) // 2
+        super().__init__(block, interface, first=Source("mlp.0.weight", (0, self.hidden)), last=Source("mlp.2.weight"))
+        width = len(last)
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Parameter(bias[: self.hidden].detach().clone())
+        self.gain, self.bias = nn.Parameter(torch.full((width,), 0.1)), nn.Parameter(torch.zeros(width))
+
+    def replace(self, x: Tensor, *theta: Tensor) -> Tensor:
+        first, last = theta
+        h = F.gelu(F.linear(self.norm(x), first, self.inner))
+        return x + F.linear(h, self.gain.unsqueeze(1) * last[:, : self.hidden], self.bias)
+
+
+def _register(name: str, base: type[_Tried], **attributes: object) -> None:
+    replfx.register_operator(name)(type(f"Tried_{name.replace('-', '_')}", (base,), attributes))
+
+
+_register("narrow", _Branch, share=0.5)
+_register("narrow-own", _Branch, share=0.5, own=True)
+_register("coarse", _Branch, pool=2)
+_register("point", _OneMap, taps=False)
+_register("one-map-own", _OneMap, own=True)
+_register("narrow-mlp", _NarrowMlp)
