@@ -291,10 +291,10 @@ def _plot(models: Sequence[ModelRow], growths: Sequence[Growth], path: Path) -> 
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    axes[1].sharey(axes[0])
     for ax, inputs in zip(axes, (True, False), strict=False):
         _plot_growth(ax, [growth for growth in growths if growth.inputs is inputs])
         ax.set_title(f"transform {_inputs(inputs)} example inputs")
-    axes[1].sharey(axes[0])
     _plot_steps(axes[2], models)
     figure.savefig(path, dpi=130)
 
@@ -331,7 +331,7 @@ def _plot_steps(ax: Axes, models: Sequence[ModelRow]) -> None:
             ax.barh(place, width, left=left, color=f"C{index}", label=phase if place == 0 else None)
             left += width
         ax.annotate(f" {row.in_steps.median:.2f}", (left, place), va="center", fontsize="small")
-    ax.set(title="in training steps of the model (figures: transform as a whole)", xlabel="CPU time / that of a step")
+    ax.set(title="each phase, and transform as a whole", xlabel="CPU time / that of a training step of the model")
     ax.set_yticks(range(len(models)), [f"{row.model}, {_inputs(row.inputs)}" for row in models])
     ax.invert_yaxis()
     ax.margins(x=0.12)
