@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from replfx.errors import FusionError
 from replfx.fusion.anatomy import is_norm, is_residual, is_sum
@@ -144,6 +145,11 @@ def _is_layout(node: fx.Node) -> bool:
     return node.op in ("call_method", "call_function") and name in _LAYOUT
 
 
+def _keeps_zero(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return _is_layout(node) or name in ("getitem", "roll", "dropout", "mul", "mul_", "imul")
+
+
 def _is_elementwise(node: fx.Node) -> bool:
     return node.op == "call_function" and callable(node.target) and _folds(_applied(node))
 
@@ -163,9 +169,9 @@ def _folds(activation: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _passes(module: nn.Module) -> bool:
-    """Whether it gives on what it gets when it is not trained: dropout and its kind."""
-    x = torch.linspace(-9, 9, 96, dtype=torch.float64).view(2, 3, 4, 4)
-    return _gives(lambda: copy.deepcopy(module).eval()(x.clone()), x)
+    """Whether it gives on what it gets when it is not trained, in whatever order: dropout, a permutation of axes."""
+    x = torch.linspace(-9, 9, 96, dtype=torch.float64)
+    return _gives(lambda: copy.deepcopy(module).eval()(x.view(2, 3, 4, 4).clone()).flatten().sort().values, x)
 
 
 def _gives(call: Callable[[], Tensor], wanted: Tensor) -> bool:
@@ -185,13 +191,22 @@ class _Branch:
         self.main = _main_path(site)
 
     def last_layer(self) -> str | None:
-        """The path of the last layer with a weight, in a composite module that of its last weight."""
+        """The path of the last layer with a weight, in a composite module that of its last weight.
+
+        None if what comes behind it might make something of nothing.
+        """
         node: fx.Node | None = self.end
         while node is not None and node not in self.main:
             module = _module(self.site, node)
+            names = [name for term in node.all_input_nodes if (name := self._parameter(term))]
             if module is not None and next(module.parameters(), None) is not None and not _is_scale(module):
-                *_, name = (n for n, p in module.named_parameters() if n.rpartition(".")[2] == "weight")
-                return ".".join(filter(None, (self.site.inside(node), name.rpartition(".")[0])))
+                weights = [n for n, _ in module.named_parameters() if n.rpartition(".")[2] == "weight"]
+                path = weights[-1].rpartition(".")[0] if weights else None
+                return None if path is None else ".".join(filter(None, (self.site.inside(node), path)))
+            if module is None and node.target is F.linear and names:
+                return names[0].rpartition(".")[0]
+            if not (_keeps_zero(node) or (module is not None and (_is_scale(module) or _passes(module)))):
+                return None
             node = self._before(node)
         return None
 

@@ -1,7 +1,7 @@
 """The fusion layer: the module that stands in a replaced block's place."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -113,6 +113,7 @@ class FusionLayer(nn.Module):
                 raise FusionError(f"nothing tells where its `{name}` would start: neither neighbour has the like")
             value = torch.stack(found).mean(0) if found else like.new_empty(shape)
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=skeleton.get_parameter(name).requires_grad)
+        _like_theirs(block, self.neighbours)
         for module in block.modules():
             if not sides and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -184,6 +185,18 @@ def _scale_gradient(theta: Tensor, factor: float) -> Tensor:
     if factor == 1.0:
         return theta
     return theta.detach() if factor == 0.0 else torch.lerp(theta.detach(), theta, factor)
+
+
+def _like_theirs(block: nn.Module, neighbours: Sequence[nn.Module]) -> None:
+    """Give buffers the dtype of a neighbour's of their name, and statistics its values; masks and tables stay."""
+    theirs = {name: buffer for side in reversed(neighbours) for name, buffer in side.named_buffers()}
+    for name, mine in list(block.named_buffers()):
+        path, _, leaf = name.rpartition(".")
+        if name in theirs:
+            statistics = leaf.startswith("running_") and theirs[name].shape == mine.shape
+            block.get_submodule(path)._buffers[leaf] = (
+                theirs[name].detach().clone() if statistics else mine.to(theirs[name].dtype)
+            )
 
 
 def _without_values(tensor: Tensor) -> Tensor:
