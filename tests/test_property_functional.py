@@ -258,7 +258,10 @@ def test_unroll_gives_full_depth_back(drawn: Regions, kind: str) -> None:
     model = drawn.transformed()
     optimizer = optimizer_for(kind, model)
     steps(model, optimizer, drawn.inputs(), 2)
-    was = seeded(model, drawn.inputs())[0][0]
+    outputs, gradients = seeded(model, drawn.inputs())[:2]
+    was = outputs[0]
+    # Blocks without a norm may diverge in these steps, and NaN is equal to nothing.
+    assume(all(torch.isfinite(t).all() for t in (*outputs, *gradients.values()) if t is not None))
     full = replfx.unroll(model, optimizer)
     assert full is model
     assert torch.equal(seeded(full, drawn.inputs())[0][0], was)
