@@ -251,9 +251,8 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
         )
     blocks = {r.path: block_at(target, r.path) for r in planned.replacements if not rewritten}
     try:
-        passes: list[PassBase] = [InsertFusion(target), Verify(None if rewritten else target, original, inputs)]
-        if not rewritten:
-            passes.insert(1, Release())
+        spent: list[PassBase] = [] if rewritten else [Release()]
+        passes = [InsertFusion(target), *spent, Verify(None if rewritten else target, original, inputs)]
         result = run_passes(graph, passes).graph_module
     except ReplfxError:
         put_blocks(target, blocks)  # with inplace=True the model is the user's

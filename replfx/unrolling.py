@@ -82,7 +82,7 @@ def unroll(
         >>> ...                                # the rest at full depth
     """
     layers = placed_layers(model, state_of(model).plan)
-    seen = {} if example_inputs is None else _main_inputs(model, layers, Inputs.of(example_inputs, model))
+    seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     with torch.no_grad():
         like = next(model.parameters())
         coefficients = {path: set(layer.parameters()) for path, layer in layers.items()}
@@ -108,8 +108,10 @@ def _full_block(path: str, layer: FusionLayer, like: Tensor, inputs: Tensor | No
     return block
 
 
-def _main_inputs(model: nn.Module, layers: Mapping[str, FusionLayer], inputs: Inputs | None) -> dict[str, Tensor]:
+def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Tensor]:
     """What each fusion layer gets as its main activation, in a run of a copy of the model."""
+    inputs = Inputs.of(example_inputs, model)
+    assert inputs is not None
     twin, seen = copy.deepcopy(model), {}
     for path, layer in placed_layers(twin, state_of(twin).plan).items():
 
@@ -117,7 +119,6 @@ def _main_inputs(model: nn.Module, layers: Mapping[str, FusionLayer], inputs: In
             seen[path] = read_slot(layer.operator.interface.main, args, kwargs).detach()
 
         layer.register_forward_pre_hook(note, with_kwargs=True)
-    assert inputs is not None
     with torch.no_grad():
         twin(*inputs.args, **inputs.kwargs)
     return seen

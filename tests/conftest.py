@@ -1,9 +1,13 @@
-"""Hypothesis profiles: the same examples every time under CI, fresh ones elsewhere."""
+"""Hypothesis profiles: the same examples every time under CI, fresh ones elsewhere. And clean registries."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from replfx.fusion import fusions, operators
 
 # No deadline: an example's time is that of the machine's load. Bounded, because an example trains nothing
 # but traces, copies and differentiates a whole model.
@@ -15,3 +19,13 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """Forget afterwards what a test registers."""
+    kept = [(registry, dict(registry._entries)) for registry in (fusions, operators)]
+    yield
+    for registry, entries in kept:
+        registry._entries.clear()
+        registry._entries.update(entries)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,20 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.fusion import fusions, operators
 from tests.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """Forget afterwards what a test registers."""
-    kept = [(registry, dict(registry._entries)) for registry in (fusions, operators)]
-    yield
-    for registry, entries in kept:
-        registry._entries.clear()
-        registry._entries.update(entries)  # type: ignore[arg-type]
 
 
 class Mean(replfx.Fusion):

@@ -1,7 +1,7 @@
 """Operators that were tried, for the blocks of this benchmark alone; docs/findings.md says what became of them.
 
-They are registered with replfx, so that a variant names them as any other: ``narrow+scalar``. Those whose names end
-in ``-own`` have weights of their own instead of synthesised ones, as a control for what synthesising earns.
+A variant names them as any other operator, ``narrow+scalar``, and replfx knows those alone that were named. Those whose
+names end in ``-own`` have weights of their own instead of synthesised ones, as a control for what synthesising earns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.models import CausalBlock
 from replfx import Interface, Match, Operator, Site, Source
 from replfx.fusion.interface import read_slot
 
-__all__: list[str] = []
+__all__ = ["TRIALS", "register_trial"]
 
 
 class _Tried(Operator):
@@ -122,13 +122,21 @@ class _NarrowMlp(_Tried):
         return x + F.linear(h, self.gain.unsqueeze(1) * last[:, : self.hidden], self.bias)
 
 
-def _register(name: str, base: type[_Tried], **attributes: object) -> None:
-    replfx.register_operator(name)(type(f"Tried_{name.replace('-', '_')}", (base,), attributes))
+def _trial(name: str, base: type[_Tried], **attributes: object) -> type[_Tried]:
+    return type(f"Tried_{name.replace('-', '_')}", (base,), attributes)
 
 
-_register("narrow", _Branch, share=0.5)
-_register("narrow-own", _Branch, share=0.5, own=True)
-_register("coarse", _Branch, pool=2)
-_register("point", _OneMap, taps=False)
-_register("one-map-own", _OneMap, own=True)
-_register("narrow-mlp", _NarrowMlp)
+TRIALS = {
+    "narrow": _trial("narrow", _Branch, share=0.5),
+    "narrow-own": _trial("narrow-own", _Branch, share=0.5, own=True),
+    "coarse": _trial("coarse", _Branch, pool=2),
+    "point": _trial("point", _OneMap, taps=False),
+    "one-map-own": _trial("one-map-own", _OneMap, own=True),
+    "narrow-mlp": _trial("narrow-mlp", _NarrowMlp),
+}
+
+
+def register_trial(name: str) -> None:
+    """Let replfx know the operator of this name, if it is a trial."""
+    if name in TRIALS:
+        replfx.register_operator(name)(TRIALS[name])

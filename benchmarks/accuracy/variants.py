@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import replfx
-from benchmarks.accuracy import prototypes as prototypes  # registers them
 from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
+from benchmarks.accuracy.prototypes import register_trial
 from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError
 from replfx.tracing import ExampleInputs
@@ -142,6 +142,7 @@ def removed(model: nn.Module, paths: list[str]) -> nn.Module:
 
 def _replfx(name: str, options: Options) -> Variant:
     operator, _, fusion = name.partition(":")[0].partition("+")
+    register_trial(operator)
     rest = dict(options)
     gradient = float(rest.pop("neighbour_gradient", 1.0))
     unrolled = rest.pop("unroll", None)

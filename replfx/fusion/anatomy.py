@@ -22,12 +22,12 @@ __all__ = [
     "MapPair",
     "Norm",
     "activation_of",
-    "behind_identity",
     "dissect",
     "is_norm",
     "is_residual",
     "is_sum",
     "keeps_shape",
+    "name_of",
 ]
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
@@ -137,12 +137,17 @@ def is_sum(node: fx.Node) -> bool:
     return node.target in _SUMS
 
 
+def name_of(node: fx.Node) -> str:
+    """What a node calls: the name of a function, a method or a module."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _reaches_input(site: Site, node: fx.Node) -> bool:
     """Whether the input itself is a term of the sum `node`."""
     pending = [node] if is_sum(node) else []
     while pending:
         for term in pending.pop().all_input_nodes:
-            term = behind_identity(site, term)
+            term = _behind_identity(site, term)
             if term is site.input:
                 return True
             if is_sum(term) and term in site.nodes:
@@ -150,8 +155,7 @@ def _reaches_input(site: Site, node: fx.Node) -> bool:
     return False
 
 
-def behind_identity(site: Site, node: fx.Node) -> fx.Node:
-    """The node itself, or what comes into the `nn.Identity` modules that it is the output of."""
+def _behind_identity(site: Site, node: fx.Node) -> fx.Node:
     while node.op == "call_module" and node in site.nodes and type(_module(site, node)) is nn.Identity:
         node = node.all_input_nodes[0]
     return node
@@ -165,8 +169,7 @@ def _elementwise(site: Site, node: fx.Node) -> str | None:
         module = _module(site, node)
         plain = next(iter((*module.parameters(), *module.buffers())), None) is None
         return f"module:{site.inside(node)}" if plain and site.inside(node) else None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = name.rstrip("_")
+    name = name_of(node).rstrip("_")
     return f"function:{name}" if node.op != "get_attr" and name in _ACTIVATIONS else None
 
 
@@ -273,7 +276,7 @@ def _norm(site: Site, width: int, linear: bool) -> Norm | None:
     norms = [n for n in called if is_norm(_module(site, n), width)]
     if not norms:
         return None
-    first = next((n for n in norms if behind_identity(site, n.all_input_nodes[0]) is site.input), None)
+    first = next((n for n in norms if _behind_identity(site, n.all_input_nodes[0]) is site.input), None)
     node = first or norms[-1]
     dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
     last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)

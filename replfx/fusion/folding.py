@@ -17,7 +17,7 @@ A scale on the branch that carries the map (LayerScale) starts at one.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from replfx.errors import FusionError
-from replfx.fusion.anatomy import is_norm, is_residual, is_sum
+from replfx.fusion.anatomy import is_norm, is_residual, is_sum, name_of
 from replfx.fusion.operators import Site
 
 __all__ = ["Fold", "fold_of", "set_linear", "silence"]
 
 _LAYOUT = ("reshape", "view", "flatten", "contiguous", "permute", "transpose", "unflatten")
+_PRODUCTS = ("mul", "mul_", "imul")
 _PATHS = ("norm", "first", "inner", "last", "entry")
 
 
@@ -86,9 +87,9 @@ def fold_of(site: Site, carrier: str | None) -> Fold | str:
     """
     if not is_residual(site):
         return "it is not residual"
-    silenced, carrying = [], None
-    for end in _branch_ends(site):
-        branch = _Branch(site, end)
+    silenced, carrying, main = [], None, _main_path(site)
+    for end in _branch_ends(site, main):
+        branch = _Branch(site, end, main)
         if carrier is not None and carrying is None:
             carrying = branch.as_mlp() if carrier == "mlp" else branch.as_convolutions()
             if carrying is not None:
@@ -110,9 +111,8 @@ _WANTED = {
 }
 
 
-def _branch_ends(site: Site) -> list[fx.Node]:
+def _branch_ends(site: Site, main: Set[fx.Node]) -> list[fx.Node]:
     """What is added on the way from the block's input to its output, the last first."""
-    main = _main_path(site)
     ends: list[fx.Node] = []
     node = site.output
     while node is not site.input:
@@ -141,13 +141,11 @@ def _module(site: Site, node: fx.Node) -> nn.Module | None:
 
 
 def _is_layout(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name in _LAYOUT
+    return node.op in ("call_method", "call_function") and name_of(node) in _LAYOUT
 
 
 def _keeps_zero(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return _is_layout(node) or name in ("getitem", "roll", "dropout", "mul", "mul_", "imul")
+    return _is_layout(node) or name_of(node) in ("getitem", "roll", "dropout", *_PRODUCTS)
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -186,9 +184,8 @@ def _gives(call: Callable[[], Tensor], wanted: Tensor) -> bool:
 class _Branch:
     """A branch of a residual block, read backwards from its end."""
 
-    def __init__(self, site: Site, end: fx.Node) -> None:
-        self.site, self.end = site, end
-        self.main = _main_path(site)
+    def __init__(self, site: Site, end: fx.Node, main: Set[fx.Node]) -> None:
+        self.site, self.end, self.main = site, end, main
 
     def last_layer(self) -> str | None:
         """The path of the last layer with a weight, in a composite module that of its last weight.
@@ -266,7 +263,7 @@ class _Branch:
             factors = [name for term in node.all_input_nodes if (name := self._parameter(term))]
             if module is not None and _is_scale(module):
                 scales += [f"{self.site.inside(node)}.{name}" for name, _ in module.named_parameters()]
-            elif len(factors) == 1 and getattr(node.target, "__name__", node.target) in ("mul", "mul_", "imul"):
+            elif len(factors) == 1 and name_of(node) in _PRODUCTS:
                 scales += factors
             elif not (_is_layout(node) or (module is not None and _passes(module))):
                 break
