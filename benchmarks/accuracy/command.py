@@ -88,9 +88,9 @@ def _be_deterministic(device: torch.device) -> None:
 def _grid(names: Sequence[str]) -> list[Variant]:
     """The variants asked for, with full first and what the others refer to."""
     wanted = dict.fromkeys(["full", *names])
-    for name in names:
-        if (other := variant_of(name).as_long_as) is not None:
-            wanted.setdefault(other)
+    for variant in map(variant_of, names):
+        if variant.as_long_as is not None:
+            wanted.update(dict.fromkeys([variant.as_long_as, variant.made_as]))
     return [variant_of(name) for name in wanted]
 
 
@@ -152,8 +152,11 @@ def _steps(subject: Subject, variant: Variant, known: dict[str, dict[str, Any]])
     """How many steps fill the time that another variant takes; None leaves the recipe's."""
     if variant.as_long_as is None:
         return None
-    ratio: float = known[variant.as_long_as]["step_over_full"]["median"]
-    return max(1, round(subject.recipe.steps * ratio))
+
+    def share(name: str) -> float:
+        return variant_of(name).share_of_full(known[name]["step_over_full"]["median"])
+
+    return max(1, round(subject.recipe.steps * share(variant.as_long_as) / share(variant.made_as)))
 
 
 def _train(training: Run, deadline: float, progress: Progress) -> bool:

@@ -36,7 +36,8 @@ class Variant:
         grow: (model, its optimizer, inputs of a training batch) → the model to train on from `grows_at` on; the
             optimizer is changed in place.
         grows_at: share of the steps.
-        as_long_as: the variant whose total training time is not to be exceeded; None takes the recipe's steps.
+        as_long_as: the variant whose total training time is to be filled; None takes the recipe's steps.
+        made_as: the variant of which this is the model, where steps are as many as fill a time.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Variant:
     grow: Grow | None = None
     grows_at: float = 0.5
     as_long_as: str | None = None
+    made_as: str = "full"
+
+    def share_of_full(self, step_over_full: float) -> float:
+        """Its training time over full's with as many steps: it costs what full does once it has grown."""
+        return step_over_full if self.grow is None else 1 - self.grows_at * (1 - step_over_full)
 
 
 def variant_of(name: str) -> Variant:
@@ -54,23 +60,31 @@ def variant_of(name: str) -> Variant:
 
     """
     method, *given = name.split(":")
-    if method == "same-time":
-        other = name.partition(":as=")[2]
-        if not other:
-            raise ReplfxError(f"variant {name!r}: say as which other, as in same-time:as=removed")
-        variant_of(other)
-        return Variant(name, lambda model, example: model, as_long_as=other)
+    if method in TIMED:
+        return _timed(name, method, name.partition(f":{TIMED[method]}=")[2])
     options: dict[str, str] = {}
     for option in given:
         key, _, value = option.partition("=")
         options[key] = value
     make = METHODS.get(method, _replfx if "+" in method else None)
     if make is None:
-        raise ReplfxError(f"no variant {method!r}; there are {', '.join(METHODS)}, same-time and OPERATOR+FUSION")
+        raise ReplfxError(f"no variant {method!r}; there are {', '.join([*METHODS, *TIMED])} and OPERATOR+FUSION")
     try:
         return make(name, options)
     except (TypeError, ValueError) as error:
         raise ReplfxError(f"variant {name!r}: {error}") from error
+
+
+def _timed(name: str, method: str, other: str) -> Variant:
+    """Full for as long as the other takes, or the other for as long as full takes."""
+    if not other:
+        raise ReplfxError(f"variant {name!r}: say which other, as in {method}:{TIMED[method]}=removed")
+    found = variant_of(other)
+    if found.as_long_as is not None:
+        raise ReplfxError(f"variant {name!r}: {other} fills a time itself")
+    if method == "same-time":
+        return Variant(name, lambda model, example: model, as_long_as=other)
+    return replace(found, name=name, as_long_as="full", made_as=other)
 
 
 def policy_of(options: Options) -> dict[str, Any]:
@@ -199,6 +213,9 @@ def _checkpointing(name: str, options: Options) -> Variant:
     _no_options(options)
     return Variant(name, lambda model, example: checkpointing.checkpointed(model, all_blocks(model, example)))
 
+
+TIMED = {"same-time": "as", "full-time": "of"}
+"""Methods whose number of steps follows from measured costs, and the option that names the other variant."""
 
 METHODS: dict[str, Callable[[str, Options], Variant]] = {
     "full": _full,

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import store
 from benchmarks.accuracy import command
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.report import Difference, removed_like, rows_of
@@ -118,6 +117,7 @@ def test_where_less_is_better_the_target_is_met_from_above() -> None:
         ("stacking:every=3:at=0.2", "removed:every=3"),
         ("rule2024", "removed:every=4"),
         ("same-time:as=light+channel:select=a", "removed"),
+        ("full-time:of=light+channel:select=a", "removed:select=a"),
         ("removed:select=a", "removed:select=a"),
     ],
 )
@@ -163,8 +163,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+TIMED = ("same-time:as=removed", "full-time:of=stacking:at=0.25")
+
+
 def test_the_command_goes_on_where_it_was_and_reports(run: Any, tmp_path: Path) -> None:
-    variants = ("--variants", "removed", "block+scalar", "light+nothing", "same-time:as=removed", "--seeds", "0,1")
+    variants = ("--variants", "removed", "block+scalar", "light+nothing", *TIMED, "--seeds", "0,1")
     lines = tmp_path / "out" / "accuracy.jsonl"
     first = run(*variants, "--runs", "1")
     assert sum(record["kind"] == "run" for record in first["records"]) == 1
@@ -172,15 +175,17 @@ def test_the_command_goes_on_where_it_was_and_reports(run: Any, tmp_path: Path) 
     found = run(*variants)
     assert lines.read_text().startswith(done)  # nothing was done again
     runs = {(r["variant"], r["seed"]): r for r in found["records"] if r["kind"] == "run"}
-    names = ("full", "removed", "block+scalar", "same-time:as=removed")
+    names = ("full", "removed", "block+scalar", "stacking:at=0.25", *TIMED)
     assert set(runs) == {(name, seed) for name in names for seed in (0, 1)}
     for record in runs.values():
         assert {"threads", "device", "torch", "commit"} <= record["environment"].keys()
         assert record["peak_training_bytes"] > 0
         assert len(record["curve"]) == 2
         assert record["curve"][-1]["metric"] == record["metric"]
-    ratio = store.read(lines)["wikitext2-bytes/small,batch=2,evaluations=2,steps=4/removed/cost"]["step_over_full"]
-    assert runs["same-time:as=removed", 0]["recipe"]["steps"] == max(1, round(4 * ratio["median"]))
+    ratios = {r["variant"]: r["step_over_full"]["median"] for r in found["records"] if "step_over_full" in r}
+    shares = (ratios["removed"], 1 / (0.25 * ratios["stacking:at=0.25"] + 0.75))
+    for name, share in zip(TIMED, shares, strict=True):
+        assert runs[name, 0]["recipe"]["steps"] == max(1, round(4 * share))
     text = next((tmp_path / "out").glob("*.md")).read_text()
     assert "| light+nothing | n/a: unknown fusion 'nothing'" in text
     assert next((tmp_path / "out").glob("*.png")).stat().st_size > 1000

@@ -166,13 +166,20 @@ def test_the_vision_transformer_takes_the_variants() -> None:
         ("removed:evry=2", "there is no option evry"),
         ("removed:every=x", "invalid literal"),
         ("stochastic-depth:survival=2", "over 0 and at most 1"),
-        ("same-time", "say as which other"),
+        ("same-time", "say which other, as in same-time:as=removed"),
+        ("full-time:as=removed", "say which other, as in full-time:of=removed"),
+        ("full-time:of=same-time:as=removed", "fills a time itself"),
         ("same-time:as=nothing", "no variant 'nothing'"),
     ],
 )
 def test_a_variant_that_cannot_be_is_refused(name: str, message: str) -> None:
     with pytest.raises(ReplfxError, match=message):
         variant_of(name)
+
+
+def test_the_time_of_a_variant_that_grows_is_of_both_its_halves() -> None:
+    assert variant_of("removed").share_of_full(0.6) == 0.6
+    assert variant_of("stacking:at=0.25").share_of_full(0.6) == pytest.approx(0.25 * 0.6 + 0.75)
 
 
 def test_a_variant_that_does_not_fit_is_refused_with_the_reason() -> None:
