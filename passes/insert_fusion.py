@@ -1,7 +1,9 @@
 """insert_fusion: put fusion layers in the place of the planned blocks. The only pass that changes a model."""
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.blocks import head_of, put_blocks
 from replfx.building import build_layers
+from replfx.errors import FusionError, ReadFromOutsideError
 from replfx.fusion import FusionLayer
 from replfx.passes.chains import CHAINS_KEY, chains_of
 from replfx.passes.regions import replace_regions
 from replfx.passes.rewritten import without_regions
 from replfx.passes.select_blocks import plan_of
+from replfx.passes.why_not import ancestors
 from replfx.plans import has_regions
 from replfx.tracing import CaptureInfo, ModuleCall, info_of, nodes_in
 
@@ -40,15 +44,50 @@ class InsertFusion(PassBase):
         if has_regions(plan_of(graph_module)):
             return PassResult(_rewrite_regions(graph_module, self.model), True)
         layers = build_layers(self.model, plan_of(graph_module))
-        put_blocks(self.model, layers)
         info = info_of(graph_module)
         calls = {block.path: block.call for chain in chains_of(graph_module).chains for block in chain.blocks}
+        _check_reads(graph_module.graph, layers, {path: info.nodes[c.start : c.stop] for path, c in calls.items()})
+        put_blocks(self.model, layers)
         renamed: dict[fx.Node, fx.Node] = {}
         for path, layer in layers.items():
             _rewrite(graph_module, info, calls[path], layer, renamed)
         put_blocks(info.root, layers)
         graph_module.recompile()
         return PassResult(graph_module, bool(layers))
+
+
+def _check_reads(graph: fx.Graph, layers: Mapping[str, FusionLayer], regions: Mapping[str, Sequence[fx.Node]]) -> None:
+    """See what weights of replaced blocks the model reads itself.
+
+    Raises:
+        ReadFromOutsideError: weights that would be synthesised, but that the block could keep.
+        FusionError: a weight that the layer has no place for.
+    """
+    inside = {node for path in layers for node in regions[path]}
+    kept: dict[str, list[str]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        path = next((above for above in ancestors(target) if above in layers), None)
+        if node in inside or path is None:
+            continue
+        name, layer = target.removeprefix(f"{path}."), layers[path]
+        if name in layer.operator.vacant():
+            kept.setdefault(path, []).append(name)
+        elif not _has(layer, name):
+            raise FusionError(
+                f"`{path}`: the model reads its `{name}` itself, and {type(layer.operator).__name__} has none of it; "
+                "take operator='block', or leave this block out of select="
+            )
+    if kept:
+        raise ReadFromOutsideError(f"the model reads `{next(iter(kept))}`'s weights itself", kept)
+
+
+def _has(layer: FusionLayer, name: str) -> bool:
+    try:
+        reduce(getattr, name.split("."), layer)
+    except AttributeError:
+        return False
+    return True
 
 
 def _rewrite_regions(graph_module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:

@@ -15,6 +15,7 @@ from torch import nn
 import replfx
 from replfx import demo
 from replfx.errors import ReplfxError
+from replfx.fusion.registry import AUTO
 from replfx.tracing import ExampleInputs
 
 __all__ = ["main"]
@@ -62,8 +63,8 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--every", type=int, metavar="K", help="replace blocks K, 2K, … of each chain (default: 2)")
     policy.add_argument("--fraction", type=float, metavar="F", help="replace this part of each chain")
     policy.add_argument("--select", action="append", metavar="GLOB", help="replace these blocks (may be repeated)")
-    parser.add_argument("--fusion", default="scalar", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--operator", default="block", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--fusion", default=AUTO, metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--operator", default=AUTO, metavar="NAME", help="default: %(default)s")
     parser.add_argument(
         "--input",
         type=_shape,

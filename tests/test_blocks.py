@@ -166,6 +166,24 @@ def test_weights_that_the_model_reads_itself_stay_the_blocks_own(training: bool)
     assert torch.equal(again.train()(x), trained)
 
 
+@pytest.mark.parametrize("x", [None, torch.ones(3, 4)])
+def test_weights_that_the_captured_graph_reads_stay_the_blocks_own(x: Tensor | None) -> None:
+    class Penalised(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self[1].fc.weight.square().mean()
+
+    torch.manual_seed(0)
+    model, h = Penalised(*(Wide() for _ in range(5))), torch.randn(3, 4)
+    made = replfx.transform(model, x, operator="block")
+    assert replfx.report(made).replaced == replfx.inspect(model, x, operator="block").replaced == ["1", "3"]
+    assert {name for name in made.state_dict() if "operator" in name and "fc" in name} >= {
+        f"{path}.operator.block.fc.weight" for path in "13"
+    }
+    assert not any("last.weight" in name for name in made.state_dict() if "operator" in name)
+    plain = nn.Sequential(*made.children())
+    assert torch.equal(made(h), plain(h) + model[1].fc.weight.square().mean())
+
+
 def test_a_model_that_reads_all_that_would_be_replaced_is_refused() -> None:
     model = Rescaling(Block, "fc")
     with pytest.raises(replfx.FusionError, match=r"`blocks\.1`: operator 'block' has nothing to synthesise"):

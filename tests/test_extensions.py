@@ -63,7 +63,7 @@ class Gain(replfx.Operator):
 def test_a_fusion_in_a_few_lines() -> None:
     replfx.register_fusion("mean")(Mean)
     model = tower(5)
-    made = replfx.transform(model, X, fusion="mean")
+    made = replfx.transform(model, X, fusion="mean", operator="block")
     (a, b) = (model.blocks[i].fc1.weight for i in (0, 2))
     layer = made.blocks[1]
     assert set(layer.synthesized()) == {"fc1.weight", "fc2.weight"}
@@ -128,7 +128,7 @@ def test_names_are_taken_once() -> None:
 
 def test_an_unknown_name_lists_what_a_user_registered() -> None:
     replfx.register_fusion("mean")(Mean)
-    with pytest.raises(replfx.FusionError, match="there are: channel, mean, scalar, scalar_layer"):
+    with pytest.raises(replfx.FusionError, match="there are: auto, channel, mean, scalar, scalar_layer"):
         replfx.transform(tower(5), fusion="meen")
 
 
@@ -182,7 +182,7 @@ def test_a_replaced_blocks_attributes_are_forwarded() -> None:
             _ = layer.nothing_such
         for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(replfx.transform(tower(5))))):
             assert isinstance(copied, nn.Module)
-    assert replfx.transform(model, X).blocks[1].fc1 is not None
+    assert replfx.transform(model, X, operator="block").blocks[1].fc1 is not None
 
 
 def test_in_place_keeps_the_identity_of_what_is_kept() -> None:

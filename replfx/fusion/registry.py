@@ -7,7 +7,10 @@ from typing import Generic, TypeVar
 
 from replfx.errors import FusionError
 
-__all__ = ["Choice", "Registry"]
+__all__ = ["AUTO", "Choice", "Registry"]
+
+AUTO = "auto"
+"""The name that leaves the choice to the evidence (`replfx.fusion.auto`); nothing is registered under it."""
 
 T = TypeVar("T")
 
@@ -67,10 +70,12 @@ class Registry(Generic[T]):
         """Class decorator: `@register_fusion("mean")`.
 
         Raises:
-            FusionError: the name is taken by another class.
+            FusionError: the name is taken by another class, or means something else.
         """
 
         def enter(cls: type[T]) -> type[T]:
+            if name == AUTO:
+                raise FusionError(f"the {self.what} name {name!r} stands for a choice among the others; take another")
             taken = self._entries.get(name)
             if taken is not None and taken.__qualname__ != cls.__qualname__:
                 raise FusionError(f"the {self.what} name {name!r} is taken by {taken.__qualname__}")
