@@ -45,7 +45,7 @@ def materialize(model: nn.Module) -> nn.Module:
     layers, made = placed_layers(twin, plan), {}
     with torch.no_grad():
         for path, layer in layers.items():
-            made[path] = layer.operator.plain({n: t.detach().clone() for n, t in layer.synthesized().items()})
+            made[path] = layer.plain()
     _put(twin, layers, made)
     return twin
 
@@ -95,9 +95,9 @@ def unroll(
 
 
 def _full_block(path: str, layer: FusionLayer, like: Tensor, inputs: Tensor | None) -> nn.Module:
-    theta = {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
     if layer.operator.unrolls:
-        return layer.operator.plain(theta)
+        return layer.plain()
+    theta = {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
     try:
         if is_region(path):
             raise FusionError("it was no module, and only operator='block' gives such a block back")

@@ -180,6 +180,9 @@ def test_a_replaced_blocks_attributes_are_forwarded() -> None:
         assert (layer.shift_size, layer.drop_rate) == ((1, 2), 0.25)
         with pytest.raises(AttributeError, match="nothing_such"):
             _ = layer.nothing_such
+        plain = replfx.materialize(replfx.transform(model, X, operator=operator)).blocks[1]
+        for made in (plain, copy.deepcopy(plain)):  # a model may ask it too
+            assert (made.shift_size, made.drop_rate) == ((1, 2), 0.25)
         for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(replfx.transform(tower(5))))):
             assert isinstance(copied, nn.Module)
     assert replfx.transform(model, X, operator="block").blocks[1].fc1 is not None

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
@@ -132,6 +133,16 @@ class FusionLayer(nn.Module):
             return self._synthesize_sharded(self.fusion, previous, next)
         result: dict[str, Tensor] = self.fusion(previous, next)
         return result
+
+    def plain(self) -> nn.Module:
+        """A module without replfx that computes the same with weights of its own, and has the block's attributes."""
+        made = self.operator.plain({name: theta.detach().clone() for name, theta in self.synthesized().items()})
+        lacking = {name: value for name, value in self._attributes.items() if not hasattr(made, name)}
+        for name, value in lacking.items():
+            setattr(made, name, value)
+        if isinstance(made, fx.GraphModule):  # whose copies have what its graph names, and this
+            made.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = lacking
+        return made
 
     def not_finite(self) -> str | None:
         """The name of a synthesised weight with an element that is not finite; None if there is none.
