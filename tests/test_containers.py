@@ -51,7 +51,7 @@ def outcome(model: nn.Module, inputs: Any) -> tuple[list[Tensor], dict[str, Tens
 def test_it_is_transformed_and_stays_what_it_was(name: str) -> None:
     model, inputs = built(WORKS[name])
     before = snapshot(model)
-    made = replfx.transform(model, inputs)
+    made = replfx.transform(model, inputs, operator="block")
     assert_unchanged(model, before)
     assert type(made) is type(model)
     assert replfx.report(made).replaced == list(WORKS[name].replaced)
@@ -62,7 +62,9 @@ def test_it_is_transformed_and_stays_what_it_was(name: str) -> None:
     assert {p for p in was if p in gradients} == {p for p in was if ".fusion." in p or was[p] in originally}
 
     randomize(made, 2)
-    twin = replfx.apply(fresh(WORKS[name]), replfx.Plan.from_json(replfx.plan(model, inputs).to_json()))
+    twin = replfx.apply(
+        fresh(WORKS[name]), replfx.Plan.from_json(replfx.plan(model, inputs, operator="block").to_json())
+    )
     twin.load_state_dict(made.state_dict(), strict=True)
     assert all(torch.equal(a, b) for a, b in zip(outcome(twin, inputs)[0], outcome(made, inputs)[0], strict=True))
     plain = replfx.materialize(made)
@@ -87,7 +89,7 @@ def test_it_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(replfx.ReplfxError, match=REFUSED[name].refusal):
         replfx.transform(model, inputs, inplace=True)
     assert_unchanged(model, before)
-    report = replfx.inspect(model, inputs)
+    report = replfx.inspect(model, inputs, operator="block")
     assert report.replaced == []
     told = [f"`{path}`: {why}" for path, why in report.refused.items()]
     assert any(re.search(REFUSED[name].refusal, text) for text in (*told, *report.notes))
@@ -135,7 +137,7 @@ def unexplained(model: nn.Module, report: replfx.Report) -> list[str]:
 @pytest.mark.parametrize("name", INSPECTED)
 def test_every_block_that_stays_has_a_reason(name: str) -> None:
     model, inputs = INSPECTED[name]()
-    report = replfx.inspect(model, inputs)
+    report = replfx.inspect(model, inputs, operator="block")
     assert all((block.operator is None) == bool(block.kept) for block in report.blocks)
     assert not unexplained(model, report)
     assert report.replaced or report.refused or report.notes

@@ -103,7 +103,7 @@ def test_it_runs_forward_and_backward_and_stays_what_it_was(case: Case) -> None:
     x = batch(case)
     before = snapshot(model)
     operators = ("block", "light", "identity") if case.light else ("block", "identity")
-    lighter = {op: replfx.transform(model, x, operator=op) for op in operators}
+    lighter = {op: replfx.transform(model, x, operator=op, fusion="scalar") for op in operators}
     assert_unchanged(model, before)
     originally = with_gradient(model, x)
     shapes = [out.shape for out in tensors(model(x))]
@@ -152,7 +152,7 @@ def test_light_blocks_go_back_into_full_ones(case: Case) -> None:
 def test_costs_before_and_after_are_those_of_both_models() -> None:
     """Flops as torch's own counter has them; `block` runs what the block ran."""
     model, x = torchvision.models.resnet18(), torch.rand(2, 3, 64, 64)
-    report = replfx.inspect(model, x)
+    report = replfx.inspect(model, x, operator="block")
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert report.before is not None
@@ -210,13 +210,13 @@ def check_state_dict(made: nn.Module, model: nn.Module, x: Tensor) -> None:
 def test_resnet18_has_unlike_neighbours() -> None:
     model = vision("resnet18")()
     for inputs in (None, torch.rand(2, 3, 64, 64)):
-        report = replfx.report(replfx.transform(model, inputs))
+        report = replfx.report(replfx.transform(model, inputs, operator="block"))
         assert report.replaced == ["layer1.1", "layer2.1", "layer3.1"]
         assert (report.blocks[1].previous, report.blocks[1].next) == ("layer1.0", "layer2.0")
         gains = 3 * 128 + 64 + 64  # two maps of two differing sizes, one of the first kernel's that does not
         assert report.blocks[1].parameters_after is not None
         assert 0 < report.blocks[1].parameters_after < 1000 > gains
-    made = replfx.transform(model, select="layer2.0")  # a change of shape, for who asks
+    made = replfx.transform(model, select="layer2.0", operator="block")  # a change of shape, for who asks
     assert "layer2.0.operator.block.downsample.0.weight" in made.state_dict()  # neither neighbour has its like
 
 
@@ -262,7 +262,7 @@ def test_a_detector_still_takes_images_and_targets() -> None:
     torch.manual_seed(0)
     model = vision("fasterrcnn_resnet50_fpn", weights_backbone=None, min_size=64, max_size=64)()
     images, targets = detection()
-    made = replfx.transform(model, (images, targets))
+    made = replfx.transform(model, (images, targets), operator="block")
     report = replfx.report(made)
     assert type(made) is type(model)
     assert next(len(chain) for chain in report.chains) == 16

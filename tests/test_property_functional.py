@@ -203,7 +203,7 @@ class Inside(nn.Module):
 def test_a_repeated_region_inside_of_one_modules_forward(measured: bool) -> None:
     torch.manual_seed(0)
     model, x = Inside().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    made = replfx.transform(model, x if measured else None)
+    made = replfx.transform(model, x if measured else None, operator="block")
     assert isinstance(made, fx.GraphModule)
     replaced = [1, 3]
     assert replfx.report(made).replaced == [f"@body.conv{i}.weight" for i in replaced]

@@ -1,0 +1,1 @@
+"""What compiled fusion layers cost: training steps through compilers, and the fusion kernels alone."""

@@ -1,0 +1,171 @@
+"""The compile benchmark's rows as tables, as Markdown, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from replfx.measure import MIB, Cost, Sample
+
+STEP_HEADS = (
+    "model",
+    "variant",
+    "step, ms",
+    "step / Inductor full [quartiles]",
+    "launches a step",
+    "peak, MiB",
+    "compile, s",
+    "goal, ms",
+)
+KERNEL_HEADS = ("work", "by", "µs", "share of the copy rate", "launches")
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One model, replaced and compiled one way.
+
+    Attributes:
+        cost: of a training step; None where there is no such variant.
+        ratio: step time over Inductor full's, round by round.
+        launches: kernels a step starts on an accelerator.
+        compile_seconds: what the first step took beyond another one.
+        goal: seconds that a step may take: 1.02 times Inductor removed, and the operator's own FLOPs at the rate of a
+            large matrix product.
+        reason: why there is no such variant.
+    """
+
+    model: str
+    variant: str
+    cost: Cost | None = None
+    ratio: Sample | None = None
+    launches: int | None = None
+    compile_seconds: float | None = None
+    goal: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures, ready for JSON."""
+        if self.cost is None or self.ratio is None:
+            return {"model": self.model, "variant": self.variant, "reason": self.reason}
+        return {
+            "model": self.model,
+            "variant": self.variant,
+            **self.cost.to_dict(),
+            "step_over_inductor_full": self.ratio.to_dict(),
+            "launches": self.launches,
+            "compile_seconds": self.compile_seconds,
+            "goal_seconds": self.goal,
+        }
+
+    def cells(self) -> list[str]:
+        """The row under `STEP_HEADS`."""
+        if self.cost is None or self.ratio is None:
+            return [self.model, self.variant, f"n/a: {self.reason}", *[""] * (len(STEP_HEADS) - 3)]
+        lower, upper = self.ratio.quartiles
+        return [
+            self.model,
+            self.variant,
+            f"{1e3 * self.cost.step_seconds.median:.1f}",
+            f"{self.ratio.median:.2f} [{lower:.2f}–{upper:.2f}]",
+            "–" if self.launches is None else str(self.launches),
+            f"{self.cost.peak_bytes / MIB:.0f}",
+            "–" if self.compile_seconds is None else f"{self.compile_seconds:.1f}",
+            "–" if self.goal is None else f"{1e3 * self.goal:.1f}",
+        ]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One piece of work, done by one provider.
+
+    Attributes:
+        seconds: median of a call.
+        bound: seconds that moving its bytes takes at the rate of a large copy.
+        launches: kernels a call starts on an accelerator.
+    """
+
+    work: str
+    provider: str
+    seconds: float
+    bound: float
+    launches: int | None
+
+    def cells(self) -> list[str]:
+        """The row under `KERNEL_HEADS`."""
+        count = "–" if self.launches is None else str(self.launches)
+        return [self.work, self.provider, f"{1e6 * self.seconds:.0f}", f"{100 * self.bound / self.seconds:.0f} %", count]
+
+
+def tables(steps: Sequence[StepRow], kernels: Sequence[KernelRow]) -> Iterator[Table]:
+    """Lay the rows out for the terminal: a table a model, and one for each piece of work."""
+    for model, group in groupby(steps, key=lambda row: row.model):
+        yield _table(model, STEP_HEADS[1:], [row.cells()[1:] for row in group])
+    for work, rows in groupby(kernels, key=lambda row: row.work):
+        yield _table(work, KERNEL_HEADS[1:], [row.cells()[1:] for row in rows])
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    result = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, head in enumerate(heads):
+        result.add_column(head.replace(" [", "\n[").replace(" / ", "/\n"), justify="right" if index else "left")
+    for row in rows:
+        result.add_row(*map(escape, row))
+    return result
+
+
+def write(
+    steps: Sequence[StepRow], kernels: Sequence[KernelRow], stamps: Mapping[str, object], folder: Path
+) -> list[Path]:
+    """Write ``compile.json``, ``compile.md`` and ``compile.png`` to the folder; returns where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text, picture = (folder / f"compile.{ending}" for ending in ("json", "md", "png"))
+    record = {
+        "environment": stamps,
+        "steps": [row.to_dict() for row in steps],
+        "kernels": [asdict(row) for row in kernels],
+    }
+    data.write_text(json.dumps(record, indent=2) + "\n")
+    parts = [(STEP_HEADS, [row.cells() for row in steps]), (KERNEL_HEADS, [row.cells() for row in kernels])]
+    text.write_text("\n".join(_markdown(heads, rows) for heads, rows in parts if rows))
+    if any(row.ratio for row in steps):
+        _plot(steps, picture)
+        return [data, text, picture]
+    return [data, text]
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _plot(rows: Sequence[StepRow], path: Path) -> None:
+    """Plot step times as shares of Inductor full's, one axis a model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = {model: list(group) for model, group in groupby(rows, key=lambda row: row.model)}
+    figure = Figure(figsize=(max(6.5, 3.6 * len(models)), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row.variant for row in rows))
+    for ax, (model, group) in zip(axes, models.items(), strict=True):
+        for row in group:
+            if row.ratio is None:
+                ax.annotate("n/a", (0.05, names.index(row.variant)), va="center", color="gray")
+                continue
+            middle, (lower, upper) = row.ratio.median, row.ratio.quartiles
+            place = names.index(row.variant)
+            ax.errorbar(middle, place, xerr=[[middle - lower], [upper - middle]], fmt="o", color="C0", capsize=3)
+        ax.set(title=model, xlabel="step / Inductor full", yticks=range(len(names)))
+        ax.set_yticklabels(names)
+        ax.set_xlim(left=0)
+        ax.axvline(1, color="gray", linewidth=0.8)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
