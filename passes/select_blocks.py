@@ -3,7 +3,6 @@
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -11,8 +10,6 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
 from replfx.fusion.anatomy import is_residual
-from replfx.fusion.auto import Settled, check_choice, settle
-from replfx.fusion.registry import AUTO
 from replfx.passes.chains import SHORTEST, Chain, Chains, chains_of
 from replfx.plans import Plan, Replacement
 from replfx.structure import block_digest
@@ -39,17 +36,16 @@ class SelectBlocks(PassBase):
             each block that changes the shape of its activation or begins a new stage; those that change it stay.
         fraction: 0 < f ≤ ½ replaces that part of each chain, spread evenly, never two in a row.
         select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
-        fusion, operator: what takes a replaced block's place; "auto" leaves it to `replfx.fusion.auto`.
-        neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours; None is 1, or what goes with the
-            operator if that is left to `auto`.
+        fusion, operator: what takes a replaced block's place.
+        neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours.
     """
 
     every: int | None = None
     fraction: float | None = None
     select: tuple[str, ...] | None = None
-    fusion: Choice = field(default_factory=lambda: Choice(AUTO))
-    operator: Choice = field(default_factory=lambda: Choice(AUTO))
-    neighbour_gradient: float | None = None
+    fusion: Choice = field(default_factory=lambda: Choice("scalar"))
+    operator: Choice = field(default_factory=lambda: Choice("block"))
+    neighbour_gradient: float = 1.0
 
     def __post_init__(self) -> None:
         given = [name for name in ("every", "fraction", "select") if getattr(self, name) is not None]
@@ -65,14 +61,9 @@ class SelectBlocks(PassBase):
                 raise PlanError(f"{name} must be a number, not {value!r}")
         if self.fraction is not None and not 0 < self.fraction <= 0.5:
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
-        if self.neighbour_gradient is not None and not 0 <= self.neighbour_gradient <= 1:
+        if not 0 <= self.neighbour_gradient <= 1:
             raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
-        check_choice(self.fusion, fusions)
-        check_choice(self.operator, operators)
-
-    @property
-    def _needs_neighbours(self) -> bool:
-        return self.operator.name == AUTO or operators[self.operator.name].needs_neighbours
+        fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Put a `Plan` into the graph's meta; blocks that the operator does not fit join `Chains.refused`.
@@ -106,21 +97,24 @@ class SelectBlocks(PassBase):
         return chain.fraction(self.fraction)
 
     def _replace(self, chain: Chain, positions: Sequence[int], found: Chains) -> list[Replacement]:
+        operator = operators[self.operator.name]
         made: list[Replacement] = []
         chosen = set(positions)
         for i in positions:
             path = chain.blocks[i].path
-            if self._needs_neighbours:
+            if operator.needs_neighbours:
                 _check_neighbours(chain, i, chosen)
             site = _site(chain, i)
-            match = partial(_match, site=site, turn=chain.blocks[i].turn)
-            settled = settle(self.operator, self.fusion, self.neighbour_gradient, match)
-            if isinstance(settled, str):
-                found.refused[path] = settled
+            match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
+            if match and self.operator.name == "identity" and chain.blocks[i].turn is not None:
+                match = Match(reason=f"it changes the shape of its activation: {chain.blocks[i].turn}")
+            if not match:
+                found.refused[path] = f"operator {self.operator.name!r} does not fit it: {match.reason}"
                 if self.select is not None:
-                    raise FusionError(f"`{path}`: {settled}")
+                    raise FusionError(f"`{path}`: {found.refused[path]}")
                 continue
-            made.append(_replacement(site, chain, i, settled))
+            options = {**match.options, **self.operator.options}
+            made.append(self._replacement(site, chain, i, Choice(self.operator.name, options)))
         return made
 
     # ---- why the others stay
@@ -139,7 +133,7 @@ class SelectBlocks(PassBase):
 
     def _rule(self, chain: Chain, position: int) -> str:
         block, last = chain.blocks[position], len(chain.blocks) - 1
-        if position in (0, last) and (self.select is None or self._needs_neighbours):
+        if position in (0, last) and (self.select is None or operators[self.operator.name].needs_neighbours):
             return f"it is the {'last' if position else 'first'} block of its chain"
         if self.select is not None:
             return "select does not name it"
@@ -149,25 +143,24 @@ class SelectBlocks(PassBase):
             return f"fraction={self.fraction} leaves it"
         return f"every={self.every} leaves it: it is number {chain.numbers(self.every)[position]} in its stage"
 
-
-def _replacement(site: Site, chain: Chain, position: int, settled: Settled) -> Replacement:
-    sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
-    if operators[settled.operator.name].needs_neighbours:
-        neighbours = (chain.blocks[position + step] for step in (-1, 1))
-        sides = [(block.path, block_digest(block.site.block)) for block in neighbours]
-    (previous, previous_kind), (next, next_kind) = sides
-    return Replacement(
-        path=site.path,
-        previous=previous,
-        next=next,
-        fusion=settled.fusion,
-        operator=settled.operator,
-        interface=site.interface,
-        kind=block_digest(site.block),
-        previous_kind=previous_kind,
-        next_kind=next_kind,
-        neighbour_gradient=settled.neighbour_gradient,
-    )
+    def _replacement(self, site: Site, chain: Chain, position: int, choice: Choice) -> Replacement:
+        sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
+        if operators[choice.name].needs_neighbours:
+            neighbours = (chain.blocks[position + step] for step in (-1, 1))
+            sides = [(block.path, block_digest(block.site.block)) for block in neighbours]
+        (previous, previous_kind), (next, next_kind) = sides
+        return Replacement(
+            path=site.path,
+            previous=previous,
+            next=next,
+            fusion=self.fusion,
+            operator=choice,
+            interface=site.interface,
+            kind=block_digest(site.block),
+            previous_kind=previous_kind,
+            next_kind=next_kind,
+            neighbour_gradient=float(self.neighbour_gradient),
+        )
 
 
 def _site(chain: Chain, position: int) -> Site:
@@ -178,15 +171,10 @@ def _site(chain: Chain, position: int) -> Site:
     return replace(chain.blocks[position].site, previous=before, next=after)
 
 
-def _match(name: str, site: Site, turn: str | None) -> Match:
-    """Whether the operator of this name fits the block, which changes its activation's shape as `turn` says."""
-    if name != "identity":
-        return operators[name].match(site)
-    if turn is not None:
-        return Match(reason=f"it changes the shape of its activation: {turn}")
-    # Without example inputs nobody knows that a block keeps the shape of its activation, unless it must.
-    if site.shape or is_residual(site):
-        return operators[name].match(site)
+def _unmeasured(site: Site) -> Match:
+    """Without example inputs nobody knows that a block keeps the shape of its activation, unless it must."""
+    if is_residual(site):
+        return operators["identity"].match(site)
     return Match(reason="whether it keeps its activation's shape is not known without example_inputs")
 
 

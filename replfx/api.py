@@ -11,16 +11,9 @@ from torch.fx.passes.infra.pass_base import PassBase
 from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import (
-    CaptureError,
-    FusionError,
-    NoChainError,
-    PlanError,
-    ReadFromOutsideError,
-    ReplfxError,
-    VerifyError,
-)
+from replfx.errors import CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
 from replfx.fusion import Choice
+from replfx.fusion.auto import settled
 from replfx.fusion.registry import AUTO
 from replfx.measure import trainable_parameters
 from replfx.passes import (
@@ -53,7 +46,7 @@ def transform(
     select: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
-    neighbour_gradient: float | None = None,
+    neighbour_gradient: float = 1.0,
     detach_neighbours: bool = False,
     plan: Plan | None = None,
     inplace: bool = False,
@@ -68,14 +61,13 @@ def transform(
         fraction: replaces this part of each chain instead, spread evenly; at most ½.
         select: replaces the blocks with these paths or globs instead ("blocks.1", "layer3.*").
         fusion: how parameters are made from the neighbours': "scalar", "scalar_layer", "channel", a
-            registered name, or a dict with its options, `{"name": "channel", "initial": 0.7}`. "auto", the
-            default, takes what goes with the operator (docs/auto.md).
+            registered name, or a dict with its options, `{"name": "channel", "initial": 0.7}`. "auto" takes what
+            our measurements speak for (docs/auto.md), which so far is "scalar".
         operator: what runs with them: "block" (the block's own computation: any block, saves parameters, no
             time), "light" (one residual map: residual blocks, saves time and memory too), "identity" (the
-            block is gone), a registered name, or a dict with its options. "auto", the default, takes for each
-            block what our measurements speak for: "light" where there is one, else "block".
-        neighbour_gradient: factor λ, 0 to 1, on the gradient through fusion layers into their neighbours; None is 1,
-            or with `operator="auto"` what goes with the operator.
+            block is gone), a registered name, or a dict with its options. "auto" takes what our measurements speak
+            for, which so far is "block".
+        neighbour_gradient: factor λ, 0 to 1, on the gradient through fusion layers into their neighbours.
         detach_neighbours: the same as `neighbour_gradient=0`.
         plan: a plan made before, instead of a policy.
         inplace: change `model` itself rather than a copy.
@@ -106,12 +98,16 @@ def transform(
         return apply(model, plan, example_inputs, inplace=inplace)
     policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
     _refuse_transformed(model)
-    try:
-        return _transformed(model, example_inputs, policy, inplace)
-    except (FusionError, VerifyError) as error:
-        if policy.operator.name != AUTO:
-            raise
-        return _transformed(model, example_inputs, replace(policy, operator=_SAFE), inplace, _unfit(error))
+    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
+    read: dict[str, list[str]] = {}
+    while True:  # with one weight more each time that has to stay
+        graph = _planned(target, example_inputs, policy)
+        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
+        try:
+            return _carry_out(graph, model, target, inputs)
+        except ReadFromOutsideError as error:
+            for path, names in error.names.items():
+                read.setdefault(path, []).extend(names)
 
 
 def inspect(
@@ -136,7 +132,7 @@ def inspect(
     Example:
         >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
     """
-    policy = _policy(every, fraction, select, fusion, operator, None, False)
+    policy = _policy(every, fraction, select, fusion, operator, 1.0, False)
     _refuse_transformed(model)
     graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains()])
@@ -145,21 +141,20 @@ def inspect(
     except NoChainError as error:
         draft = describe_chains(graph, model)
         return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
-    draft = describe_chains(graph, model)
+    draft, before = describe_chains(graph, model), totals_of(graph)  # InsertFusion takes the replaced nodes out
+    twin, result = _inserted(graph, model)
+    if has_regions(plan_of(graph)):
+        draft, twin = replace(draft, notes=list(info_of(graph).notes)), result
+    layers = placed_layers(twin, plan_of(graph))
+    found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
+    if example_inputs is None:
+        return found
     try:
-        return _rehearsed(graph, model, example_inputs, draft)
-    except (CaptureError, FusionError) as error:  # the original ran
-        failure = does_not_run(error.__cause__ or error) if isinstance(error, CaptureError) else str(error)
-        if policy.operator.name != AUTO and isinstance(error, FusionError):
-            raise
-    if policy.operator.name == AUTO:
-        found = inspect(
-            model, example_inputs, every=every, fraction=fraction, select=select, fusion=fusion, operator=_SAFE
-        )
-        return replace(found, notes=[*found.notes, _unfit(failure)])
-    notes = [*draft.notes, f"nothing can be replaced: {failure}"]
-    blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
-    return replace(draft, blocks=blocks, notes=notes)
+        return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
+    except CaptureError as error:  # the original ran
+        notes = [*draft.notes, f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"]
+        blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
+        return replace(draft, blocks=blocks, notes=notes)
 
 
 def report(model: nn.Module) -> Report:
@@ -180,7 +175,7 @@ def plan(
     select: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
-    neighbour_gradient: float | None = None,
+    neighbour_gradient: float = 1.0,
     detach_neighbours: bool = False,
 ) -> Plan:
     """The plan that `transform` with the same options would carry out. Changes nothing.
@@ -236,51 +231,16 @@ def apply(
 
 # ---- the pieces
 
-_SAFE = Choice("block")
-"""What `auto` takes where its first choice fails: it computes what the block did, and has its attributes."""
 
-
-def _unfit(why: object) -> str:
-    return f"every block has operator 'block', because what 'auto' takes first does not do here: {why}"
-
-
-def _transformed(
-    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, inplace: bool, *notes: str
-) -> nn.Module:
-    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
-    read: dict[str, list[str]] = {}
-    while True:  # with one weight more each time that has to stay
-        graph = _planned(target, example_inputs, policy)
-        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
-        info_of(graph).notes.extend(notes)
-        try:
-            return _carry_out(graph, model, target, inputs)
-        except ReadFromOutsideError as error:
-            for path, names in error.names.items():
-                read.setdefault(path, []).extend(names)
-
-
-def _rehearsed(graph: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs | None, draft: Report) -> Report:
-    """What would come of the graph's plan, tried on a copy without weights.
-
-    Raises:
-        CaptureError: the copy does not run.
-        FusionError: a block does not take its fusion layer.
-    """
-    before, twin = totals_of(graph), structural_copy(model)  # InsertFusion takes the replaced blocks' nodes out
+def _inserted(graph: fx.GraphModule, model: nn.Module) -> tuple[nn.Module, fx.GraphModule]:
+    """Carry the graph's plan out on a copy without weights; gives the copy and the graph."""
+    twin = structural_copy(model)
     try:
-        result = run_passes(graph, [InsertFusion(twin)]).graph_module
+        return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
     except ReadFromOutsideError as error:  # before anything was changed
         graph.meta["replfx_plan"] = keeping(plan_of(graph), error.names)
-        twin = structural_copy(model)
-        result = run_passes(graph, [InsertFusion(twin)]).graph_module
-    if has_regions(plan_of(graph)):
-        draft, twin = replace(draft, notes=list(info_of(graph).notes)), result
-    layers = placed_layers(twin, plan_of(graph))
-    found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
-    if example_inputs is None:
-        return found
-    return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
+    twin = structural_copy(model)
+    return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
 
 
 def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:
@@ -327,17 +287,18 @@ def _policy(
     select: str | Sequence[str] | None,
     fusion: Choosable,
     operator: Choosable,
-    neighbour_gradient: float | None,
+    neighbour_gradient: float,
     detach_neighbours: bool,
 ) -> SelectBlocks:
     if every is None and fraction is None and select is None:
         every = 2
+    chosen, fused = settled(Choice.of(operator, "operator"), Choice.of(fusion, "fusion"))
     return SelectBlocks(
         every=every,
         fraction=fraction,
         select=_globs(select),
-        fusion=Choice.of(fusion, "fusion"),
-        operator=Choice.of(operator, "operator"),
+        fusion=fused,
+        operator=chosen,
         neighbour_gradient=0.0 if detach_neighbours else neighbour_gradient,
     )
 

@@ -77,12 +77,12 @@ def _kernels(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[
         for case in cases(device, dtype, quick):
             bound = case.bytes_moved / copied
             for provider, call in case.providers.items():
-                yield KernelRow(case.name, provider, seconds(call, 0.02 if quick else 0.3), bound, launches(call, device))
+                yield KernelRow(
+                    case.name, provider, seconds(call, 0.02 if quick else 0.3), bound, launches(call, device)
+                )
 
 
-def _steps(
-    name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rate: float
-) -> list[StepRow]:
+def _steps(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rate: float) -> list[StepRow]:
     subject = SUBJECTS[name]
     trainings: dict[str, Training] = {}
     first: dict[str, float] = {}

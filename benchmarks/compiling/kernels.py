@@ -46,9 +46,7 @@ def _tensors(shapes: list[Any], device: torch.device, dtype: torch.dtype) -> lis
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def _syntheses(
-    name: str, shapes: list[Any], channel: bool, device: torch.device, dtype: torch.dtype
-) -> Iterator[Case]:
+def _syntheses(name: str, shapes: list[Any], channel: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     previous, following = (_tensors(shapes, device, dtype) for _ in range(2))
     a, b = (_tensors([(shape[0] if channel else 1,) for shape in shapes], device, dtype) for _ in range(2))
 
@@ -63,7 +61,9 @@ def _syntheses(
     yield Case(f"synthesis of {name}", 3 * weight, made)  # reads both neighbours, writes θ
     inputs = [tensor for side in sides for tensor in side]
     grads = [torch.randn_like(tensor) for tensor in previous]
-    backward = {p: partial(torch.autograd.grad, make(*sides), inputs, grads, retain_graph=True) for p, make in makers.items()}
+    backward = {
+        p: partial(torch.autograd.grad, make(*sides), inputs, grads, retain_graph=True) for p, make in makers.items()
+    }
     yield Case(f"its backward, {name}", 5 * weight, backward)  # reads dW and both neighbours, writes both gradients
 
 

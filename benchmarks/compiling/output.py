@@ -99,7 +99,13 @@ class KernelRow:
     def cells(self) -> list[str]:
         """The row under `KERNEL_HEADS`."""
         count = "–" if self.launches is None else str(self.launches)
-        return [self.work, self.provider, f"{1e6 * self.seconds:.0f}", f"{100 * self.bound / self.seconds:.0f} %", count]
+        return [
+            self.work,
+            self.provider,
+            f"{1e6 * self.seconds:.0f}",
+            f"{100 * self.bound / self.seconds:.0f} %",
+            count,
+        ]
 
 
 def tables(steps: Sequence[StepRow], kernels: Sequence[KernelRow]) -> Iterator[Table]:

@@ -77,7 +77,9 @@ SUBJECTS = {
         _images,
         {"cpu": 4, "cuda": 64},
     ),
-    "resnet50": Subject(lambda kind: _resnet([3, 4, 6, 3]), lambda: _resnet([1, 3, 1, 1], 8), _images, {"cpu": 4, "cuda": 128}),
+    "resnet50": Subject(
+        lambda kind: _resnet([3, 4, 6, 3]), lambda: _resnet([1, 3, 1, 1], 8), _images, {"cpu": 4, "cuda": 128}
+    ),
     "resnet110": Subject(lambda kind: ResNet(110), lambda: ResNet(32, 4), _small_images, {"cpu": 32, "cuda": 128}),
     "convnext_t": Subject(
         lambda kind: _convnext((3, 3, 9, 3), (96, 192, 384, 768)),
@@ -119,7 +121,9 @@ WAYS = (
 )
 
 
-def training_of(subject: Subject, way: Way, operator: str, device: torch.device, *, batch: int, quick: bool, bf16: bool) -> Training:
+def training_of(
+    subject: Subject, way: Way, operator: str, device: torch.device, *, batch: int, quick: bool, bf16: bool
+) -> Training:
     """A model from seed 0 in training with AdamW, replaced and compiled; nothing is compiled before its first step.
 
     Args:
