@@ -78,17 +78,18 @@ def _of(tensor: Tensor) -> str:
 
 def _check_alike(named: dict[str, Tensor]) -> None:
     """One floating dtype, one device."""
-    first, *_ = [*named.items(), (None, None)]
-    name, like = first
-    if name is None or like is None:
+    if not named:
         return
+    name, like = next(iter(named.items()))
     if like.dtype not in _DTYPES:
         raise FusionError(f"{name} is {like.dtype}; the kernels take {', '.join(map(str, _DTYPES))}: cast it first")
     for other, tensor in named.items():
         if tensor.dtype != like.dtype:
             raise FusionError(f"{name} is {like.dtype} and {other} {tensor.dtype}: cast all to one dtype first")
         if tensor.device != like.device:
-            raise FusionError(f"{name} is on {like.device} and {other} on {tensor.device}: move all to one device first")
+            raise FusionError(
+                f"{name} is on {like.device} and {other} on {tensor.device}: move all to one device first"
+            )
 
 
 def _check_shape(name: str, tensor: Tensor, other: str, theta: Tensor) -> None:

@@ -69,9 +69,7 @@ class Slot:
         return Layout.of(self.previous, self.a, self.b)
 
 
-def prepare(
-    previous: Sequence[Tensor], next: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]
-) -> list[Slot]:
+def prepare(previous: Sequence[Tensor], next: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Slot]:
     """Bring each pair of neighbours into one memory order in which an output channel is one stretch.
 
     Nothing is copied if they are so already, as contiguous and `channels_last` tensors are. A neighbour in another

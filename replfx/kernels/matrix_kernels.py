@@ -13,7 +13,7 @@ def low_rank_kernel(
     p_row, p_column, n_row, n_column, u_row, u_column, v_row, v_column, step_a, step_b,
     height: tl.constexpr, width: tl.constexpr, double: tl.constexpr,
 ):  # fmt: skip
-    """w = a·p + b·n + u·vᵀ on one tile, w (rows, columns) contiguous, the rest by strides.
+    """Makes w = a·p + b·n + u·vᵀ on one tile, w (rows, columns) contiguous, the rest by strides.
 
     The term is summed as outer products of columns: for the ranks that are low the kernel waits for memory all the
     same, and so every dtype is summed exactly in what the synthesis is computed in.
@@ -29,7 +29,7 @@ def low_rank_kernel(
     after = tl.load(n + row[:, None] * n_row + column[None, :] * n_column, mask=there, other=0.0).to(kind)
     made = tl.load(a + row * step_a, mask=in_rows, other=0.0).to(kind)[:, None] * before
     made += tl.load(b + row * step_b, mask=in_rows, other=0.0).to(kind)[:, None] * after
-    for k in range(0, rank):
+    for k in range(rank):
         left = tl.load(u + row * u_row + k * u_column, mask=in_rows, other=0.0).to(kind)
         right = tl.load(v + column * v_row + k * v_column, mask=in_columns, other=0.0).to(kind)
         made += left[:, None] * right[None, :]
@@ -43,7 +43,7 @@ def linear_kernel(
     tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr, group: tl.constexpr,
     has_bias: tl.constexpr, precision: tl.constexpr, widen: tl.constexpr,
 ):  # fmt: skip
-    """y = x·(a·p + b·n)ᵀ + bias on one tile, y (m, columns) contiguous, x, p and n by strides.
+    """Makes y = x·(a·p + b·n)ᵀ + bias on one tile, y (m, columns) contiguous, x, p and n by strides.
 
     Each tile of weights is made in float32 from those of p and n, rounded to their dtype, and multiplied. Programs
     are ordered in groups of `group` tiles along m, which read the same weights while those are in the cache.

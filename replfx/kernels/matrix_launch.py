@@ -33,12 +33,12 @@ def launch_low_rank(previous: Tensor, next: Tensor, a: Tensor, b: Tensor, u: Ten
 
 
 def launch_linear(x: Tensor, previous: Tensor, next: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x·θᵀ + bias, contiguous; of at most float32."""
+    """Give y = x·θᵀ + bias, contiguous; of at most float32."""
     columns, inner = previous.shape
     made = x.new_empty(*x.shape[:-1], columns)
     if made.numel() == 0:
         return made
-    flat = x.reshape(-1, inner)
+    flat = x.reshape(made.numel() // columns, inner)
     half = x.dtype != torch.float32
     tile_m = _tile(flat.shape[0], 128 if half else 64)
     tile_n = _tile(columns, 128 if half else 64)

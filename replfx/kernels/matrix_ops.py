@@ -75,21 +75,21 @@ def _allocate_linear(
 
 
 def _save_linear(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    *tensors, bias = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:5])  # not the bias
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, previous, next, a, b = ctx.saved_tensors
     need_x, *needs, need_bias = [*ctx.needs_input_grad, False][:6]
-    rows = grad.reshape(-1, grad.shape[-1])
+    count = x.shape[:-1].numel()
+    rows = grad.reshape(count, previous.shape[0])
     grad_x = None
     if need_x:
         (theta,) = synthesize([previous], [next], [a], [b])
         grad_x = (rows @ theta).view(x.shape)
     four: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs):
-        grad_theta = rows.mT @ x.reshape(-1, x.shape[-1])
+        grad_theta = rows.mT @ x.reshape(count, previous.shape[1])
         (four,) = gradients([grad_theta], [previous], [next], [a], [b], needs=[tuple(needs)])
     grads = (grad_x, *four, rows.sum(0) if need_bias else None)
     return grads[: len(ctx.needs_input_grad)]

@@ -1,7 +1,5 @@
 """The same computations in plain PyTorch: on a CPU, without triton, and for compilers to fuse."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,10 +30,8 @@ def synthesize_low_rank(previous: Tensor, next: Tensor, a: Tensor, b: Tensor, u:
     return synthesize(previous, next, a, b) + (u @ v.mT).view(previous.shape)
 
 
-def synthesized_linear(
-    x: Tensor, previous: Tensor, next: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
-) -> Tensor:
-    """y = x·θᵀ + bias."""
+def synthesized_linear(x: Tensor, previous: Tensor, next: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Give y = x·θᵀ + bias."""
     return F.linear(x, synthesize(previous, next, a, b), bias)
 
 

@@ -26,10 +26,12 @@ def synthesize(
     On a CPU, without triton, and for DTensors these are plain PyTorch operations, and compilers see those.
 
     Args:
-        previous, next: K tensors each, of any shapes, the pair of one shape. Contiguous and `channels_last` ones are
-            read in place; a neighbour with gaps, or in another memory order than its partner, is copied first, and
-            so is a gradient in another order than θ.
-        a, b: K tensors each, of one element, or of one for each element of θ's first dimension.
+        previous: K tensors of any shapes. Contiguous and `channels_last` ones are read in place; a neighbour with
+            gaps, or in another memory order than its partner, is copied first, and so is a gradient in another
+            order than θ.
+        next: K tensors of the same shapes.
+        a: K tensors of one element, or of one for each element of θ's first dimension.
+        b: likewise; a scalar may stand beside one a channel.
 
     All tensors are of one dtype (float16, bfloat16, float32 or float64) and on one device.
 
@@ -61,9 +63,11 @@ def synthesize_low_rank(previous: Tensor, next: Tensor, a: Tensor, b: Tensor, u:
     matrix products, dU = dW·V and dV = dWᵀ·U, and `replfx::synthesize_backward` for the rest.
 
     Args:
-        previous, next: (out, in, …), read by strides where they are matrices, copied where more dimensions cannot
-            be seen as a matrix.
-        a, b: one element or `out` of them.
+        previous: (out, in, …), read by strides where it is a matrix, copied where more dimensions cannot be seen
+            as a matrix.
+        next: likewise.
+        a: one element or `out` of them.
+        b: likewise.
         u: (out, r), by strides.
         v: (in · …, r), by strides: a row for each element of an output channel.
 
@@ -99,8 +103,10 @@ def synthesized_linear(
 
     Args:
         x: (…, in).
-        previous, next: (out, in), any strides.
-        a, b: one element or `out` of them.
+        previous: (out, in), any strides.
+        next: likewise.
+        a: one element or `out` of them.
+        b: likewise.
         bias: (out,), or None.
 
     Returns:

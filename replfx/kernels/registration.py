@@ -17,7 +17,8 @@ def define(name: str, schema: str, body: Callable[..., Any], allocate: Callable[
     interpreter's kernels cannot be traced, and without triton PyTorch has no such operator: then it is opaque.
 
     Args:
-        name, schema: as it is called and what it takes.
+        name: without the library's.
+        schema: what it takes and gives.
         body: what it does.
         allocate: its results without their values, for fake tensors where the operator is opaque.
     """

@@ -20,7 +20,7 @@ def _synthesis_tile(
     program, p, n, a, b, w, total, inner, step_a, step_b,
     height: tl.constexpr, width: tl.constexpr, double: tl.constexpr,
 ):  # fmt: skip
-    """w = a·p + b·n on one tile of height × width, if `program` is one of this slot's; else the program that is left."""
+    """Makes w = a·p + b·n on one tile if `program` is one of this slot's; gives the program that is left."""
     across = tl.cdiv(inner, width)
     tiles = tl.cdiv(tl.cdiv(total, inner), height) * across
     if (program >= 0) & (program < tiles):
@@ -56,7 +56,7 @@ def synthesis_kernel(
     p7, n7, a7, b7, w7, total7, inner7, step_a7, step_b7,
     height: tl.constexpr, width: tl.constexpr, double: tl.constexpr,
 ):  # fmt: skip
-    """w = a·p + b·n for each slot; reads each neighbour once and writes w once."""
+    """Makes w = a·p + b·n for each slot; reads each neighbour once and writes w once."""
     program = tl.program_id(0)
     # fmt: off
     program = _synthesis_tile(program, p0, n0, a0, b0, w0, total0, inner0, step_a0, step_b0, height, width, double)
@@ -76,7 +76,7 @@ def _gradient_tile(
     height: tl.constexpr, width: tl.constexpr, double: tl.constexpr,
     to_p: tl.constexpr, to_n: tl.constexpr, to_a: tl.constexpr, to_b: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `height` whole rows, if `program` is one of this slot's; else the program that is left.
+    """All gradients of `height` whole rows, if `program` is one of this slot's; gives the program that is left.
 
     <g, p> and <g, n> of each row go to ga and gb. Of a scalar coefficient these are partial sums.
     """
@@ -160,7 +160,7 @@ def gradients_kernel(
 
 @triton.jit
 def _total(slot, parts, sum, count, width: tl.constexpr, double: tl.constexpr):
-    """sum = Σ parts, if the slot is the one; else the slot that is left."""
+    """Makes sum = Σ parts if the slot is the one; gives the slot that is left."""
     if slot == 0:
         sums = tl.zeros((width,), dtype=tl.float64 if double else tl.float32)
         for start in range(0, count, width):

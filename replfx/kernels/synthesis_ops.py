@@ -106,11 +106,10 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | N
     count = len(grads)
     saved = [ctx.saved_tensors[k * count : (k + 1) * count] for k in range(4)]
     results: tuple[list[Tensor | None], ...] = tuple([None] * count for _ in range(4))
-    live = [k for k, grad in enumerate(grads) if grad is not None and any(need[k] for need in ctx.needs_input_grad)]
+    needs: list[Needs] = list(zip(*ctx.needs_input_grad, strict=True))
+    live = {k: grad for k, grad in enumerate(grads) if grad is not None and any(needs[k])}
     made = gradients(
-        [grads[k] for k in live],
-        *([tensors[k] for k in live] for tensors in saved),
-        needs=[tuple(need[k] for need in ctx.needs_input_grad) for k in live],
+        list(live.values()), *([tensors[k] for k in live] for tensors in saved), needs=[needs[k] for k in live]
     )
     for k, each in zip(live, made, strict=True):
         for result, gradient in zip(results, each, strict=True):

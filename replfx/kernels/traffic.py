@@ -33,15 +33,17 @@ class Traffic:
         return self.read + self.written
 
 
-def synthesize(
-    previous: Sequence[Tensor], next: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]
-) -> Traffic:
+def synthesize(previous: Sequence[Tensor], next: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> Traffic:
     """Reads θ_prev, θ_next, a and b; writes θ."""
     return Traffic(_bytes(*previous, *next, *a, *b), _bytes(*previous))
 
 
 def synthesize_backward(
-    grads: Sequence[Tensor], previous: Sequence[Tensor], next: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]
+    grads: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    next: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
 ) -> Traffic:
     """Reads dθ, θ_prev, θ_next, a and b; writes as much as it reads without dθ, if all gradients are needed.
 
@@ -57,15 +59,15 @@ def synthesize_backward(
 
 
 def synthesize_low_rank(previous: Tensor, next: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> Traffic:
-    """Reads θ_prev, θ_next, a, b, U and V; writes θ. (The forward pass.)"""
+    """Reads θ_prev, θ_next, a, b, U and V; writes θ: the forward pass."""
     return Traffic(_bytes(previous, next, a, b, u, v), _bytes(previous))
 
 
 def synthesized_linear(
     x: Tensor, previous: Tensor, next: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None
 ) -> Traffic:
-    """Reads x, θ_prev, θ_next, a, b and the bias; writes y. (The forward pass.)"""
-    rows = x.numel() // max(x.shape[-1], 1)
+    """Reads x, θ_prev, θ_next, a, b and the bias; writes y: the forward pass."""
+    rows = x.shape[:-1].numel()
     inputs = [x, previous, next, a, b] if bias is None else [x, previous, next, a, b, bias]
     return Traffic(_bytes(*inputs), rows * previous.shape[0] * x.dtype.itemsize)
 
