@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import torch
 from torch import Tensor
 
-__all__ = ["INSTALLED", "INTERPRETED", "runs_triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "device_of", "runs_triton"]
 
 INSTALLED: Final = importlib.util.find_spec("triton") is not None
 # Triton reads the variable once too, when a kernel is defined.
@@ -29,3 +30,8 @@ def runs_triton(tensor: Tensor) -> bool:
     if not INSTALLED or isinstance(tensor, DTensor):
         return False
     return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's device the one that Triton launches on; without a GPU a kernel is traced at most."""
+    return torch.cuda.device_of(tensor) if torch.cuda.is_available() else nullcontext()

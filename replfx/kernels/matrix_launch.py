@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from replfx.kernels.availability import INTERPRETED
+from replfx.kernels.availability import INTERPRETED, device_of
 from replfx.kernels.matrix_kernels import linear_kernel, low_rank_kernel
 
 __all__ = ["launch_linear", "launch_low_rank"]
@@ -23,7 +23,7 @@ def launch_low_rank(previous: Tensor, next: Tensor, a: Tensor, b: Tensor, u: Ten
     launcher = low_rank_kernel if INTERPRETED else wrap_triton(low_rank_kernel)
     programs = -(-rows // _HEIGHT) * -(-columns // _WIDTH)
     strides = (stride for matrix in (p, n, u, v) for stride in matrix.stride())
-    with torch.cuda.device_of(made):
+    with device_of(made):
         launcher[(programs,)](
             *(p, n, a.contiguous(), b.contiguous(), u, v, made, rows, columns, u.shape[1]),
             *strides,
@@ -46,7 +46,7 @@ def launch_linear(x: Tensor, previous: Tensor, next: Tensor, a: Tensor, b: Tenso
     programs = -(-flat.shape[0] // tile_m) * -(-columns // tile_n)
     strides = (stride for matrix in (flat, previous, next) for stride in matrix.stride())
     exact = half or torch.get_float32_matmul_precision() == "highest"
-    with torch.cuda.device_of(made):
+    with device_of(made):
         launcher[(programs,)](
             *(flat, previous, next, a.contiguous(), b.contiguous()),
             flat if bias is None else bias.contiguous(),  # something in its place, which is not read

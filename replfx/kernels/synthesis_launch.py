@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from replfx.kernels.availability import INTERPRETED
+from replfx.kernels.availability import INTERPRETED, device_of
 from replfx.kernels.layout import Needs, Slot, accumulator, gradients_like, in_order_of, prepare
 from replfx.kernels.synthesis_kernels import gradients_kernel, synthesis_kernel, totals_kernel
 
@@ -37,7 +37,7 @@ def launch_synthesis(
         for _ in range(_SLOTS - len(group)):  # a tensor that is written to must not be there twice
             args += [*_tensors(slot), w.new_empty(0), *_numbers(slot, used=False)]
         programs = sum(slot.layout.tiles(height) for slot, _ in group)
-        with torch.cuda.device_of(w):
+        with device_of(w):
             launcher[(programs,)](*args, height, width, w.dtype == torch.float64)
     return made
 
@@ -83,7 +83,7 @@ def launch_gradients(
             nothing = [first.grad.new_empty(0) for _ in range(4)]
             args += [first.grad, *_tensors(first.slot), *nothing, *_numbers(first.slot, used=False)]
         programs = sum(-(-job.slot.layout.rows // height) for job in group)
-        with torch.cuda.device_of(first.grad):
+        with device_of(first.grad):
             launcher[(programs,)](*args, height, width, first.grad.dtype == torch.float64, *first.needs)
     _launch_totals(work)
     return [job.results for job in jobs]
@@ -116,7 +116,7 @@ def _launch_totals(jobs: Sequence[_Job]) -> None:
         first = group[0][0]
         for _ in range(_TOTALS - len(group)):
             args += [first, first.new_empty(0), 0]
-        with torch.cuda.device_of(first):
+        with device_of(first):
             launcher[(len(group),)](*args, _STRIP, first.dtype == torch.float64)
 
 
