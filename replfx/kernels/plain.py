@@ -42,5 +42,6 @@ def _along_first(coefficients: Tensor, theta: Tensor) -> Tensor:
 
 def _dot(grad: Tensor, theta: Tensor, coefficients: Tensor) -> Tensor:
     """<grad, θ> over all that one coefficient multiplies."""
-    products = (grad * theta).reshape(coefficients.numel(), -1)
+    count = coefficients.numel()
+    products = (grad * theta).reshape(count, theta.numel() // max(count, 1))
     return products.sum(1, dtype=accumulator(grad.dtype)).to(grad.dtype).view(coefficients.shape)
