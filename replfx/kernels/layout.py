@@ -39,8 +39,12 @@ class Layout:
         return -(-self.total // self.inner)
 
     def tiles(self, height: int) -> int:
-        """Programs of one tile each that cover all."""
-        return -(-self.rows // height) * -(-self.inner // self.width)
+        """Tiles of height × width that cover all."""
+        return self.strips(height) * -(-self.inner // self.width)
+
+    def strips(self, height: int) -> int:
+        """Stretches of `height` rows that cover all."""
+        return -(-self.rows // height)
 
     @classmethod
     def of(cls, theta: Tensor, a: Tensor, b: Tensor) -> "Layout":

@@ -32,10 +32,10 @@ def launch_synthesis(
     for group in _groups(work, lambda item: item[0].layout.width, _SLOTS):
         width = group[0][0].layout.width
         height = _TILE // width
-        args = [arg for slot, w in group for arg in (*_tensors(slot), w, *_numbers(slot))]
+        args = [arg for slot, w in group for arg in (*_tensors(slot), w, *_numbers(slot, slot.layout.tiles(height)))]
         slot, w = group[0]
         for _ in range(_SLOTS - len(group)):  # a tensor that is written to must not be there twice
-            args += [*_tensors(slot), w.new_empty(0), *_numbers(slot, used=False)]
+            args += [*_tensors(slot), w.new_empty(0), *_numbers(slot, 0)]
         programs = sum(slot.layout.tiles(height) for slot, _ in group)
         with device_of(w):
             launcher[(programs,)](*args, height, width, w.dtype == torch.float64)
@@ -78,11 +78,17 @@ def launch_gradients(
         height = _STRIP // width
         args: list[Any] = []
         for job in group:
-            args += [job.grad, *_tensors(job.slot), *job.results[:2], *job.sums, *_numbers(job.slot)]
+            args += [
+                job.grad,
+                *_tensors(job.slot),
+                *job.results[:2],
+                *job.sums,
+                *_numbers(job.slot, job.slot.layout.strips(height)),
+            ]
         for _ in range(_SLOTS - len(group)):
             nothing = [first.grad.new_empty(0) for _ in range(4)]
-            args += [first.grad, *_tensors(first.slot), *nothing, *_numbers(first.slot, used=False)]
-        programs = sum(-(-job.slot.layout.rows // height) for job in group)
+            args += [first.grad, *_tensors(first.slot), *nothing, *_numbers(first.slot, 0)]
+        programs = sum(job.slot.layout.strips(height) for job in group)
         with device_of(first.grad):
             launcher[(programs,)](*args, height, width, first.grad.dtype == torch.float64, *first.needs)
     _launch_totals(work)
@@ -124,9 +130,9 @@ def _tensors(slot: Slot) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return slot.previous, slot.next, slot.a, slot.b
 
 
-def _numbers(slot: Slot, *, used: bool = True) -> tuple[int, int, int, int]:
+def _numbers(slot: Slot, tiles: int) -> tuple[int, ...]:
     layout = slot.layout
-    return layout.total if used else 0, layout.inner, layout.step_a, layout.step_b
+    return layout.total, layout.inner, layout.step_a, layout.step_b, tiles
 
 
 def _groups(items: Sequence[_T], key: Callable[[_T], Hashable], size: int) -> Iterator[list[_T]]:

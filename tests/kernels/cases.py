@@ -15,7 +15,10 @@ from tests.kernels.reference import DTYPES
 
 __all__ = ["DEVICES", "Case", "One", "cases", "in_triton", "laid_out", "only_interpreted", "only_plain", "random"]
 
-DEVICES = [pytest.param("cpu", id="interpreted" if INTERPRETED else "plain"), pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = [
+    pytest.param("cpu", id="interpreted" if INTERPRETED else "plain"),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_interpreter.py runs it in the interpreter")
 only_plain = pytest.mark.skipif(INTERPRETED, reason="of plain PyTorch on a CPU")
 

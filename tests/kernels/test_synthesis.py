@@ -42,7 +42,9 @@ def test_values_and_gradients(device: str, case: Case) -> None:
                 continue
             assert tensor.grad is not None, f"{name}[{k}]"
             terms = one.shape and torch.Size(one.shape).numel() // max(tensor.numel(), 1)
-            reference.assert_close(tensor.grad, pair, f"gradient of {name}[{k}]", terms=1 if name in "pn" else terms or 1)
+            reference.assert_close(
+                tensor.grad, pair, f"gradient of {name}[{k}]", terms=1 if name in "pn" else terms or 1
+            )
 
 
 def alike(shape: tuple[int, ...], count: int, *, channel: bool, dtype: torch.dtype = torch.float32) -> Case:
