@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,10 +17,12 @@ from tests.kernels import reference
 from tests.kernels.cases import DEVICES, Case, One, cases, in_triton, only_interpreted, only_plain, random
 
 
-def run(case: Case, device: str) -> tuple[list[list[Tensor]], list[Tensor]]:
+def run(
+    case: Case, device: str, call: Callable[..., list[Tensor]] = synthesize
+) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Inputs with their gradients, and θ."""
     inputs = case.tensors(device)
-    made = synthesize(*inputs)
+    made = call(*inputs) if case.ones else []
     wanted = [(w, g) for w, g, one in zip(made, case.grads(device), case.ones, strict=True) if one.used]
     wanted = [(w, g) for w, g in wanted if w.requires_grad]
     if wanted:
@@ -28,10 +30,9 @@ def run(case: Case, device: str) -> tuple[list[list[Tensor]], list[Tensor]]:
     return inputs, made
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@given(case=cases())
-def test_values_and_gradients(device: str, case: Case) -> None:
-    inputs, made = run(case, device)
+def check(case: Case, device: str, call: Callable[..., list[Tensor]] = synthesize) -> None:
+    """Values and gradients, or that there is none."""
+    inputs, made = run(case, device, call)
     for k, (one, theta, grad) in enumerate(zip(case.ones, made, case.grads(device), strict=True)):
         four = [tensors[k] for tensors in inputs]
         reference.assert_close(theta, reference.synthesis(*four), f"θ[{k}]")
@@ -47,9 +48,41 @@ def test_values_and_gradients(device: str, case: Case) -> None:
             )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@given(case=cases())
+def test_values_and_gradients(device: str, case: Case) -> None:
+    check(case, device)
+
+
+@only_plain
+@given(case=cases())
+def test_the_operator_without_kernels(case: Case) -> None:
+    from replfx.kernels import synthesis_ops
+
+    check(case, "cpu", synthesis_ops.synthesize)
+
+
 def alike(shape: tuple[int, ...], count: int, *, channel: bool, dtype: torch.dtype = torch.float32) -> Case:
     one = One(shape, (channel, channel), ("contiguous",) * 3, (True,) * 4, True)
     return Case((one,) * count, dtype, 7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channel", [True, False])
+def test_each_slot_of_a_launch(device: str, channel: bool) -> None:
+    """Nine syntheses of one width, each of another number of tiles, and each a lot longer than the one before."""
+    layouts, needs = ("contiguous",) * 3, (True,) * 4
+    sizes = [(9 * k, 70) if channel else (2, 550 * k * k) for k in range(1, 10)]
+    check(Case(tuple(One(size, (channel,) * 2, layouts, needs, True) for size in sizes), torch.float32, 3), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_partial_sums_than_are_summed_at_a_time(device: str) -> None:
+    from replfx.kernels import synthesis_ops
+
+    ones, a = torch.ones(1025, 1024, device=device), torch.ones(1, device=device)
+    *_, (grad_a,), (grad_b,) = synthesis_ops.synthesize_backward([ones], [ones], [2 * ones], [a], [a], [12])
+    assert (grad_a.item(), grad_b.item()) == (ones.numel(), 2 * ones.numel())
 
 
 @pytest.mark.parametrize("device", DEVICES)
