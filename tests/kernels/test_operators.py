@@ -1,0 +1,175 @@
+"""The operators keep PyTorch's rules, compilers see into them, and triton is needed for none of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+
+from replfx.kernels import synthesize, synthesize_low_rank, synthesized_linear, traffic
+from replfx.kernels.availability import INSTALLED
+from tests.kernels.cases import DEVICES, only_plain
+
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+
+
+def leaf(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, device=device).requires_grad_()
+
+
+def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for each operator."""
+
+    def make(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [leaf(*shape, device=device) for shape in shapes]
+
+    p, n = (make((5, 3), (7,), (4, 2, 3, 3), (2, 0)) for _ in range(2))
+    p[2] = p[2].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    a, b = make((5,), (1,), (1,), (1,)), make((1,), (1,), (4,), (2,))
+    four = [[tensor.detach() for tensor in tensors] for tensors in (p, n, a, b)]
+    matrix = make((6, 4), (6, 4), (6,), (1,))
+    return {
+        "synthesize": [(p, n, a, b)],
+        "synthesize_backward": [(four[0], *four), (four[0], *four, [3, 12, 0, 15])],
+        "synthesize_low_rank": [(*make((5, 2, 3), (5, 2, 3), (5,), (1,)), *make((5, 2), (6, 2)))],
+        "synthesized_linear": [(leaf(2, 3, 4, device=device), *matrix, *bias) for bias in ([], make((6,)))],
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", list(arguments("cpu")))
+def test_opcheck(name: str, device: str) -> None:
+    import replfx.kernels.matrix_ops  # noqa: F401 (registers the operators)
+
+    for args in arguments(device)[name]:
+        opcheck(getattr(torch.ops.replfx, name).default, args)
+
+
+# ---- compiled
+
+
+class Model(nn.Module):
+    """All three public functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after, self.u, self.v = (nn.Parameter(torch.randn(6, k)) for k in (6, 6, 2, 2))
+        self.a, self.b = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (theta,) = synthesize([self.before], [self.after], [self.a], [self.b])
+        other = synthesize_low_rank(self.before, self.after, self.a, self.b, self.u, self.v)
+        return synthesized_linear(x @ theta @ other, self.before, self.after, self.a, self.b, self.a)
+
+
+def gradients(model: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(model(x).square().sum(), parameters))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_in_one_graph(device: str, backend: str) -> None:
+    if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a compiler")
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Model().to(device)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(3, 6, device=device)
+    wanted = gradients(model, list(model.parameters()), x)
+    # Two orders of the same float32 operations, on values of some hundreds.
+    torch.testing.assert_close(gradients(compiled, list(model.parameters()), x), wanted, rtol=1e-4, atol=1e-3)
+    torch.compiler.reset()
+
+
+def _targets(graph: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@only_plain
+def test_compilers_see_plain_operations() -> None:
+    seen: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(_targets(graph))
+        return make_boxed_func(graph.forward)
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch.compiler.reset()
+    model = Model()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=note, bw_compiler=note), fullgraph=True)
+    gradients(compiled, list(model.parameters()), torch.randn(3, 6))
+    torch.compiler.reset()
+    assert seen.count("aten.mul.Tensor") >= 6
+    assert [target for target in seen if not target.startswith("aten.")] == []
+    traced = make_fx(lambda x: model(x))(torch.randn(3, 6))
+    assert [target for target in _targets(traced) if not target.startswith("aten.")] == []
+
+
+@only_plain
+def test_exported() -> None:
+    model = Model()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+# ---- triton, or none
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@only_plain
+def test_works_without_triton_and_defines_no_kernel() -> None:
+    run(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"  # as if it were not installed
+        "import torch, replfx.kernels as k\n"
+        "w, a = torch.ones(2, 2, requires_grad=True), torch.full((2,), 0.5)\n"
+        "assert torch.equal(k.synthesize([w], [w], [a], [a])[0], w)\n"
+        "assert torch.equal(k.synthesized_linear(w, w, w, a, a), w @ w.T)\n"
+        "assert torch.equal(k.synthesize_low_rank(w, w, a, a, w, w), w + w @ w.T)\n"
+        "import replfx.kernels.matrix_ops\n"
+        "(theta,) = torch.ops.replfx.synthesize([w], [w], [a], [a])\n"
+        "theta.sum().backward()\n"
+        "assert torch.equal(w.grad, torch.ones(2, 2))\n"
+        "assert not any(name.endswith('_kernels') or name.endswith('_launch') for name in sys.modules)\n"
+    )
+
+
+@only_plain
+def test_import_defines_no_kernel() -> None:
+    found = run(
+        "import sys, replfx, replfx.kernels\n"
+        "print(sorted(name for name in sys.modules if name.startswith('replfx.kernels.')))\n"
+    )
+    assert "public" in found
+    assert "_ops" not in found
+    assert "_kernels" not in found
+
+
+# ---- bytes
+
+
+def test_bytes_moved() -> None:
+    w, half, one = torch.empty(8, 8), torch.empty(8), torch.empty(1, dtype=torch.float32)
+    assert traffic.synthesize([w, w], [w, w], [half, one], [half, one]) == traffic.Traffic(1096, 512)
+    assert traffic.synthesize_backward([w], [w], [w], [half], [half]) == traffic.Traffic(832, 576)
+    # A scalar's partial sums, one a row of 64 elements for so small a tensor, each written and read.
+    assert traffic.synthesize_backward([w], [w], [w], [one], [one]) == traffic.Traffic(784, 528)
+    assert traffic.synthesize_low_rank(w, w, half, half, w, w) == traffic.Traffic(1088, 256)
+    made = traffic.synthesized_linear(torch.empty(2, 3, 8), w, w, half, half, half)
+    assert (made.read, made.written, made.total) == (192 + 512 + 96, 192, 992)
