@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.passes.dynamo import epochs, is_pure, is_untouched, value_of
-from replfx.passes.synthesis import Synthesis, syntheses_in
+from replfx.passes.synthesis import Synthesis, syntheses_in, synthesis_at
 
 __all__ = ["BatchSynthesis"]
 
@@ -53,7 +53,7 @@ class BatchSynthesis(PassBase):
     ) -> Iterator[list[Synthesis]]:
         """Consecutive ones that fit under the bound, and that can be moved up to the first."""
         group: list[Synthesis] = []
-        for synthesis in alike:
+        for synthesis in map(_as_it_is_now, alike):
             if group:
                 fits = sum(s.size for s in group) + synthesis.size <= self.max_bytes
                 if fits and _can_move(synthesis, group[0].node, all_of_them, stretch):
@@ -62,6 +62,13 @@ class BatchSynthesis(PassBase):
                 yield group
             group = [synthesis]
         yield group
+
+
+def _as_it_is_now(found: Synthesis) -> Synthesis:
+    """What it reads may be the result of a group that was rewritten since it was found."""
+    synthesis = synthesis_at(found.node)
+    assert synthesis is not None
+    return synthesis
 
 
 def _needed(synthesis: Synthesis, anchor: fx.Node) -> list[fx.Node]:
@@ -79,16 +86,18 @@ def _needed(synthesis: Synthesis, anchor: fx.Node) -> list[fx.Node]:
 def _can_move(synthesis: Synthesis, anchor: fx.Node, all_of_them: set[fx.Node], stretch: dict[fx.Node, int]) -> bool:
     """Whether all that it reads can be before `anchor`: pure, unwritten, under the same modes, and no synthesis."""
     needed = _needed(synthesis, anchor)
-    return all(anchor not in node.all_input_nodes for node in needed) and all(
+    reads_it = anchor in synthesis.inputs or any(anchor in node.all_input_nodes for node in needed)
+    return not reads_it and all(
         is_pure(node)
         and node not in all_of_them
-        and stretch[node] == stretch[anchor]
+        and stretch.get(node) == stretch[anchor]
         and all(map(is_untouched, (node, *node.all_input_nodes)))
         for node in needed
     )
 
 
 def _rewrite(graph: fx.Graph, group: Sequence[Synthesis], operation: Callable[..., Any]) -> None:
+    group = [_as_it_is_now(synthesis) for synthesis in group]
     anchor = group[0].node
     for synthesis in group[1:]:
         for node in _needed(synthesis, anchor):

@@ -83,7 +83,7 @@ class HoistSyntheses(PassBase):
         for node in graph.nodes:
             if is_parameter(node) and is_untouched(node):
                 found[node] = False
-            elif (is_pure(node) or node.target in self.operations):
+            elif is_pure(node) or node.target in self.operations:
                 plain = all(map(is_plain, tensors_of(node)))
                 known = all(before in found for before in node.all_input_nodes)
                 if known and plain and is_untouched(node) and stretch[node] == 0:

@@ -1,13 +1,15 @@
 """Values that are computed once for each version of the weights they are made of."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 __all__ = ["Cached", "forget"]
@@ -18,8 +20,8 @@ _alive: "weakref.WeakSet[Cached]" = weakref.WeakSet()
 def forget() -> None:
     """Let all compiled models synthesise anew at their next call.
 
-    Needed only after writes that PyTorch does not count: in place through `.data`, in a CUDA graph of one's own,
-    from another process.
+    Needed only after writes that PyTorch does not count, other than a `torch.optim.Optimizer`'s: in place through
+    `.data`, in a CUDA graph of one's own, from another process.
 
     Example:
         >>> parameter.data.mul_(0.5)
@@ -27,6 +29,19 @@ def forget() -> None:
     """
     for cached in _alive:
         cached.forget()
+
+
+@cache  # once a process
+def _watch_optimizers() -> None:
+    """Forget what an optimizer changes: fused ones and those that write through `.data` are not counted by PyTorch."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+@torch.compiler.disable  # so that it runs after a compiled step too
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for cached in list(_alive):
+        cached.forget_if(changed)
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Cached:
     """
 
     def __init__(self, compute: Callable[..., Sequence[Tensor]]) -> None:
+        _watch_optimizers()
         self._compute = compute
         self._kept: tuple[list[_Stamp], tuple[Tensor, ...]] | None = None
         _alive.add(self)
@@ -77,6 +93,12 @@ class Cached:
     def forget(self) -> None:
         """Let the next call compute."""
         self._kept = None
+
+    def forget_if(self, changed: Set[int]) -> None:
+        """Let the next call compute if a tensor with one of these ids has a part in what is kept."""
+        kept = self._kept
+        if kept is not None and not changed.isdisjoint(id(stamp.tensor()) for stamp in kept[0]):
+            self._kept = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         kept = self._kept  # once, because another thread may put another one there
