@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
 @needs_compiler
 @pytest.mark.parametrize(("family", "operator", "fusion"), [("transformer", "block", "channel")])
 def test_by_inductor(family: str, operator: str, fusion: str) -> None:
-    case = case_of(family, operator, fusion, gradient=0.5)
+    case = replace(case_of(family, operator, fusion, gradient=0.5), depth=5)
     compiled = assert_same(case.transformed(), case, "inductor")
     assert [bool(found) for found in compiled.batches] == [True, True, False]
 

@@ -34,10 +34,9 @@ def forget() -> None:
 @cache  # once a process
 def _watch_optimizers() -> None:
     """Forget what an optimizer changes: fused ones and those that write through `.data` are not counted by PyTorch."""
-    register_optimizer_step_post_hook(_after_step)
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # so that a compiled step calls it too
 
 
-@torch.compiler.disable  # so that it runs after a compiled step too
 def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for cached in list(_alive):
