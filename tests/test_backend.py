@@ -68,7 +68,7 @@ def test_drawn_models_through_autograd_ahead_of_time(case: Case) -> None:
 
 
 def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
-    case = case_of("transformer", "block", "channel")
+    case = replace(case_of("transformer", "block", "channel"), depth=5)
     truth = case.transformed()
     model = copy.deepcopy(truth).float()
     inputs = tuple(t.detach().float().requires_grad_() for t in case.inputs())
@@ -102,10 +102,10 @@ def test_by_its_name_with_options() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_training_is_as_in_eager_mode_and_compiles_once(inner: str) -> None:
+@pytest.mark.parametrize(("inner", "fusion"), [("eager", "channel"), ("aot_eager", "scalar")])
+def test_training_is_as_in_eager_mode_and_compiles_once(inner: str, fusion: str) -> None:
     torch.manual_seed(0)
-    model = replfx.transform(ConvNet().double(), torch.randn(2, 3, 8, 8).double(), fusion="channel")
+    model = replfx.transform(ConvNet(5, (6,)).double(), torch.randn(2, 3, 8, 8).double(), fusion=fusion)
     randomize(model, 1)
     twin = copy.deepcopy(model)
     compiled = Compiled(twin, inner)
@@ -125,6 +125,7 @@ def test_training_is_as_in_eager_mode_and_compiles_once(inner: str) -> None:
     for name, parameter in twin.named_parameters():
         assert_close(parameter, model.get_parameter(name), name, 1e-8)  # AdamW divides by small numbers
     assert list(twin.state_dict()) == names == list(compiled.compiled._orig_mod.state_dict())
+    assert compiled.batches[0] == [4], "two convolutions in each of two blocks"
     assert counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
 
 

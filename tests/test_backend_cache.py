@@ -215,6 +215,14 @@ def test_a_kept_value_does_not_keep_weights_alive() -> None:
     assert stamp.storage.expired()
 
 
+def test_another_tensor_in_the_same_memory_counts_its_own_writes() -> None:
+    weight = torch.ones(3)
+    cached = Cached(lambda w: (2 * w,))
+    cached([weight])
+    weight.data.mul_(3)
+    assert torch.equal(cached([weight.data])[0], torch.full((3,), 6.0))
+
+
 def test_tensors_whose_writes_are_not_counted_are_computed_each_time() -> None:
     with torch.inference_mode():
         weight = torch.ones(3)

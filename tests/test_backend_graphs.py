@@ -214,9 +214,9 @@ def test_a_fusion_of_the_users_is_left_alone() -> None:
 class Writes(nn.Module):
     """Writes into a kept neighbour's weight between its uses, or switches a mode there."""
 
-    def __init__(self, inner: Any, how: str) -> None:
+    def __init__(self, inner: Any, how: str, first: int) -> None:
         super().__init__()
-        self.inner, self.how = inner, how
+        self.inner, self.how, self.first = inner, how, first
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inner.stem(x)
@@ -224,16 +224,19 @@ class Writes(nn.Module):
             if self.how == "write" and index == 2:
                 with torch.no_grad():
                     self.inner.blocks[2].fc1.weight.mul_(0.5)
-            with torch.set_grad_enabled(self.how != "grad" or index % 4 != 3):
+            if self.how == "write in the same mode" and index == 2:
+                self.inner.blocks[2].fc1.weight.detach().mul_(0.5)
+            with torch.set_grad_enabled(self.how != "grad" or index % 4 != self.first):
                 x = block(x)
         return x
 
 
-@pytest.mark.parametrize("how", ["write", "grad"])
-def test_nothing_moves_over_writes_and_modes(how: str) -> None:
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("how", ["write", "write in the same mode", "grad"])
+def test_nothing_moves_over_writes_and_modes(how: str, first: int) -> None:
     def results(compile: bool) -> list[Tensor]:
         torch.manual_seed(0)
-        model = Writes(small(), how)
+        model = Writes(small(), how, first)
         run: Any = Compiled(model) if compile else model
         y = run(X)
         if how == "grad":  # what was written into has no gradient, in eager mode neither
@@ -246,18 +249,51 @@ def test_nothing_moves_over_writes_and_modes(how: str) -> None:
         assert torch.equal(one, two)
 
 
-def test_a_synthesis_of_a_synthesis_is_no_part_of_its_batch() -> None:
+class Modes(nn.Module):
+    """Calls its blocks twice, the first time in another mode."""
+
+    def __init__(self, inner: Any, mode: Any) -> None:
+        super().__init__()
+        self.inner, self.mode = inner, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner.stem(x)
+        with self.mode():
+            y = self.inner.blocks(x).float()
+        z: Tensor = self.inner.blocks(x + y)
+        return z
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_nothing_is_merged_or_kept_over_modes(mode: Any) -> None:
+    model = Modes(small(5, operator="light"), mode)
+    compiled = Compiled(model)
+    found = []
+    for run in (compiled, model):
+        model.zero_grad()
+        y = run(X)
+        y.sum().backward()
+        with torch.no_grad():
+            z = run(X)
+        found.append([y, z, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(3, 1), (5, 3)])
+def test_a_synthesis_of_a_synthesis_is_no_part_of_its_batch(outer: int, inner: int) -> None:
     model: Any = small()
-    outer, inner = model.blocks[3], model.blocks[1]
+    reader, read = model.blocks[outer], model.blocks[inner]
 
     class Synthesised(nn.Module):
         @property
         def weight(self) -> Tensor:
-            return inner.synthesized()["fc1.weight"]
+            theta: Tensor = read.synthesized()["fc1.weight"]
+            return theta
 
-    readings = [dict(side) for side in outer._readings]
+    readings = [dict(side) for side in reader._readings]
     readings[0]["fc1.weight"] = (Synthesised(), "weight", None)
-    outer._readings = tuple(readings)
+    reader._readings = tuple(readings)
     compiled = Compiled(model, "aot_eager")
     torch.testing.assert_close(compiled(X), model(X))
     compiled.graphs[0].graph.lint()
