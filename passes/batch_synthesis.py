@@ -36,11 +36,11 @@ class BatchSynthesis(PassBase):
         stretch = epochs(graph_module.graph)
         changed = False
 
-        def kind(synthesis: Synthesis) -> str:
+        def kind(synthesis: Synthesis) -> str:  # of one stretch, so that no mode changes between them
             return repr((synthesis.kind, stretch[synthesis.node]))
 
         for _, alike in groupby(sorted(found, key=kind), key=kind):  # sorting keeps the order among equals
-            for group in self._groups(graph_module.graph, list(alike), {s.node for s in found}, stretch):
+            for group in self._groups(list(alike), {s.node for s in found}):
                 if len(group) > 1:
                     _rewrite(graph_module.graph, group, self.operation)
                     changed = True
@@ -48,15 +48,13 @@ class BatchSynthesis(PassBase):
             graph_module.recompile()
         return PassResult(graph_module, changed)
 
-    def _groups(
-        self, graph: fx.Graph, alike: Sequence[Synthesis], all_of_them: set[fx.Node], stretch: dict[fx.Node, int]
-    ) -> Iterator[list[Synthesis]]:
+    def _groups(self, alike: Sequence[Synthesis], all_of_them: set[fx.Node]) -> Iterator[list[Synthesis]]:
         """Consecutive ones that fit under the bound, and that can be moved up to the first."""
         group: list[Synthesis] = []
         for synthesis in map(_as_it_is_now, alike):
             if group:
                 fits = sum(s.size for s in group) + synthesis.size <= self.max_bytes
-                if fits and _can_move(synthesis, group[0].node, all_of_them, stretch):
+                if fits and _can_move(synthesis, group[0].node, all_of_them):
                     group.append(synthesis)
                     continue
                 yield group
@@ -83,15 +81,12 @@ def _needed(synthesis: Synthesis, anchor: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def _can_move(synthesis: Synthesis, anchor: fx.Node, all_of_them: set[fx.Node], stretch: dict[fx.Node, int]) -> bool:
-    """Whether all that it reads can be before `anchor`: pure, unwritten, under the same modes, and no synthesis."""
+def _can_move(synthesis: Synthesis, anchor: fx.Node, all_of_them: set[fx.Node]) -> bool:
+    """Whether all that it reads can be before `anchor`: pure, unwritten, and no synthesis."""
     needed = _needed(synthesis, anchor)
     reads_it = anchor in synthesis.inputs or any(anchor in node.all_input_nodes for node in needed)
     return not reads_it and all(
-        is_pure(node)
-        and node not in all_of_them
-        and stretch.get(node) == stretch[anchor]
-        and all(map(is_untouched, (node, *node.all_input_nodes)))
+        is_pure(node) and node not in all_of_them and all(map(is_untouched, (node, *node.all_input_nodes)))
         for node in needed
     )
 

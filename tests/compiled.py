@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import replfx
+from tests.models import tower
 
 OPERATION = "synthesize"
 
@@ -60,3 +61,24 @@ def batches(graph_module: fx.GraphModule) -> list[int]:
 def products(graph_module: fx.GraphModule) -> int:
     """Multiplications left in the graph: two of each synthesis that is not batched, and the model's own."""
     return sum(node.target is operator.mul for node in graph_module.graph.nodes)
+
+
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def graph_of(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
+    """Dynamo's graph, as a backend gets it."""
+    found: list[fx.GraphModule] = []
+
+    def keep(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        found.append(graph_module)
+        return graph_module.forward
+
+    torch.compile(model, backend=keep, fullgraph=True)(x)
+    (graph_module,) = found
+    return graph_module
+
+
+def small(length: int = 7, **options: Any) -> nn.Module:
+    """Three replaced blocks of seven, each with two synthesised weights of 16×8 floats: 512 bytes."""
+    return replfx.transform(tower(length), X, **options)

@@ -119,8 +119,9 @@ def gpt() -> tuple[nn.Module, tuple[int, ...]]:
     return GPT(31, 8, width=8, depth=5, heads=2), (2, 8)
 
 
-@pytest.mark.parametrize("operator", ["block", "light"])
-@pytest.mark.parametrize("build", [vit, convnext, resnet, gpt])
+@pytest.mark.parametrize(
+    ("build", "operator"), [(vit, "block"), (vit, "light"), (convnext, "light"), (resnet, "block"), (gpt, "block")]
+)
 def test_real_models_compile_in_one_graph(build: Any, operator: str) -> None:
     torch.manual_seed(0)
     original, shape = build()
@@ -152,10 +153,6 @@ _ALONE = {
         import replfx
         assert "replfx.compile" not in sys.modules
         assert replfx.backend(inner="eager").inner == "eager"
-        """,
-    "importing replfx.compile registers it": """
-        import replfx.compile, torch
-        assert "replfx" in torch._dynamo.list_backends()
         """,
     "as by the entry point, and imported afterwards": """
         import torch
