@@ -9,8 +9,10 @@ after them and own almost none; then train as before.
 from importlib.metadata import version
 
 from replfx.api import apply, inspect, plan, report, transform
+from replfx.backends import backend
 from replfx.errors import (
     CaptureError,
+    CompileError,
     FusionError,
     NoChainError,
     PlanError,
@@ -43,6 +45,7 @@ __all__ = [
     "CaptureError",
     "CaptureInfo",
     "Choice",
+    "CompileError",
     "Cost",
     "Fusion",
     "FusionError",
@@ -63,6 +66,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "apply",
+    "backend",
     "capture",
     "inspect",
     "load_state_dict",

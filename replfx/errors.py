@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 __all__ = [
     "CaptureError",
+    "CompileError",
     "FusionError",
     "NoChainError",
     "PlanError",
@@ -23,6 +24,10 @@ class ReplfxError(Exception):
 
 class CaptureError(ReplfxError):
     """The model could not be turned into a graph: it does not run, or it needs example inputs."""
+
+
+class CompileError(ReplfxError):
+    """`torch.compile` cannot use the replfx backend like this: an option is unknown, or of the wrong type."""
 
 
 class NoChainError(ReplfxError):

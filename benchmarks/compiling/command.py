@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch._inductor import config as inductor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +46,7 @@ def _names(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the tables, and write JSON, Markdown and a plot after each model, so that a cut run leaves some."""
+    """Measure, print the tables, and write files after each model, so that a run that is cut leaves some."""
     device, console = device_of(args), Console()
     dtype = torch.bfloat16 if device.type == "cuda" and not args.float32 else torch.float32
     stamps = {**environment(device), "commit": commit(), "dtype": str(dtype), "quick": args.quick}
@@ -118,7 +119,7 @@ def launches(call: Any, device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
-    kernels = [e for e in found.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in found.events() or () if e.device_type == DeviceType.CUDA]
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
 
 

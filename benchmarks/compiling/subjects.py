@@ -54,20 +54,23 @@ def _vit(image: int, patch: int, width: int, depth: int, heads: int) -> nn.Modul
     from timm.models.vision_transformer import VisionTransformer
 
     sizes: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    return VisionTransformer(img_size=image, patch_size=patch, num_classes=CLASSES, **sizes)
+    model: nn.Module = VisionTransformer(img_size=image, patch_size=patch, num_classes=CLASSES, **sizes)
+    return model
 
 
 def _resnet(layers: list[int], width: int = 64) -> nn.Module:
     from torchvision.models.resnet import Bottleneck
     from torchvision.models.resnet import ResNet as Bottlenecks
 
-    return Bottlenecks(Bottleneck, layers, num_classes=CLASSES, width_per_group=width)
+    model: nn.Module = Bottlenecks(Bottleneck, layers, num_classes=CLASSES, width_per_group=width)
+    return model
 
 
 def _convnext(depths: tuple[int, ...], widths: tuple[int, ...]) -> nn.Module:
     from timm.models.convnext import ConvNeXt
 
-    return ConvNeXt(depths=depths, dims=widths, num_classes=CLASSES)
+    model: nn.Module = ConvNeXt(depths=depths, dims=widths, num_classes=CLASSES)
+    return model
 
 
 SUBJECTS = {
@@ -80,7 +83,7 @@ SUBJECTS = {
     "resnet50": Subject(
         lambda kind: _resnet([3, 4, 6, 3]), lambda: _resnet([1, 3, 1, 1], 8), _images, {"cpu": 4, "cuda": 128}
     ),
-    "resnet110": Subject(lambda kind: ResNet(110), lambda: ResNet(32, 4), _small_images, {"cpu": 32, "cuda": 128}),
+    "resnet110": Subject(lambda kind: ResNet(110), lambda: ResNet(20, 4), _small_images, {"cpu": 32, "cuda": 128}),
     "convnext_t": Subject(
         lambda kind: _convnext((3, 3, 9, 3), (96, 192, 384, 768)),
         lambda: _convnext((1, 1, 5, 1), (8, 16, 16, 16)),

@@ -1,0 +1,144 @@
+"""What the passes over Dynamo's graph ask of its nodes.
+
+Dynamo's graph is one of torch functions and tensor methods; parameters are placeholders, `node.meta` holds a fake
+tensor (`example_value`) and the modules that the node was traced in (`nn_module_stack`).
+"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from replfx.fusion import Fusion, FusionLayer, Operator
+from replfx.fusion.fusions import ScalarFusion
+
+__all__ = [
+    "epochs",
+    "in_fusion_layer",
+    "in_linear_fusion",
+    "is_parameter",
+    "is_plain",
+    "is_pure",
+    "is_untouched",
+    "tensors_of",
+    "value_of",
+]
+
+# Functions and methods that neither write nor draw random numbers: these may be moved, merged and cached. What
+# fusion layers and alignments are made of; anything else stays where it is.
+_FUNCTIONS = frozenset(
+    {
+        operator.add,
+        operator.floordiv,
+        operator.getitem,
+        operator.matmul,
+        operator.mod,
+        operator.mul,
+        operator.neg,
+        operator.sub,
+        operator.truediv,
+        torch.arange,
+        torch.cat,
+        torch.eye,
+        torch.flatten,
+        torch.lerp,
+        torch.matmul,
+        torch.take_along_dim,
+        F.pad,
+    }
+)
+_METHODS = frozenset(
+    {
+        "contiguous",
+        "detach",
+        "expand",
+        "flatten",
+        "mul",
+        "narrow",
+        "permute",
+        "reshape",
+        "split",
+        "squeeze",
+        "t",
+        "transpose",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    }
+)
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor that stands for what the node gives; None where Dynamo noted none."""
+    return node.meta.get("example_value")
+
+
+def tensors_of(node: fx.Node) -> Iterator[Tensor]:
+    """All tensors that the node gives."""
+    value = value_of(node)
+    items = value if isinstance(value, tuple | list) else (value,)
+    return (item for item in items if isinstance(item, Tensor))
+
+
+def _classes(node: fx.Node) -> list[type]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return [cls for _, cls in stack.values() if isinstance(cls, type)]
+
+
+def in_fusion_layer(node: fx.Node) -> bool:
+    """Whether a fusion layer or a part of one ran the node.
+
+    A part: where a fusion layer itself is compiled, Dynamo does not name it in the stack.
+    """
+    return any(issubclass(cls, FusionLayer | Fusion | Operator) for cls in _classes(node))
+
+
+def in_linear_fusion(node: fx.Node) -> bool:
+    """Whether the innermost fusion that ran the node is one of ours, θ = a·θ_prev + b·θ_next."""
+    fusions = [cls for cls in _classes(node) if issubclass(cls, Fusion)]
+    return bool(fusions) and fusions[-1].forward is ScalarFusion.forward
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether the node is a parameter of the compiled model: a plain tensor, of one process."""
+    value = value_of(node)
+    return node.op == "placeholder" and isinstance(value, nn.Parameter) and is_plain(value)
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a dense tensor: not a DTensor or another tensor made of tensors."""
+    if not isinstance(value, FakeTensor) or value.layout != torch.strided:
+        return False
+    return type(value) is FakeTensor or isinstance(value, nn.Parameter)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether the node can be moved, merged with its like, and left out: one of few known functions."""
+    if node.op == "call_method":
+        return node.target in _METHODS
+    return node.op == "call_function" and node.target in _FUNCTIONS
+
+
+def is_untouched(node: fx.Node) -> bool:
+    """Whether nothing in the whole graph writes into what the node gives, or into a view of it.
+
+    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0.
+    """
+    return all(tensor._version == 0 for tensor in tensors_of(node))
+
+
+def epochs(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Number the stretches of the graph between which nothing may be moved.
+
+    A node that gives no value switches a mode (gradients, autocast) or does something that we do not know.
+    """
+    found, current = {}, 0
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module") and value_of(node) is None:
+            current += 1
+        found[node] = current
+    return found

@@ -1,0 +1,133 @@
+"""hoist_syntheses: split off what fusion layers compute from parameters alone, so that it can be kept."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+from torch._dynamo.source import SyntheticLocalSource
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from replfx.passes.dynamo import (
+    epochs,
+    in_fusion_layer,
+    is_parameter,
+    is_plain,
+    is_pure,
+    is_untouched,
+    tensors_of,
+    value_of,
+)
+
+__all__ = ["HoistSyntheses", "Hoisted", "hoisted_of"]
+
+_KEY = "replfx_hoisted"
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """What was split off.
+
+    Attributes:
+        graph_module: parameters → tuple of values. The graph that it was split off from takes them as further
+            inputs, behind its own.
+        inputs: which of that graph's inputs are the parameters.
+        examples: fake tensors that stand for the values.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[int, ...]
+    examples: tuple[Any, ...]
+
+
+def hoisted_of(graph_module: fx.GraphModule) -> Hoisted | None:
+    """What HoistSyntheses split off from the graph; None if there was nothing."""
+    found: Hoisted | None = graph_module.meta.get(_KEY)
+    return found
+
+
+@dataclass(frozen=True)
+class HoistSyntheses(PassBase):
+    """Split off syntheses, products of them and so on, as far as no gradient goes through; over Dynamo's graph.
+
+    These values change only with the parameters: with gradients disabled, or where all that they are made of is
+    frozen. What something writes into, and what the model hands out, stays.
+
+    Attributes:
+        operations: what is as pure as the functions that the passes know: the batched synthesis.
+    """
+
+    operations: frozenset[Callable[..., Any]] = field(default=frozenset())
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Split the graph in two; `hoisted_of` gives the other part."""
+        graph = graph_module.graph
+        inner = self._constant(graph)
+        taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
+        handed_out = _storages(graph.output_node().all_input_nodes)
+        taken = [node for node in taken if handed_out.isdisjoint(_storages([node]))]
+        if not taken:
+            return PassResult(graph_module, False)
+        graph_module.meta[_KEY] = _copy_out(graph, inner, taken)
+        for index, node in enumerate(taken):
+            _feed(graph, node, inner, f"replfx_hoisted_{index}")
+        for node in reversed(inner):
+            if not node.users and node.op != "placeholder":
+                graph.erase_node(node)
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+    def _constant(self, graph: fx.Graph) -> dict[fx.Node, bool]:
+        """Nodes that depend on parameters alone, in order; and whether a fusion layer had a part in them."""
+        stretch, found = epochs(graph), dict[fx.Node, bool]()
+        for node in graph.nodes:
+            if is_parameter(node) and is_untouched(node):
+                found[node] = False
+            elif is_pure(node) or node.target in self.operations:
+                plain = all(map(is_plain, tensors_of(node)))
+                known = all(before in found for before in node.all_input_nodes)
+                if known and plain and is_untouched(node) and stretch[node] == 0:
+                    found[node] = in_fusion_layer(node) or any(found[before] for before in node.all_input_nodes)
+        return found
+
+
+def _leaves(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
+    """Whether it is a tensor of a fusion layer's, without gradient, that something outside of the part reads."""
+    value = value_of(node)
+    constant = isinstance(value, Tensor) and not value.requires_grad
+    return inner[node] and constant and any(user not in inner for user in node.users)
+
+
+def _is_view_of_parameter(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
+    """Whether there is nothing to compute."""
+    return not _storages([node]).isdisjoint(_storages(n for n in inner if n.op == "placeholder"))
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for node in nodes for tensor in tensors_of(node)}
+
+
+def _copy_out(graph: fx.Graph, inner: dict[fx.Node, bool], taken: list[fx.Node]) -> Hoisted:
+    """The part as a graph of its own, with no more than what is taken needs."""
+    needed = set(taken)
+    for node in reversed(inner):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    placeholders = graph.find_nodes(op="placeholder")
+    part, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in [n for n in inner if n in needed]:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in taken))
+    inputs = tuple(index for index, node in enumerate(placeholders) if node in needed)
+    examples = tuple(value_of(node) for node in taken)
+    return Hoisted(fx.GraphModule({}, part), inputs, examples)
+
+
+def _feed(graph: fx.Graph, node: fx.Node, inner: dict[fx.Node, bool], name: str) -> None:
+    """Let everything outside of the part read `node` from a new input behind all others."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        made = graph.placeholder(name)
+    made.meta.update(node.meta)
+    made._dynamo_source = SyntheticLocalSource(name)  # AOTAutograd asks for one
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inner)

@@ -1,0 +1,17 @@
+"""torch.compile(model, backend="replfx"): the passes that run over Dynamo's graph of a transformed model.
+
+Importing it registers the backend's name, where the distribution that declares it is not installed.
+"""
+
+import contextlib
+
+from torch._dynamo import register_backend
+
+from replfx.backends import replfx_backend
+from replfx.compile.backend import Backend
+from replfx.compile.caching import forget
+
+__all__ = ["Backend", "forget"]
+
+with contextlib.suppress(AssertionError):  # it has the name already
+    register_backend(replfx_backend, name="replfx")

@@ -1,0 +1,142 @@
+"""The backend: our passes over Dynamo's graph, then a compiler for what comes out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import ShortenTraceback
+from torch._guards import TracingContext, detect_fake_mode, tracing
+
+from replfx.compile.caching import Cached, with_cached
+from replfx.compile.synthesis import SYNTHESIZE
+from replfx.errors import CompileError
+from replfx.passes import run_passes
+from replfx.passes.batch_synthesis import BatchSynthesis
+from replfx.passes.dynamo import in_fusion_layer
+from replfx.passes.hoist_syntheses import HoistSyntheses, hoisted_of
+from replfx.passes.merge_syntheses import MergeSyntheses
+
+__all__ = ["Backend"]
+
+Compiler: TypeAlias = Callable[..., Any]
+
+
+class _OptionError(CompileError, ShortenTraceback):
+    """Dynamo hands this one on as it is, where it wraps others."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend for `torch.compile`; `replfx.backend` makes one, and has its options.
+
+    Example:
+        >>> model = torch.compile(replfx.transform(model), backend=Backend(cache=False), mode="max-autotune")
+    """
+
+    max_bytes: int = 32 * 2**20
+    cache: bool = True
+    inner: str | Compiler = "inductor"
+
+    __name__ = "replfx"
+
+    def __post_init__(self) -> None:
+        if type(self.max_bytes) is not int or self.max_bytes < 0:
+            raise _OptionError(f"max_bytes= is a number of bytes, 0 for no batching, not {self.max_bytes!r}")
+        if type(self.cache) is not bool:
+            raise _OptionError(f"cache= is True or False, not {self.cache!r}")
+        if not isinstance(self.inner, str) and not callable(self.inner):
+            raise _OptionError(f'inner= is the name of a backend, as "inductor", or a callable, not {self.inner!r}')
+
+    def __call__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[Tensor],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph of Dynamo's.
+
+        Args:
+            graph_module: Dynamo's graph; it stays as it is, and what is rewritten is a copy.
+            inputs: what it will be called with, or the like.
+            mode: Inductor's, as it was given to `torch.compile`.
+            options: the same; those with the names of `replfx.backend`'s arguments are ours, the rest is Inductor's.
+
+        Raises:
+            CompileError: an option that neither knows, or of the wrong type.
+        """
+        ours = {name: value for name, value in (options or {}).items() if name in _names()}
+        self = replace(self, **ours)
+        theirs = {name: value for name, value in (options or {}).items() if name not in ours}
+        compiler = self._compiler(mode, theirs)
+        if not any(map(in_fusion_layer, graph_module.graph.nodes)):
+            return _callable(compiler(graph_module, inputs))
+        graph_module = _copy(graph_module)
+        self._rewrite(graph_module, _has_cuda_graphs(compiler))
+        hoisted = hoisted_of(graph_module)
+        if hoisted is None:
+            return _callable(compiler(graph_module, inputs))
+        with tracing(TracingContext(detect_fake_mode(hoisted.examples))):  # its guards are none of Dynamo's graph's
+            compute = _callable(compiler(hoisted.graph_module, [inputs[index] for index in hoisted.inputs]))
+        main = _callable(compiler(graph_module, [*inputs, *hoisted.examples]))
+        return with_cached(main, Cached(compute), hoisted.inputs)
+
+    def _rewrite(self, graph_module: fx.GraphModule, cuda_graphs: bool) -> None:
+        passes: list[Any] = [MergeSyntheses()]
+        if self.max_bytes:
+            passes.append(BatchSynthesis(SYNTHESIZE, self.max_bytes))
+        if self.cache and not cuda_graphs:  # those would copy the kept values into their own memory at each call
+            passes.append(HoistSyntheses(frozenset({SYNTHESIZE})))
+        run_passes(graph_module, passes)
+
+    def _compiler(self, mode: str | None, options: dict[str, Any]) -> Compiler:
+        if self.inner == "inductor":
+            try:
+                return torch._TorchCompileInductorWrapper(mode, options, None)
+            except RuntimeError as error:
+                raise _OptionError(f"{error}; of replfx's own there are {', '.join(_names())}") from error
+        if mode not in (None, "default") or options:
+            given = next(iter(options), f"mode={mode!r}")
+            raise _OptionError(f"unknown option {given}: mode and Inductor's options need inner='inductor'")
+        return lookup_backend(self.inner)
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(Backend)]
+
+
+def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with all that Dynamo noted on the graph, for AOTAutograd reads it; Dynamo itself goes on with the first.
+
+    It asks the first one's inputs for what it noted on them, so that they must not become more.
+    """
+    graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(graph_module.graph, known))
+    for node, twin in known.items():
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
+    made = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
+    for name, value in vars(graph_module).items():
+        made.__dict__.setdefault(name, value)
+    made.meta = dict(graph_module.meta)
+    return made
+
+
+def _has_cuda_graphs(compiler: Compiler) -> bool:
+    if not isinstance(compiler, torch._TorchCompileInductorWrapper):
+        return False
+    from torch._inductor import config
+
+    return bool(compiler.config.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def _callable(compiled: Any) -> Callable[..., Any]:
+    """What a backend gave: a GraphModule is called by its forward."""
+    return compiled.forward if isinstance(compiled, fx.GraphModule) else compiled

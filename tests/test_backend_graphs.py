@@ -1,0 +1,134 @@
+"""What the backend's passes make of Dynamo's graph: how many syntheses are left, and what is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import replfx
+from replfx.compile.synthesis import SYNTHESIZE
+from replfx.passes.batch_synthesis import BatchSynthesis
+from replfx.passes.merge_syntheses import MergeSyntheses
+from replfx.passes.synthesis import syntheses_in
+from tests.compiled import Compiled, X, batches, graph_of, products, small
+from tests.models import tower
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("fusion", "gradient"), [("scalar", 0.0), ("scalar_layer", 1.0), ("channel", 0.5)])
+def test_syntheses_of_one_shape_become_one(fusion: str, gradient: float) -> None:
+    graph_module = graph_of(small(fusion=fusion, neighbour_gradient=gradient))
+    assert len(syntheses_in(graph_module.graph)) == 6
+    assert BatchSynthesis(SYNTHESIZE, 2**20)(graph_module).modified
+    graph_module.graph.lint()
+    assert batches(graph_module) == [3, 3]
+    assert syntheses_in(graph_module.graph) == []
+    assert products(graph_module) == 0
+
+
+@pytest.mark.parametrize(("max_bytes", "expected"), [(3 * 512, [3, 3]), (3 * 512 - 1, [2, 2]), (1023, []), (0, [])])
+def test_groups_are_cut_under_the_bound(max_bytes: int, expected: list[int]) -> None:
+    graph_module = graph_of(small())
+    BatchSynthesis(SYNTHESIZE, max_bytes)(graph_module)
+    assert batches(graph_module) == expected
+    assert len(syntheses_in(graph_module.graph)) == 6 - sum(expected)
+
+
+def test_it_comes_before_the_first_use_and_not_earlier() -> None:
+    graph_module = graph_of(small())
+    BatchSynthesis(SYNTHESIZE, 2**20)(graph_module)
+    nodes = list(graph_module.graph.nodes)
+    first = next(node for node in nodes if node.target is SYNTHESIZE)
+    before = [node for node in nodes[: nodes.index(first)] if "linear" in str(node.target)]
+    assert len(before) == 3, "the stem's and those of the first block"
+
+
+class Twice(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner.blocks(self.inner.blocks(self.inner.stem(x)))
+        return y
+
+
+@pytest.mark.parametrize("options", [{"operator": "light"}, {"neighbour_gradient": 0.5}])
+def test_a_layer_that_is_called_twice_synthesises_once(options: dict[str, Any]) -> None:
+    model = Twice(replfx.transform(tower(), X, **options))
+    graph_module = graph_of(model)
+    count = len(syntheses_in(graph_module.graph))
+    formed = sum(node.target is torch.matmul for node in graph_module.graph.nodes) + len(
+        [node for node in graph_module.graph.nodes if "matmul" in str(node.target)]
+    )
+    assert MergeSyntheses()(graph_module).modified
+    assert 2 * len(syntheses_in(graph_module.graph)) == count == 8
+    left = [node for node in graph_module.graph.nodes if "matmul" in str(node.target)]
+    assert 2 * len(left) <= formed
+    compiled = Compiled(model, "aot_eager")
+    for run in (compiled, model):
+        model.zero_grad()
+        run(X).square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if run is compiled:
+            kept = gradients
+    assert compiled.batches[0] == [2, 2]
+    torch.testing.assert_close(kept, gradients)  # sums in another order, single precision
+
+
+def test_shared_readings_scale_their_gradient_once() -> None:
+    graph_module = graph_of(small(neighbour_gradient=0.5))
+    lerps = [node for node in graph_module.graph.nodes if node.target is torch.lerp]
+    MergeSyntheses()(graph_module)
+    left = [node for node in graph_module.graph.nodes if node.target is torch.lerp]
+    assert (len(lerps), len(left)) == (12, 8), "four kept neighbours with two weights each"
+
+
+def test_the_backward_pass_is_batched_too() -> None:
+    graphs: dict[str, fx.GraphModule] = {}
+
+    def compiler(name: str) -> Any:
+        def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
+            graphs[name] = graph_module
+            return make_boxed_func(graph_module.forward)
+
+        return keep
+
+    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    model = small()
+    torch.compile(model, backend=replfx.backend(inner=inner))(X).sum().backward()
+    count = {
+        name: {op: sum(f"_foreach_{op}." in str(n.target) for n in g.graph.nodes) for op in ("mul", "add")}
+        for name, g in graphs.items()
+    }
+    # Two shapes. Forward a·θ_prev, b·θ_next and their sum; backward a·dθ and b·dθ, and no sum.
+    assert count == {"forward": {"mul": 4, "add": 2}, "backward": {"mul": 4, "add": 0}}
+    # What the forward pass keeps for the coefficients' gradients are parameters; no product a·θ_prev is kept.
+    kept = graphs["forward"].graph.output_node().all_input_nodes
+    assert not any("_foreach_mul" in str(before.target) for node in kept for before in node.all_input_nodes)
+
+
+def test_a_frozen_neighbour_costs_no_gradient() -> None:
+    model = small()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".fusion." in name)
+    found: list[fx.GraphModule] = []
+
+    def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
+        found.append(graph_module)
+        return make_boxed_func(graph_module.forward)
+
+    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(model, backend=replfx.backend(inner=inner))(X).sum().backward()
+    assert not any("_foreach" in str(node.target) for node in found[1].graph.nodes)
