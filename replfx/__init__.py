@@ -6,8 +6,6 @@ replaces some blocks of a model by fusion layers, which synthesise their weights
 after them and own almost none; then train as before.
 """
 
-from importlib.metadata import version
-
 from replfx.api import apply, inspect, plan, report, transform
 from replfx.backends import backend
 from replfx.errors import (
@@ -37,8 +35,7 @@ from replfx.reports import BlockReport, Report, Totals
 from replfx.state import load_state_dict
 from replfx.tracing import CaptureInfo, Cost, capture
 from replfx.unrolling import materialize, unroll
-
-__version__ = version("replfx")
+from replfx.version import __version__
 
 __all__ = [
     "BlockReport",

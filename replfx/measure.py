@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import accumulate, chain
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import timer
+
+from replfx.version import __version__
 
 __all__ = [
     "MIB",
@@ -333,7 +334,7 @@ def saving_kept(full: float, replaced: float, removed: float) -> float | None:
 def environment(device: torch.device) -> dict[str, object]:
     """Describe what a measurement depends on: versions, threads and the device's model."""
     return {
-        "replfx": version("replfx"),
+        "replfx": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
