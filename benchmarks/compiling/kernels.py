@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from replfx.kernels import synthesize, synthesized_linear
+from replfx.kernels import synthesize, synthesized_linear, traffic
 from replfx.kernels.plain import synthesize as formula
 
 Call = Callable[[], object]
@@ -56,15 +56,15 @@ def _syntheses(name: str, shapes: list[Any], channel: bool, device: torch.device
     compiled = torch.compile(by_formula, dynamic=False)
     makers: dict[str, Callable[..., list[Tensor]]] = {"eager": by_formula, "Inductor": compiled, "replfx": synthesize}
     sides = (previous, following, a, b)
-    weight = sum(t.nbytes for t in previous)
     made = {provider: partial(_without_gradients, make, sides) for provider, make in makers.items()}
-    yield Case(f"synthesis of {name}", 3 * weight, made)  # reads both neighbours, writes θ
+    yield Case(f"synthesis of {name}", traffic.synthesize(*sides).total, made)
     inputs = [tensor for side in sides for tensor in side]
     grads = [torch.randn_like(tensor) for tensor in previous]
     backward = {
         p: partial(torch.autograd.grad, make(*sides), inputs, grads, retain_graph=True) for p, make in makers.items()
     }
-    yield Case(f"its backward, {name}", 5 * weight, backward)  # reads dW and both neighbours, writes both gradients
+    moved = traffic.synthesize_backward(grads, *sides).total
+    yield Case(f"its backward, {name}", moved, backward)
 
 
 @torch.no_grad()
@@ -85,10 +85,9 @@ def _linear(device: torch.device, dtype: torch.dtype, tokens: int, rows: int, co
         "replfx": synthesized_linear,
     }
     arguments = (x, previous, following, a, b)
-    moved = x.nbytes + previous.nbytes + following.nbytes + tokens * rows * x.element_size()
     return Case(
         f"{tokens} × {columns} tokens by a synthesised {rows} × {columns}",
-        moved,
+        traffic.synthesized_linear(*arguments).total,
         {provider: partial(_without_gradients, make, arguments) for provider, make in makers.items()},
     )
 

@@ -15,10 +15,10 @@ pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 
-from benchmarks.compiling import command, kernels  # noqa: E402
-from benchmarks.compiling.output import StepRow  # noqa: E402
-from benchmarks.compiling.subjects import SUBJECTS, WAYS, training_of  # noqa: E402
-from replfx.measure import trainable_parameters  # noqa: E402
+from benchmarks.compiling import command, kernels
+from benchmarks.compiling.output import StepRow
+from benchmarks.compiling.subjects import SUBJECTS, WAYS, training_of
+from replfx.measure import trainable_parameters
 
 CPU = torch.device("cpu")
 
