@@ -29,3 +29,13 @@ def registries() -> Iterator[None]:
     for registry, entries in kept:
         registry._entries.clear()
         registry._entries.update(entries)  # type: ignore[arg-type]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a CUDA device, what needs one is skipped, also where it is asked for."""
+    if torch.cuda.is_available():
+        return
+    skipped = pytest.mark.skip(reason="there is no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skipped)
