@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def _steps(name: str, args: argparse.Namespace, device: torch.device, dtype: tor
         except ReplfxError as error:
             reasons[way.name] = str(error)
             continue
-        with inductor.patch(force_disable_caches=True):  # each compiles all of its own code
+        # Each compiles all of its own code; PyTorch warns that what it learned of shapes is not kept either.
+        with inductor.patch(force_disable_caches=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
             start = timer()
             training.step()
             first[way.name] = timer() - start
