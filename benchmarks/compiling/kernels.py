@@ -37,8 +37,8 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Cas
     attention, stages = (768, 768), [(16, 16, 3, 3), (32, 32, 3, 3), (64, 64, 3, 3)]
     if quick:
         attention, stages = (24, 16), [(4, 4, 3, 3)]
-    yield from _syntheses("10 of 768 × 768, scalar", [attention] * 10, False, device, dtype)
-    yield from _syntheses("54 of ResNet-110's kernels, channel", stages * 18, True, device, dtype)
+    yield from _syntheses([attention] * 10, False, device, dtype)
+    yield from _syntheses(stages * 18, True, device, dtype)
     yield _linear(device, dtype, *((64, 24, 16) if quick else (8192, 768, 768)))
 
 
@@ -46,7 +46,9 @@ def _tensors(shapes: list[Any], device: torch.device, dtype: torch.dtype) -> lis
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def _syntheses(name: str, shapes: list[Any], channel: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def _syntheses(shapes: list[Any], channel: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    kinds = ", ".join(" × ".join(map(str, shape)) for shape in dict.fromkeys(shapes))
+    name = f"{len(shapes)} of {kinds}, {'channel' if channel else 'scalar'}"
     previous, following = (_tensors(shapes, device, dtype) for _ in range(2))
     a, b = (_tensors([(shape[0] if channel else 1,) for shape in shapes], device, dtype) for _ in range(2))
 
