@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Declare the options that all commands take."""
     parser.add_argument(
         "--models",
-        type=_names,
+        type=partial(model_names, known=SUBJECTS),
         default=list(SUBJECTS),
         metavar="NAME,…",
         help=f"which models, of {', '.join(SUBJECTS)} (default: all)",
@@ -53,10 +55,16 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
-def _names(text: str) -> list[str]:
+def model_names(text: str, known: Collection[str]) -> list[str]:
+    """Read names with commas between them.
+
+    Raises:
+        ArgumentTypeError: a name that is not known.
+
+    """
     names = text.split(",")
-    if unknown := [name for name in names if name not in SUBJECTS]:
-        raise argparse.ArgumentTypeError(f"no model {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"no model {', '.join(unknown)}; there are {', '.join(known)}")
     return names
 
 
@@ -95,13 +103,30 @@ def training_of(name: str, variant: Variant, *, every: int, batch: int, device: 
     inputs, targets = (t.to(device) for t in subject.batch(device.type, batch))
     if variant.operator is not None:
         model = replfx.transform(model, inputs[:2], every=every, fusion=variant.fusion, operator=variant.operator)
+    return in_training(model, model, inputs, targets, bf16=bf16)
+
+
+def in_training(
+    model: nn.Module, called: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, *, bf16: bool
+) -> Training:
+    """Put a model into training on one batch with AdamW and the cross-entropy of what `called` gives.
+
+    Args:
+        model: owns the parameters.
+        called: the model, or what a compiler made of it.
+        inputs: a batch, on the model's device.
+        targets: their labels, or a label for each of their tokens.
+        bf16: run forward under bfloat16 autocast.
+
+    """
+    device = inputs.device
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def loss() -> Tensor:
         with autocast():
-            logits = model(inputs)
+            logits = called(inputs)
             return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
     return Training(model, torch.optim.AdamW(model.parameters(), fused=True), loss, device)

@@ -31,6 +31,17 @@ def registries() -> Iterator[None]:
         registry._entries.update(entries)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Compile nothing that another test has compiled, and count from nothing."""
+    from torch._dynamo.utils import counters  # not with every test's start: it takes long to import
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without a CUDA device, what needs one is skipped, also where it is asked for."""
     if torch.cuda.is_available():

@@ -26,12 +26,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXACT) -> Compiled:

@@ -18,12 +18,7 @@ from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, X, batches, graph_of, products, small
 from tests.models import tower
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize(("fusion", "gradient"), [("scalar", 0.0), ("scalar_layer", 1.0), ("channel", 0.5)])

@@ -13,12 +13,7 @@ from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, X, graph_of, small
 from tests.models import Mlp, Tower, tower
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_a_model_without_fusion_layers_reaches_the_compiler_untouched() -> None:

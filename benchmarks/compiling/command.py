@@ -6,6 +6,7 @@ import argparse
 import gc
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import add_device_argument, commit, device_of
+from benchmarks.common import add_device_argument, commit, device_of, model_names
 from benchmarks.compiling.kernels import cases, copy_rate, gemm_rate, seconds
 from benchmarks.compiling.output import KernelRow, StepRow, tables, write
 from benchmarks.compiling.subjects import SUBJECTS, WAYS, Subject, training_of
@@ -40,34 +41,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in SUBJECTS]:
-        raise argparse.ArgumentTypeError(f"no model {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
-    return names
+    return model_names(text, SUBJECTS) if text else []  # none: the kernels alone
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and write files after each model, so that a run that is cut leaves some."""
     device, console = device_of(args), Console()
     dtype = torch.bfloat16 if device.type == "cuda" and not args.float32 else torch.float32
-    stamps = {**environment(device), "commit": commit(), "dtype": str(dtype), "quick": args.quick}
+    rate = gemm_rate(device, dtype, args.quick)
+    stamps = {
+        **environment(device),
+        "commit": commit(),
+        "dtype": str(dtype),
+        "quick": args.quick,
+        "gemm_flops_a_second": rate,
+    }
     kernels: list[KernelRow] = []
     steps: list[StepRow] = []
-    rate = gemm_rate(device, dtype, args.quick)
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(args.models) + (not args.no_kernels))
         if not args.no_kernels:
             progress.update(task, description="kernels")
             kernels = list(_kernels(device, dtype, args.quick))
             progress.advance(task)
+        written = write(steps, kernels, stamps, args.out)
         for name in args.models:
             progress.update(task, description=name)
             steps += _steps(name, args, device, dtype, rate)
-            written = write(steps, kernels, {**stamps, "gemm_flops_a_second": rate}, args.out)
+            written = write(steps, kernels, stamps, args.out)
             progress.advance(task)
     for table in tables(steps, kernels):
         console.print(table)
-    for path in written if args.models else write(steps, kernels, stamps, args.out):
+    for path in written:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -130,8 +135,9 @@ def _extra_flops(subject: Subject, args: argparse.Namespace, device: torch.devic
     """What the operator does beyond deleting the blocks: FLOPs of an eager step, less those of removed."""
     counts = []
     for way in (WAYS[1], WAYS[3]):
-        eager = type(way)(way.name, way.operator, None)
-        training = training_of(subject, eager, args.operator, device, batch=batch, quick=args.quick, bf16=False)
+        training = training_of(
+            subject, replace(way, compiler=None), args.operator, device, batch=batch, quick=args.quick, bf16=False
+        )
         with FlopCounterMode(display=False) as counter:
             training.loss().backward()
         counts.append(counter.get_total_flops())

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import replfx
 from benchmarks.accuracy.resnet import ResNet
+from benchmarks.common import in_training
 from benchmarks.models import CLASSES, CONTEXT, GPT, PIXELS, VOCABULARY
 from replfx.measure import Training
 
@@ -148,16 +147,7 @@ def training_of(
     if way.operator is not None:
         model = replfx.transform(model, inputs[:2], operator=operator if way.operator == "auto" else way.operator)
     called = model if way.compiler is None else _compiled(model, way.compiler)
-
-    def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-    def loss() -> Tensor:
-        with autocast():
-            logits = called(inputs)
-            return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-    return Training(model, torch.optim.AdamW(model.parameters(), fused=True), loss, device)
+    return in_training(model, called, inputs, targets, bf16=bf16)
 
 
 def _compiled(model: nn.Module, compiler: str) -> Callable[..., Tensor]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replfx.fusion.fusions import along_first
+
 __all__ = ["SYNTHESIZE"]
 
 
@@ -44,7 +46,7 @@ def scale_many(gradients: list[Tensor], coefficients: list[Tensor]) -> list[Tens
 
 
 def _along_first(coefficients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [c.view(-1, *[1] * (t.dim() - 1)) for c, t in zip(coefficients, tensors, strict=True)]
+    return [along_first(c, t) for c, t in zip(coefficients, tensors, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[list[Tensor], ...], output: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ from replfx.errors import FusionError
 from replfx.fusion.magnitude import largest
 from replfx.fusion.registry import Registry
 
-__all__ = ["ChannelFusion", "Fusion", "LayerScalarFusion", "ScalarFusion", "fusions", "register_fusion"]
+__all__ = ["ChannelFusion", "Fusion", "LayerScalarFusion", "ScalarFusion", "along_first", "fusions", "register_fusion"]
 
 fusions: Registry["Fusion"] = Registry("fusion")
 register_fusion = fusions.register
@@ -106,7 +106,7 @@ class _Linear(Fusion):
     def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
         a, b = self.parts(self.previous), self.parts(self.next)
         return {
-            name: _along_first(a[name], theta) * theta + _along_first(b[name], theta) * next[name]
+            name: along_first(a[name], theta) * theta + along_first(b[name], theta) * next[name]
             for name, theta in previous.items()
         }
 
@@ -119,7 +119,7 @@ class _Linear(Fusion):
         return f"coefficients={2 * self.previous.numel()}, initial={self.initial}"
 
 
-def _along_first(coefficients: Tensor, theta: Tensor) -> Tensor:
+def along_first(coefficients: Tensor, theta: Tensor) -> Tensor:
     """Shape coefficients to multiply `theta` along its first dimension."""
     return coefficients.view(-1, *[1] * (theta.dim() - 1))
 
