@@ -5,6 +5,7 @@ tensor (`example_value`) and the modules that the node was traced in (`nn_module
 """
 
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "is_plain",
     "is_pure",
     "is_untouched",
+    "path_in_model",
     "tensors_of",
     "value_of",
 ]
@@ -82,6 +84,22 @@ def tensors_of(node: fx.Node) -> Iterator[Tensor]:
     value = value_of(node)
     items = value if isinstance(value, tuple | list) else (value,)
     return (item for item in items if isinstance(item, Tensor))
+
+
+def path_in_model(expression: str) -> str:
+    """Where something is in the compiled model, from Dynamo's expression for it.
+
+    Example:
+        >>> path_in_model("L['self']._modules['blocks']._modules['0']._parameters['weight']")
+        'blocks.0.weight'
+        >>> path_in_model("L['self'].blocks.0")
+        'blocks.0'
+    """
+    root = re.match(
+        r"L\['(?:self|args)'\](?:\[0\])?|[LG](?=\[)", expression
+    )  # a wrapped forward has the model in args[0]
+    inside = expression[root.end() :] if root else expression
+    return ".".join(re.findall(r"\w+", re.sub(r"\._(modules|parameters|buffers)\b", "", inside)))
 
 
 def _classes(node: fx.Node) -> list[type]:

@@ -15,9 +15,10 @@ from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import first_unpaired, pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
+from replfx.passes.find_module_regions import find_module_regions
 from replfx.passes.find_regions import find_regions
 from replfx.passes.links import Path, paths_of
-from replfx.passes.regions import Region, region_module
+from replfx.passes.regions import Region, Regions, region_module
 from replfx.passes.slots import Joined, input_slots, interface_of, output_slots
 from replfx.passes.why_not import ancestors, why_not
 from replfx.structure import Signature, family, signature, unfit_to_replace
@@ -66,14 +67,26 @@ class _Search:
         if not any(chain.replaceable() for chain in chains):
             chains = self._search(self.candidates.windows(), dropped) or chains
         if not any(chain.replaceable() for chain in chains):
-            regions = find_regions(self.graph_module)
+            regions = self._regions()
             chains = [self._region_chain(found.regions) for found in regions.chains] or chains
             dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
         in_chain = {path for chain in chains for path in chain.paths}
+        if self.info.rung == "dynamo":  # its root holds parameters, and no modules that were called
+            return Chains(chains, dropped)
         known = {**dropped, **self.candidates.refused}
         modules, counts = self.candidates.modules, self.candidates.counts
         return Chains(chains, why_not(modules, self._difference, counts, known, in_chain))
+
+    def _regions(self) -> Regions:
+        """By what ran in which module where the graph alone says that, else by structure."""
+        if self.info.rung != "dynamo":
+            return find_regions(self.graph_module)
+        by_module = find_module_regions(self.graph_module)
+        if by_module.chains:
+            return by_module
+        found = find_regions(self.graph_module)
+        return Regions(found.chains, {**by_module.refused, **found.refused})
 
     def _search(self, candidates: list[Candidate], dropped: dict[str, str]) -> list[Chain]:
         """The chains among these candidates; blocks of those that can't be used go to `dropped` with the reason."""
@@ -128,7 +141,7 @@ class _Search:
         """Regions of the graph as blocks: all of one kind, and nothing but their weights is their own."""
         blocks = []
         for position, region in enumerate(regions):
-            path = region_path(next(iter(region.parameters.values())))
+            path = region_path(region.name)
             interface = Interface(("0",), {"input": "0"})
             start, stop = (self.positions[region.nodes[end]] for end in (0, -1))
             call = ModuleCall(path, (region.input, *region.extras), {}, start, stop + 1, region.output)

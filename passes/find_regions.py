@@ -13,7 +13,7 @@ from replfx.passes.regions import Region, RegionChain, Regions
 from replfx.passes.repeats import Run, runs
 from replfx.passes.stream import Stream
 
-__all__ = ["find_regions"]
+__all__ = ["find_regions", "region_of"]
 
 MULTIPLES = 3  # how many times the tokens' period the layers' may be, where the arguments alternate
 
@@ -36,7 +36,7 @@ def find_regions(graph_module: fx.GraphModule, *, same_shapes: bool = False) -> 
     chains = _without_overlaps(stream, [(chain, layers.period) for layers in found for chain in layers.chains])
     taken = {path for chain in chains for piece in chain for path in piece.parameters.values()}
     refused = {path: why for layers in found for path, why in layers.refused.items() if path not in taken}
-    return Regions([RegionChain(tuple(_region(stream, piece) for piece in chain)) for chain in chains], refused)
+    return Regions([RegionChain(tuple(region_of(stream, piece) for piece in chain)) for chain in chains], refused)
 
 
 def _layers(stream: Stream, run: Run) -> Layers | None:
@@ -54,7 +54,8 @@ def _layers(stream: Stream, run: Run) -> Layers | None:
     return first
 
 
-def _region(stream: Stream, piece: Piece) -> Region:
+def region_of(stream: Stream, piece: Piece, module: str | None = None) -> Region:
+    """A piece of a stream as a region of its graph."""
     nodes = stream.nodes[piece.start : piece.stop]
     own = {*piece.parameters.values(), *piece.buffers.values()}
     read = {argument for arguments in stream.arguments[piece.start : piece.stop] for argument in arguments}
@@ -67,6 +68,7 @@ def _region(stream: Stream, piece: Piece) -> Region:
         parameters=piece.parameters,
         buffers=piece.buffers,
         modules=piece.modules,
+        module=module,
     )
 
 

@@ -14,7 +14,7 @@ from replfx.passes.tokens import is_stateless
 from replfx.passes.writes import written_outside
 from replfx.structure import unfit_to_share
 
-__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in"]
+__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in", "reads_back", "unfit"]
 
 SHORTEST = 3  # a replaced region and a kept one on each side
 PHASES = 8  # how many places where a layer could begin are tried
@@ -201,8 +201,8 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
     chain: list[Piece] = []
     for start in starts:
         piece = template.fit(start)
-        reason = None if piece is None else _unfit(stream, piece)
-        back = None if piece is None or reason is not None else _reads_back(stream, chain, piece)
+        reason = None if piece is None else unfit(stream, piece)
+        back = None if piece is None or reason is not None else reads_back(stream, chain, piece)
         if piece is not None and piece.parameters and (reason or back):
             found.refused[next(iter(piece.parameters.values()))] = reason or str(back)
         if chain and (piece is None or reason or back or piece.input is not chain[-1].output):
@@ -218,7 +218,7 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
 # ---- what a piece must be
 
 
-def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
+def reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     """Why a piece cannot follow a chain although it takes its output, or None: then a new chain begins with it."""
     for extra in piece.extras:
         if chain and stream.position.get(extra, -1) >= chain[0].start:
@@ -226,7 +226,7 @@ def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     return None
 
 
-def _unfit(stream: Stream, piece: Piece) -> str | None:
+def unfit(stream: Stream, piece: Piece) -> str | None:
     """Why a piece may be in no chain, or None."""
     for position in range(piece.start, piece.stop):
         node = stream.nodes[position]

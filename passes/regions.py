@@ -27,6 +27,7 @@ class Region:
             region of a chain.
         buffers: the same for the buffers that it alone reads through `get_attr`: "b0", ….
         modules: the same for the leaf modules that it calls, one name a call: "m0", ….
+        module: the module whose every node it is, if there is one and the tracer noted it.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -36,6 +37,12 @@ class Region:
     parameters: dict[str, str]
     buffers: dict[str, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    module: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path of its module, or of the first parameter that it reads."""
+        return self.module or next(iter(self.parameters.values()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,17 +1,29 @@
 """A graph as a stream: its nodes in order, without the reading of attributes, with what is asked of them often."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from replfx.passes.dynamo import path_in_model
 from replfx.passes.regions import root_of
 from replfx.passes.tokens import Tokens
 from replfx.structure import attribute_at
 
-__all__ = ["Stream"]
+__all__ = ["Place", "Stream"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module ran: the nodes `[start, stop)`, and its class."""
+
+    start: int
+    stop: int
+    kind: type[nn.Module]
 
 
 class Stream:
@@ -34,6 +46,7 @@ class Stream:
         has_parameters: whether each node reads a parameter.
         matrices: how many parameters of two dimensions and more were read before each position.
         grad_off: for each position, whether gradients are switched off before it.
+        places: by path, the modules that ran one stretch of nodes: as far as the tracer noted what ran in which.
     """
 
     def __init__(self, graph_module: fx.GraphModule, *, same_shapes: bool) -> None:
@@ -57,6 +70,7 @@ class Stream:
         self.matrices = [0, *accumulate(sum(p.dim() >= 2 for p in read) for read in parameters)]
         self.arguments = [_arguments(node) for node in self.nodes]
         self.grad_off = list(self._grad_off())
+        self.places = _places(self.nodes)
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a `call_module` node calls."""
@@ -92,6 +106,24 @@ class Stream:
             if node.target is torch._C._set_grad_enabled:
                 off = not (node.args[0] if node.args else True)
             yield off
+
+
+def _places(nodes: Sequence[fx.Node]) -> dict[str, Place]:
+    found: dict[str, list[int]] = defaultdict(list)
+    kinds: dict[str, type[nn.Module]] = {}
+    for position, node in enumerate(nodes):
+        if node.op == "placeholder":  # Dynamo notes where an input was used first
+            continue
+        stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        here = {path_in_model(name): kind for name, kind in stack.values() if isinstance(kind, type)}
+        for path in filter(None, here):
+            found[path].append(position)
+        kinds.update(here)
+    return {
+        path: Place(at[0], at[-1] + 1, kinds[path])
+        for path, at in found.items()
+        if at[-1] - at[0] == len(at) - 1  # else something else ran in between, or it was called twice
+    }
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -58,6 +58,8 @@ class Tokens:
         """What an argument is; `sizes`: the integers in it are sizes."""
         if isinstance(value, fx.Node):
             read = self.value_of(value) if value.op == "get_attr" else None
+            if isinstance(read, nn.Module):  # the body of a checkpoint or of a branch: like no other
+                return "body", id(read)
             return self._parameter(read) if isinstance(read, nn.Parameter) else "value"
         if isinstance(value, dict):
             return tuple((key, self._argument(item, sizes)) for key, item in sorted(value.items(), key=str))

@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterator
 from functools import cache
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from replfx.passes.stream import Stream
 
@@ -26,19 +26,27 @@ def written_outside(stream: Stream, start: int, stop: int, source: fx.Node) -> f
     """The node in `[start, stop)` that changes a value from outside, if there is one.
 
     `source`, the main activation, may be changed if nothing outside reads it (`x += f(x)` in a layer), unless it
-    is an input of the model.
+    is an input of the model. So may a buffer that nothing outside reads.
     """
     for position in range(start, stop):
         for value in _written(stream, stream.nodes[position]):
             base = value
             while stream.position.get(base, -1) >= start and (viewed := _viewed(stream, base)) is not None:
                 base = viewed
-            if stream.position.get(base, -1) >= start:
+            if stream.position.get(base, -1) >= start or _is_own_buffer(stream, base, start, stop):
                 continue
             spent = base is source and base.op not in ("placeholder", "get_attr")
             if not spent or stream.last[stream.position[base]] >= stop:
                 return stream.nodes[position]
     return None
+
+
+def _is_own_buffer(stream: Stream, node: fx.Node, start: int, stop: int) -> bool:
+    value = stream.values.get(node)
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return False
+    first, last = stream.readers[id(value)]
+    return start <= first and last < stop
 
 
 def _written(stream: Stream, node: fx.Node) -> Iterator[fx.Node]:

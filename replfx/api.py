@@ -1,9 +1,8 @@
 """The public face: transform, inspect, report, plan, apply."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase
@@ -12,8 +11,6 @@ from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
-from replfx.fusion import Choice
-from replfx.fusion.auto import settled
 from replfx.fusion.registry import AUTO
 from replfx.measure import trainable_parameters
 from replfx.passes import (
@@ -27,14 +24,13 @@ from replfx.passes import (
     run_passes,
 )
 from replfx.plans import Plan, has_regions, keeping
+from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
 from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_has_weights, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
-
-Choosable: TypeAlias = str | Mapping[str, object] | Choice
 
 
 def transform(
@@ -96,7 +92,7 @@ def transform(
         if named:
             raise PlanError(f"give plan= or {named[0]}=, not both")
         return apply(model, plan, example_inputs, inplace=inplace)
-    policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
+    policy = policy_of(every, fraction, select, fusion, operator, 0.0 if detach_neighbours else neighbour_gradient)
     _refuse_transformed(model)
     target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
     read: dict[str, list[str]] = {}
@@ -132,7 +128,7 @@ def inspect(
     Example:
         >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
     """
-    policy = _policy(every, fraction, select, fusion, operator, 1.0, False)
+    policy = policy_of(every, fraction, select, fusion, operator, 1.0)
     _refuse_transformed(model)
     graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains()])
@@ -187,7 +183,7 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
-    policy = _policy(every, fraction, select, fusion, operator, neighbour_gradient, detach_neighbours)
+    policy = policy_of(every, fraction, select, fusion, operator, 0.0 if detach_neighbours else neighbour_gradient)
     _refuse_transformed(model)
     return plan_of(_planned(model, example_inputs, policy))
 
@@ -279,36 +275,6 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
     layers = placed_layers(target, planned)
     mark(target, planned, with_layers(draft, planned, layers, trainable_parameters(target)))
     return target
-
-
-def _policy(
-    every: int | None,
-    fraction: float | None,
-    select: str | Sequence[str] | None,
-    fusion: Choosable,
-    operator: Choosable,
-    neighbour_gradient: float,
-    detach_neighbours: bool,
-) -> SelectBlocks:
-    if every is None and fraction is None and select is None:
-        every = 2
-    chosen, fused = settled(Choice.of(operator, "operator"), Choice.of(fusion, "fusion"))
-    return SelectBlocks(
-        every=every,
-        fraction=fraction,
-        select=_globs(select),
-        fusion=fused,
-        operator=chosen,
-        neighbour_gradient=0.0 if detach_neighbours else neighbour_gradient,
-    )
-
-
-def _globs(select: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    if select is None or isinstance(select, str):
-        return None if select is None else (select,)
-    if not isinstance(select, Iterable):
-        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {select!r}")
-    return tuple(select)
 
 
 def _refuse_transformed(model: nn.Module) -> None:

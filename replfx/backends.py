@@ -10,23 +10,40 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from replfx.errors import CompileError
+from replfx.fusion.registry import AUTO
+from replfx.policies import Choosable, policy_of
 
 if TYPE_CHECKING:
-    from replfx.compile import Backend
+    from replfx.compile import Backend, ReplacingBackend
 
 __all__ = ["backend", "replfx_backend"]
 
 
 def backend(
     *,
+    every: int | None = None,
+    fraction: float | None = None,
+    select: str | Sequence[str] | None = None,
+    fusion: Choosable | None = None,
+    operator: Choosable | None = None,
+    neighbour_gradient: float | None = None,
     max_bytes: int = 32 * 2**20,
     cache: bool = True,
     inner: str | Callable[..., Any] = "inductor",
     **unknown: object,
-) -> "Backend":
-    """A backend for `torch.compile` that knows fusion layers. A model without any goes to `inner` as it is.
+) -> "Backend | ReplacingBackend":
+    """A backend for `torch.compile` that knows fusion layers, and that can replace blocks itself.
+
+    With none of the first six options it compiles a transformed model, and a model without fusion layers goes to
+    `inner` as it is. With any of them it replaces blocks of a plain model, in the graph that Dynamo captures.
 
     Args:
+        every: these six are as for `replfx.transform`: which blocks,
+        fraction: or which part of each chain,
+        select: or which by name ("blocks.1"),
+        fusion: how their weights are made,
+        operator: what runs with them,
+        neighbour_gradient: and what of the gradient flows on.
         max_bytes: syntheses of one shape run as one operation, as many as make this many bytes of weights, which
             live from the first one's use on; 0 leaves each where it is.
         cache: without gradients, keep the synthesised weights until the weights that they are made of change.
@@ -35,20 +52,34 @@ def backend(
         **unknown: anything else is refused.
 
     Returns:
-        A callable; it takes Inductor's `mode=` and `options=` from `torch.compile`, and its own options there too.
+        A callable; it takes Inductor's `mode=` and `options=` from `torch.compile`, and its own last three there too.
+        One that replaces has the coefficients: `parameters()`, `state_dict()`, and the `plan`.
 
     Raises:
         CompileError: an unknown option, or one of the wrong type. From `options=` it comes at the first call.
+        PlanError, FusionError: as `replfx.transform` raises them for its options.
 
     Example:
         >>> model = torch.compile(replfx.transform(model), backend=replfx.backend(max_bytes=2**27))
         >>> model = torch.compile(replfx.transform(model), backend="replfx", options={"max_bytes": 2**27})
+
+        A plain model; the first call makes the coefficients:
+
+        >>> backend = replfx.backend(every=2)
+        >>> compiled = torch.compile(model, backend=backend)
+        >>> loss = compiled(images).mean()
+        >>> optimizer = torch.optim.AdamW([*model.parameters(), *backend.parameters()])
     """
     if unknown:
-        raise CompileError(f"replfx.backend has no option {next(iter(unknown))!r}, but max_bytes, cache and inner")
-    from replfx.compile import Backend
+        known = "every, fraction, select, fusion, operator, neighbour_gradient, max_bytes, cache and inner"
+        raise CompileError(f"replfx.backend has no option {next(iter(unknown))!r}, but {known}")
+    from replfx.compile import Backend, ReplacingBackend
 
-    return Backend(max_bytes=max_bytes, cache=cache, inner=inner)
+    plain = Backend(max_bytes=max_bytes, cache=cache, inner=inner)
+    if all(option is None for option in (every, fraction, select, fusion, operator, neighbour_gradient)):
+        return plain
+    factor = 1.0 if neighbour_gradient is None else neighbour_gradient
+    return ReplacingBackend(policy_of(every, fraction, select, fusion or AUTO, operator or AUTO, factor), plain)
 
 
 def replfx_backend(

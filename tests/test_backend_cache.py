@@ -14,7 +14,7 @@ import replfx
 import replfx.compile
 from replfx.compile.caching import Cached
 from tests.compiled import Compiled
-from tests.models import tower
+from tests.models import Plain, Tower, tower
 
 X = torch.randn(2, 4)
 
@@ -231,3 +231,15 @@ def test_where_several_processes_train_nothing_is_kept(monkeypatch: pytest.Monke
     weight = torch.ones(3)
     cached = Cached(lambda w: (2 * w,))
     assert cached([weight])[0] is not cached([weight])[0]
+
+
+def test_neighbours_that_are_aligned_are_kept_too() -> None:
+    """What is split off was compiled on real parameters: their sizes became symbols that Dynamo has no source for."""
+    torch.manual_seed(0)
+    plain = Tower(Plain(5, 4), Plain(4, 3), Plain(3, 6), width=5)
+    plain.head = nn.Linear(6, 3)
+    model = replfx.transform(plain, X, select="blocks.1").eval()
+    compiled = Compiled(model, "aot_eager")
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(X), model(X))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from replfx.compile.synthesis import SYNTHESIZE
 from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.merge_syntheses import MergeSyntheses
+from replfx.passes.reassociate_products import ReassociateProducts
 from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, X, batches, graph_of, products, small
-from tests.models import tower
+from tests.models import Mlp, Tower, tower
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -47,6 +50,56 @@ def test_it_comes_before_the_first_use_and_not_earlier() -> None:
     first = next(node for node in nodes if node.target is SYNTHESIZE)
     before = [node for node in nodes[: nodes.index(first)] if "linear" in str(node.target)]
     assert len(before) == 3, "the stem's and those of the first block"
+
+
+# ---- light operators of few tokens
+
+
+def light() -> nn.Module:
+    """Replaced blocks 1 and 3 of five; 16 wide, 40 within: of their 10,240 multiplications a product takes."""
+    torch.manual_seed(0)
+    return replfx.transform(Tower(*(Mlp(16, 40) for _ in range(5)), width=16), X, operator="light")
+
+
+def formed(graph_module: fx.GraphModule) -> int:
+    return sum(node.target is operator.matmul for node in graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 11, 40])
+def test_a_product_is_formed_where_that_takes_fewer_flops(tokens: int) -> None:
+    """16·40·16 + T·16·16 against T·40·32 multiplications: level at T = 10."""
+    graph_module, inputs = captured(light(), torch.randn(tokens, 4))
+    with FlopCounterMode(display=False) as before:
+        (expected,) = graph_module(*inputs)
+    assert ReassociateProducts()(graph_module).modified == (tokens < 10)
+    graph_module.graph.lint()
+    assert formed(graph_module) == (0 if tokens < 10 else 2)
+    with FlopCounterMode(display=False) as after:
+        (found,) = graph_module(*inputs)
+    torch.testing.assert_close(found, expected)
+    saved = 2 * 2 * (16 * 40 * 16 + tokens * 16 * 16 - tokens * 40 * 32)
+    assert before.get_total_flops() - after.get_total_flops() == max(saved, 0)
+
+
+def captured(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Dynamo's graph, and what it is called with."""
+    found: list[tuple[fx.GraphModule, list[Tensor]]] = []
+
+    def keep(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        found.append((graph_module, list(inputs)))
+        return graph_module.forward
+
+    torch.compile(model, backend=keep, fullgraph=True)(x)
+    return found[0]
+
+
+def test_without_gradients_and_with_symbolic_sizes_products_stay() -> None:
+    model, x = light(), torch.randn(2, 4)
+    with torch.no_grad():
+        assert not ReassociateProducts()(graph_of(model, x)).modified
+    compiled = Compiled(model, "aot_eager", dynamic=True)
+    compiled(x)
+    assert formed(compiled.graphs[0]) == 2
 
 
 class Twice(nn.Module):

@@ -10,8 +10,9 @@ from torch._dynamo import register_backend
 from replfx.backends import replfx_backend
 from replfx.compile.backend import Backend
 from replfx.compile.caching import forget
+from replfx.compile.replacing import ReplacingBackend
 
-__all__ = ["Backend", "forget"]
+__all__ = ["Backend", "ReplacingBackend", "forget"]
 
 with contextlib.suppress(AssertionError):  # it has the name already
     register_backend(replfx_backend, name="replfx")

@@ -15,16 +15,17 @@ from replfx.compile.synthesis import SYNTHESIZE
 from replfx.errors import CompileError
 from replfx.passes import run_passes
 from replfx.passes.batch_synthesis import BatchSynthesis
-from replfx.passes.dynamo import in_fusion_layer
+from replfx.passes.dynamo import in_fusion_layer, value_of
 from replfx.passes.hoist_syntheses import HoistSyntheses, hoisted_of
 from replfx.passes.merge_syntheses import MergeSyntheses
+from replfx.passes.reassociate_products import ReassociateProducts
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "RefusedError"]
 
 Compiler: TypeAlias = Callable[..., Any]
 
 
-class _OptionError(CompileError, ShortenTraceback):
+class RefusedError(CompileError, ShortenTraceback):
     """Dynamo hands this one on as it is, where it wraps others."""
 
     def __init__(self, message: str) -> None:
@@ -47,11 +48,11 @@ class Backend:
 
     def __post_init__(self) -> None:
         if type(self.max_bytes) is not int or self.max_bytes < 0:
-            raise _OptionError(f"max_bytes= is a number of bytes, 0 for no batching, not {self.max_bytes!r}")
+            raise RefusedError(f"max_bytes= is a number of bytes, 0 for no batching, not {self.max_bytes!r}")
         if type(self.cache) is not bool:
-            raise _OptionError(f"cache= is True or False, not {self.cache!r}")
+            raise RefusedError(f"cache= is True or False, not {self.cache!r}")
         if not isinstance(self.inner, str) and not callable(self.inner):
-            raise _OptionError(f'inner= is the name of a backend, as "inductor", or a callable, not {self.inner!r}')
+            raise RefusedError(f'inner= is the name of a backend, as "inductor", or a callable, not {self.inner!r}')
 
     def __call__(
         self,
@@ -83,13 +84,15 @@ class Backend:
         hoisted = hoisted_of(graph_module)
         if hoisted is None:
             return _callable(compiler(graph_module, inputs))
+        # Dynamo's fakes of the parameters, not the parameters: of these, symbolic sizes would be made without a source.
+        given = [value_of(node) for node in hoisted.graph_module.graph.find_nodes(op="placeholder")]
         with tracing(TracingContext(detect_fake_mode(hoisted.examples))):  # its guards are none of Dynamo's graph's
-            compute = _callable(compiler(hoisted.graph_module, [inputs[index] for index in hoisted.inputs]))
+            compute = _callable(compiler(hoisted.graph_module, given))
         main = _callable(compiler(graph_module, [*inputs, *hoisted.examples]))
         return with_cached(main, Cached(compute), hoisted.inputs)
 
     def _rewrite(self, graph_module: fx.GraphModule, cuda_graphs: bool) -> None:
-        passes: list[Any] = [MergeSyntheses()]
+        passes: list[Any] = [MergeSyntheses(), ReassociateProducts()]
         if self.max_bytes:
             passes.append(BatchSynthesis(SYNTHESIZE, self.max_bytes))
         if self.cache and not cuda_graphs:  # those would copy the kept values into their own memory at each call
@@ -101,10 +104,10 @@ class Backend:
             try:
                 return torch._TorchCompileInductorWrapper(mode, options, None)
             except RuntimeError as error:
-                raise _OptionError(f"{error}; of replfx's own there are {', '.join(_names())}") from error
+                raise RefusedError(f"{error}; of replfx's own there are {', '.join(_names())}") from error
         if mode not in (None, "default") or options:
             given = next(iter(options), f"mode={mode!r}")
-            raise _OptionError(f"unknown option {given}: mode and Inductor's options need inner='inductor'")
+            raise RefusedError(f"unknown option {given}: mode and Inductor's options need inner='inductor'")
         return lookup_backend(self.inner)
 
 

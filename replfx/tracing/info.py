@@ -33,7 +33,7 @@ class CaptureInfo:
     """Kept at `graph_module.meta["replfx"]`.
 
     Attributes:
-        rung: which rung of the ladder made the graph.
+        rung: which rung of the ladder made the graph, or that Dynamo did.
         root: the model's structure, sharing its parameters and buffers; what the graph's targets refer to.
         nodes: all nodes in the order in which they were recorded.
         calls: all module calls in the order in which they ended: a block's parts come before the block.
@@ -42,7 +42,7 @@ class CaptureInfo:
         outputs: shapes of the tensors in the model's output; None if unmeasured.
     """
 
-    rung: Literal["symbolic", "recorded"]
+    rung: Literal["symbolic", "recorded", "dynamo"]
     root: nn.Module
     nodes: list[fx.Node]
     calls: list[ModuleCall]

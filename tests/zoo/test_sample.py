@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+from collections.abc import Callable
 
 import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
 
+import replfx
 from benchmarks.zoo.check import REFUSED, REPLACED, check
+from benchmarks.zoo.subject import Inputs, Subject, built, called, fed, tensors_of
 
 REPLACED_MODELS = {
     # Residual, densely connected, branching, two-input and re-parametrised convolutional blocks; hybrids; transformers
@@ -26,14 +32,22 @@ REFUSED_MODELS = {
 }
 
 
-def outcome_of(name: str):
+SAMPLE = [f"{source}:{model}" for source, models in REPLACED_MODELS.items() for model in models.split()]
+
+
+def subject(name: str) -> Subject:
     source = name.partition(":")[0]
     pytest.importorskip(source)
     models = importlib.import_module(f"benchmarks.zoo.{source}_models")
-    return check(models.subject(name))
+    found: Subject = models.subject(name)
+    return found
 
 
-@pytest.mark.parametrize("name", [f"{s}:{model}" for s, models in REPLACED_MODELS.items() for model in models.split()])
+def outcome_of(name: str):
+    return check(subject(name))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
 def test_replaced(name: str) -> None:
     outcome = outcome_of(name)
     assert (outcome.status, outcome.stage, outcome.error) == (REPLACED, None, None)
@@ -46,3 +60,33 @@ def test_refused_with_the_reason(name: str) -> None:
     outcome = outcome_of(name)
     assert outcome.status == REFUSED
     assert any(REFUSED_MODELS[name] in reason for reason in outcome.reasons)
+
+
+def compiled(model: torch.nn.Module, inputs: Inputs, backend: str | Callable[..., object]) -> list[torch.Tensor]:
+    """What the model gives, compiled in one graph."""
+    torch.compiler.reset()
+    return list(tensors_of(called(torch.compile(model, backend=backend, fullgraph=True), inputs)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_no_graph_break_where_there_was_none(name: str) -> None:
+    """And the backend that replaces in Dynamo's graph computes what `transform` makes of the same blocks."""
+    variant = subject(name).variants[-1]
+    model, inputs = built(variant), fed(variant)
+    try:
+        compiled(copy.deepcopy(model), inputs, "eager")
+    except TorchDynamoException as error:
+        pytest.skip(f"Dynamo breaks the graph of the untouched model: {str(error).splitlines()[0]}")
+    transformed = replfx.transform(model, inputs)
+    expected = list(tensors_of(called(transformed, inputs)))
+    for one, other in zip(compiled(copy.deepcopy(transformed), inputs, "eager"), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    backend = replfx.backend(every=2, inner="eager")
+    found = compiled(copy.deepcopy(model), inputs, backend)
+    paths = [replacement.path[1:] for replacement in backend.plan.replacements]
+    if not paths or not all(path in dict(model.named_modules()) for path in paths):
+        pytest.skip(f"{len(paths)} pieces of the graph were replaced, which are no modules")
+    reference = replfx.transform(model, inputs, select=paths)
+    for one, other in zip(found, tensors_of(called(reference, inputs)), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,67 @@
+"""reassociate_products: of a few tokens, apply the factors of a light operator's map in turn, without their product."""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.nn import functional as F
+
+from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, value_of
+
+__all__ = ["ReassociateProducts"]
+
+_PRODUCTS = (operator.matmul, torch.matmul)
+
+
+@dataclass(frozen=True)
+class ReassociateProducts(PassBase):
+    """Rewrite x (A B)ᵀ to (x Bᵀ) Aᵀ in fusion layers where that takes fewer FLOPs, over Dynamo's graph.
+
+    With A (o, m), B (m, i) and T tokens it is o·m·i + T·i·o against T·m·(i + o) multiplications, forward and, twice
+    over, backward. Only where gradients flow, for without them the product is formed once for many calls.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite all of them."""
+        changed = False
+        for node in list(graph_module.graph.nodes):
+            if node.target in _PRODUCTS and in_fusion_layer(node) and _is_worth_it(node):
+                for user in list(node.users):
+                    _rewrite(graph_module.graph, user, *node.args)
+                graph_module.graph.erase_node(node)
+                changed = True
+        if changed:
+            graph_module.recompile()
+        return PassResult(graph_module, changed)
+
+
+def _is_worth_it(product: fx.Node) -> bool:
+    values = [value_of(node) for node in (product, *product.all_input_nodes)]
+    if len(values) != 3 or not all(is_plain(value) and value.dim() == 2 for value in values):
+        return False
+    if not values[0].requires_grad or not all(map(is_untouched, product.all_input_nodes)):
+        return False
+    if len({value.dtype for value in values}) != 1:
+        return False  # under autocast each result is rounded, and another order would show
+    if any(user.target is not F.linear or user.args[1] is not product for user in product.users):
+        return False
+    given = [value_of(user.all_input_nodes[0]) for user in product.users]
+    outputs, between, inputs = values[1].shape[0], values[1].shape[1], values[2].shape[1]
+    if any(type(size) is not int for value in (*given, *values) for size in value.shape):
+        return False  # who knows how many tokens there will be
+    tokens = sum(value.numel() // inputs for value in given)
+    return bool(tokens * between * (inputs + outputs) < outputs * between * inputs + tokens * inputs * outputs)
+
+
+def _rewrite(graph: fx.Graph, user: fx.Node, outward: fx.Node, inward: fx.Node) -> None:
+    """linear(x, outward @ inward, bias) as linear(linear(x, inward), outward, bias)."""
+    x, _, *bias = user.args
+    assert isinstance(x, fx.Node)
+    given, matrix = value_of(x), value_of(inward)
+    assert isinstance(given, Tensor)
+    with graph.inserting_before(user):
+        inner = graph.call_function(F.linear, (x, inward))
+    inner.meta = {**user.meta, "example_value": F.linear(given, matrix)}
+    user.args = (inner, outward, *bias)

@@ -1,0 +1,313 @@
+"""The backend that replaces blocks of a plain model, in Dynamo's own graph."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import count
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.func import functional_call
+from torch.utils.weak import TensorWeakRef
+
+from replfx.blocks import head_of, is_region, region_path
+from replfx.compile.backend import Backend, RefusedError
+from replfx.compile.coefficients import Coefficients
+from replfx.errors import CompileError, NoChainError, ReplfxError
+from replfx.passes import Block, FindChains, InsertFusion, SelectBlocks, chains_of, plan_of, run_passes
+from replfx.passes.dynamo import in_fusion_layer
+from replfx.passes.own_parameters import OwnParameters, owned_by
+from replfx.plans import Plan, Replacement
+from replfx.structure import block_digest
+from replfx.tracing import info_of
+
+__all__ = ["ReplacingBackend"]
+
+
+class ReplacingBackend:
+    """A backend for `torch.compile` that replaces blocks of the model that it compiles; `replfx.backend` makes one.
+
+    One backend is for one model: it holds the coefficients. They are there after the model's first call. The model
+    itself stays as it is, and so do the parameters of its replaced blocks, which get no gradient any more.
+
+    Args:
+        policy: which blocks are replaced, and by what.
+        backend: what compiles the rewritten graph.
+
+    Attributes:
+        plan: what has been replaced so far; "@blocks.1" is the piece of the graph that ran in `blocks.1`.
+        notes: why nothing was replaced in a graph, and where a chain was cut in two.
+
+    Example:
+        >>> backend = replfx.backend(every=2)
+        >>> compiled = torch.compile(model, backend=backend)
+        >>> compiled(images)  # compiles
+        >>> optimizer = torch.optim.AdamW([*model.parameters(), *backend.parameters()])
+    """
+
+    __name__ = "replfx"
+
+    def __init__(self, policy: SelectBlocks, backend: Backend) -> None:
+        self.policy, self.backend = policy, backend
+        self.plan = Plan("", ())
+        self.notes: list[str] = []
+        self._coefficients = Coefficients()
+        self._blocks: dict[str, dict[str, str]] = {}  # all blocks of chains so far, with `Region.parameters`
+        self._model: dict[str, TensorWeakRef] = {}  # the parameters of these blocks
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The coefficients of the fusion layers, by names such as `blocks.1.fusion.previous`.
+
+        Raises:
+            CompileError: the model has not been called yet, or nothing in it could be replaced; the message says why.
+        """
+        if not self.plan.replacements:
+            raise CompileError(self._nothing())
+        return iter(self._coefficients.hand_out().items())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The coefficients, for an optimizer; as `named_parameters`."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The coefficients as they stand, to be saved beside the model's `state_dict`; they share memory with these."""
+        return self._coefficients.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over saved coefficients: at once, or as soon as the blocks that they belong to are replaced.
+
+        Raises:
+            CompileError: coefficients of another shape than this backend's, or that lack some of its own; also from
+                the model's first call, if it comes later.
+        """
+        self._coefficients.load_state_dict(state)
+
+    def _nothing(self) -> str:
+        if not self.notes:
+            return "the backend has compiled nothing yet: call the compiled model once, then ask for its parameters"
+        return f"nothing was replaced: {'; '.join(self.notes[:4])}{_graph_breaks()}"
+
+    # ---- compiling
+
+    def __call__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Replace blocks in one graph of Dynamo's and compile it.
+
+        Args:
+            graph_module: Dynamo's graph; it stays as it is.
+            inputs: what it will be called with.
+            mode: as for `Backend`.
+            options: as for `Backend`.
+
+        Raises:
+            CompileError: a selection that is impossible, a replaced block whose neighbours this graph lacks, another
+                model than before, or an option that nobody knows.
+        """
+        try:
+            with torch.inference_mode(False):
+                rewritten = self._rewritten(graph_module, inputs)
+        except ReplfxError as error:
+            raise RefusedError(str(error)) from error
+        if rewritten is None:
+            return self.backend(graph_module, inputs, mode=mode, options=options)
+        compiled = torch.compile(
+            rewritten.function(),
+            backend=self.backend,
+            fullgraph=True,
+            mode=mode,
+            options=None if options is None else dict(options),
+        )
+        return rewritten.caller(compiled)
+
+    def _rewritten(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> "_Rewritten | None":
+        """The graph with fusion layers in it; None if nothing is replaced here."""
+        if any(map(in_fusion_layer, graph_module.graph.nodes)):
+            raise CompileError(
+                "the model is transformed already: compile it with backend='replfx', which replaces nothing"
+            )
+        if any(isinstance(value, FakeTensor) for value in inputs):
+            raise CompileError(
+                "Dynamo gives no real parameters here (it splits graphs for DistributedDataParallel): transform the "
+                "model with replfx.transform, and compile that"
+            )
+        owned = run_passes(graph_module, [OwnParameters(inputs), FindChains()]).graph_module
+        assert isinstance(owned, fx.GraphModule)
+        root = info_of(owned).root
+        real = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
+        self._check_model(root, real)
+        replacements = self._planned(owned, root)
+        self._remember(owned, replacements, real)
+        if not replacements:
+            return None
+        owned.meta["replfx_plan"] = Plan(type(root).__name__, replacements)
+        fresh = run_passes(owned, [InsertFusion(root)]).graph_module
+        assert isinstance(fresh, fx.GraphModule)
+        own = {id(parameter) for parameter in root.parameters()}
+        for replacement in replacements:
+            layer = fresh.get_submodule(head_of(root, replacement.path))
+            self._coefficients.share(replacement.path.removeprefix("@"), layer, own)
+        return _Rewritten(fresh, _places(owned, fresh))
+
+    # ---- which blocks
+
+    def _planned(self, owned: fx.GraphModule, root: nn.Module) -> tuple[Replacement, ...]:
+        """What is replaced in this graph: what was before, and of chains that are new what the policy says."""
+        chains = chains_of(owned).chains
+        here = {block.path: block for chain in chains for block in chain.blocks}
+        before = [found for r in self.plan.replacements if (found := self._again(r, here, root)) is not None]
+        unknown = {p for chain in chains if self._blocks.keys().isdisjoint(chain.paths) for p in chain.paths}
+        chosen = self._chosen(owned) if unknown or not chains else ()
+        return (*before, *(r for r in chosen if r.path in unknown))
+
+    def _again(self, known: Replacement, here: Mapping[str, Block], root: nn.Module) -> Replacement | None:
+        """What was replaced in one graph, for this one; None if it has no part in this one."""
+        if known.path not in here:
+            own = {self._model[name]() for name in self._blocks[known.path].values() if name in self._model}
+            if own.isdisjoint(root.parameters()):
+                return None
+            raise CompileError(
+                f"`{known.path}` was replaced in a graph before, and here it is no block between two of its kind; "
+                "compile the model as a whole, or use replfx.transform"
+            )
+        kinds = {}
+        for path in filter(None, (known.path, known.previous, known.next)):
+            if path not in here:
+                raise CompileError(
+                    f"`{known.path}` is made from `{path}`, which is no block of its kind in this graph (a graph break "
+                    "between them, or a drop-path that runs in training alone): call the model in training mode first, "
+                    "or use replfx.transform"
+                )
+            region = here[path].region
+            if region is None or list(region.parameters.items()) != list(self._blocks[path].items()):
+                raise CompileError(f"`{path}` reads other parameters than in a graph before; use replfx.transform")
+            kinds[path] = block_digest(here[path].site.block)  # buffers that only training reads are part of it
+        return replace(
+            known,
+            kind=kinds[known.path],
+            previous_kind=kinds.get(known.previous or ""),
+            next_kind=kinds.get(known.next or ""),
+        )
+
+    def _chosen(self, owned: fx.GraphModule) -> tuple[Replacement, ...]:
+        """What the policy replaces, were this the first graph."""
+        policy, found = self.policy, chains_of(owned)
+        if policy.select is not None:
+            paths = [path for chain in found.chains for path in chain.paths]
+            globs = [glob if is_region(glob) else region_path(glob) for glob in policy.select]
+            named = tuple(glob for glob in globs if any(fnmatchcase(path, glob) for path in paths))
+            if not named:
+                self._note(f"select={policy.select} names none of the blocks of a graph: {', '.join(paths)}")
+                return ()
+            policy = replace(policy, select=named)
+        try:
+            run_passes(owned, [policy])
+        except NoChainError as error:
+            self._note(f"in a graph of {len(owned.graph.nodes)} nodes, {error}")
+            return ()
+        return plan_of(owned).replacements
+
+    def _remember(self, owned: fx.GraphModule, replacements: Sequence[Replacement], real: Set[int]) -> None:
+        chains, known = chains_of(owned).chains, {r.path for r in self.plan.replacements}
+        for chain in chains:
+            before = _number_before(chain.paths[0])
+            if before in self._blocks and chain.paths[0] not in self._blocks:
+                self._note(f"a graph ends between `{before}` and `{chain.paths[0]}`: both stay{_graph_breaks()}")
+        for block in (block for chain in chains for block in chain.blocks):
+            assert block.region is not None
+            self._blocks.setdefault(block.path, block.region.parameters)
+            for name in block.region.parameters.values():
+                parameter = info_of(owned).root.get_parameter(name)
+                if id(parameter) in real:
+                    self._model[name] = TensorWeakRef(parameter)
+        fresh = tuple(r for r in replacements if r.path not in known)
+        self.plan = replace(self.plan, replacements=(*self.plan.replacements, *fresh))
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:  # each shape has graphs of its own
+            self.notes.append(text)
+
+    def _check_model(self, root: nn.Module, real: Set[int]) -> None:
+        """A name that is known must be the same parameter's, as long as that is there."""
+        for name, parameter in root.named_parameters():
+            known = self._model[name]() if name in self._model else None
+            if known is not None and known is not parameter and id(parameter) in real:
+                raise CompileError(_OTHER)
+
+
+_numbers = count()
+_OTHER = "this backend holds the coefficients of another model: make one with replfx.backend(…) for each model"
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A graph with fusion layers, and where the inputs of Dynamo's graph go.
+
+    Attributes:
+        graph_module: takes the inputs that are no parameters.
+        places: for each input of Dynamo's graph the name of the parameter or buffer that it stands for in
+            `graph_module`; "" if it is no parameter; None if nothing needs it any more.
+    """
+
+    graph_module: fx.GraphModule
+    places: tuple[str | None, ...]
+
+    def function(self) -> Callable[..., Any]:
+        """(state, rest) → what the graph gives; with code of its own, for Dynamo compiles a code some eight times."""
+
+        def run(state: dict[str, Tensor], rest: tuple[Any, ...]) -> Any:
+            return functional_call(self.graph_module, state, rest)
+
+        # By its place, too: where Dynamo finds that one code gets other sizes, it makes them symbols.
+        code = run.__code__.replace(co_filename=f"<replfx {next(_numbers)}>")
+        return FunctionType(code, run.__globals__, run.__name__, None, run.__closure__)
+
+    def caller(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the inputs of Dynamo's graph that calls `compiled(state, rest)`."""
+        state = [(index, name) for index, name in enumerate(self.places) if name]
+        rest = [index for index, name in enumerate(self.places) if name == ""]
+        first, name = next((i, n) for i, n in state if isinstance(_tensor(self.graph_module, n), nn.Parameter))
+        known = TensorWeakRef(_tensor(self.graph_module, name))
+
+        def run(*args: Any) -> Any:
+            # Models of one class share what Dynamo compiled. functional_call gives tensors that are no parameters.
+            if args[first] is not known() and isinstance(args[first], nn.Parameter) and known() is not None:
+                raise CompileError(_OTHER)
+            return compiled({name: args[index] for index, name in state}, tuple(args[index] for index in rest))
+
+        return run
+
+
+def _graph_breaks() -> str:
+    """Dynamo's own reasons, as far as it has counted any."""
+    reasons = "; ".join(reason.strip().splitlines()[0] for reason in list(counters["graph_break"])[:2])
+    return f"; Dynamo broke the graph (TORCH_LOGS=graph_breaks says where): {reasons}" if reasons else ""
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _places(owned: fx.GraphModule, fresh: nn.Module) -> tuple[str | None, ...]:
+    where = {id(tensor): name for name, tensor in (*fresh.named_parameters(), *fresh.named_buffers())}
+    root = info_of(owned).root
+    return tuple("" if path is None else where.get(id(_tensor(root, path))) for path in owned_by(owned))
+
+
+def _number_before(path: str) -> str | None:
+    """`@blocks.5` for `@blocks.6`."""
+    found = re.fullmatch(r"(.*\D)?(\d+)", path)
+    return found and f"{found[1] or ''}{int(found[2]) - 1}"
