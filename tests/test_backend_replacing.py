@@ -325,6 +325,29 @@ def test_a_transformed_model_is_refused() -> None:
         compiled(X)
 
 
+def test_a_process_group_is_refused() -> None:
+    compiled, _ = replacing(tower(5), every=2)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(replfx.CompileError, match="would not be averaged over the processes"):
+            compiled(X)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_weights_that_are_not_finite_are_refused_and_leave_nothing_behind() -> None:
+    model = tower(5)
+    compiled, backend = replacing(model, every=2)
+    with torch.no_grad():
+        model.blocks[2].fc1.weight[0, 0] = torch.nan
+    with pytest.raises(replfx.CompileError, match=r"weights that are not finite"):
+        compiled(X)
+    assert not paths(backend)
+    nn.init.zeros_(model.blocks[2].fc1.weight)
+    compiled(X)
+    assert paths(backend) == ["@blocks.1", "@blocks.3"]
+
+
 def test_another_model_is_refused() -> None:
     compiled, backend = replacing(tower(5), every=2)
     compiled(X)

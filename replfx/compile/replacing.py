@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.utils.weak import TensorWeakRef
 
@@ -136,10 +135,10 @@ class ReplacingBackend:
             raise CompileError(
                 "the model is transformed already: compile it with backend='replfx', which replaces nothing"
             )
-        if any(isinstance(value, FakeTensor) for value in inputs):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise CompileError(
-                "Dynamo gives no real parameters here (it splits graphs for DistributedDataParallel): transform the "
-                "model with replfx.transform, and compile that"
+                "the backend's coefficients would not be averaged over the processes: transform the model with "
+                "replfx.transform before it is wrapped, and compile that"
             )
         owned = run_passes(graph_module, [OwnParameters(inputs), FindChains()]).graph_module
         assert isinstance(owned, fx.GraphModule)
@@ -147,9 +146,13 @@ class ReplacingBackend:
         real = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
         self._check_model(root, real)
         replacements = self._planned(owned, root)
+        made = self._carried_out(owned, root, replacements) if replacements else None
         self._remember(owned, replacements, real)
-        if not replacements:
-            return None
+        return made
+
+    def _carried_out(
+        self, owned: fx.GraphModule, root: nn.Module, replacements: tuple[Replacement, ...]
+    ) -> "_Rewritten":
         owned.meta["replfx_plan"] = Plan(type(root).__name__, replacements)
         fresh = run_passes(owned, [InsertFusion(root)]).graph_module
         assert isinstance(fresh, fx.GraphModule)
