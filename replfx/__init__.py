@@ -8,7 +8,9 @@ after them and own almost none; then train as before.
 
 from replfx.api import apply, inspect, plan, report, transform
 from replfx.backends import backend
+from replfx.calibration import calibrate
 from replfx.errors import (
+    CalibrationError,
     CaptureError,
     CompileError,
     FusionError,
@@ -39,6 +41,7 @@ from replfx.version import __version__
 
 __all__ = [
     "BlockReport",
+    "CalibrationError",
     "CaptureError",
     "CaptureInfo",
     "Choice",
@@ -64,6 +67,7 @@ __all__ = [
     "__version__",
     "apply",
     "backend",
+    "calibrate",
     "capture",
     "inspect",
     "load_state_dict",

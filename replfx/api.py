@@ -1,7 +1,7 @@
 """The public face: transform, inspect, report, plan, apply."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import fx, nn
@@ -9,8 +9,9 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
+from replfx.calibration import calibrate as fit
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
+from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
 from replfx.fusion.registry import AUTO
 from replfx.measure import trainable_parameters
 from replfx.passes import (
@@ -45,6 +46,7 @@ def transform(
     neighbour_gradient: float = 1.0,
     detach_neighbours: bool = False,
     plan: Plan | None = None,
+    calibrate: Iterable[object] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Replace some of a model's blocks by fusion layers, which own almost no parameters.
@@ -66,6 +68,8 @@ def transform(
         neighbour_gradient: factor λ, 0 to 1, on the gradient through fusion layers into their neighbours.
         detach_neighbours: the same as `neighbour_gradient=0`.
         plan: a plan made before, instead of a policy.
+        calibrate: batches for a pretrained model: each fusion layer starts where it best imitates the block that it
+            replaces, as `replfx.calibrate` has it.
         inplace: change `model` itself rather than a copy.
 
     Returns:
@@ -78,6 +82,7 @@ def transform(
         CaptureError: the model cannot be captured, or needs `example_inputs`.
         PlanError: an impossible selection, a plan for another model, a model that is transformed already.
         FusionError: an unknown fusion or operator, one that does not fit, or weights that are not finite.
+        CalibrationError: as `replfx.calibrate` raises it; or `calibrate=` with `inplace=True`.
         The model is left as it was, also with `inplace=True`.
 
     Example:
@@ -87,23 +92,22 @@ def transform(
         >>> optimizer = torch.optim.AdamW(model.parameters())
     """
     given = {"every": every, "fraction": fraction, "select": select}
+    if calibrate is not None and inplace:
+        raise CalibrationError(
+            "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
+        )
     if plan is not None:
         named = [name for name, value in given.items() if value is not None]
         if named:
             raise PlanError(f"give plan= or {named[0]}=, not both")
-        return apply(model, plan, example_inputs, inplace=inplace)
-    policy = policy_of(every, fraction, select, fusion, operator, 0.0 if detach_neighbours else neighbour_gradient)
-    _refuse_transformed(model)
-    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
-    read: dict[str, list[str]] = {}
-    while True:  # with one weight more each time that has to stay
-        graph = _planned(target, example_inputs, policy)
-        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
-        try:
-            return _carry_out(graph, model, target, inputs)
-        except ReadFromOutsideError as error:
-            for path, names in error.names.items():
-                read.setdefault(path, []).extend(names)
+        made = apply(model, plan, example_inputs, inplace=inplace)
+    else:
+        factor = 0.0 if detach_neighbours else neighbour_gradient
+        policy = policy_of(every, fraction, select, fusion, operator, factor)
+        made = _transformed(model, example_inputs, policy, inplace)
+    if calibrate is not None:
+        fit(made, model, calibrate)
+    return made
 
 
 def inspect(
@@ -226,6 +230,22 @@ def apply(
 
 
 # ---- the pieces
+
+
+def _transformed(
+    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, inplace: bool
+) -> nn.Module:
+    _refuse_transformed(model)
+    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
+    read: dict[str, list[str]] = {}
+    while True:  # with one weight more each time that has to stay
+        graph = _planned(target, example_inputs, policy)
+        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
+        try:
+            return _carry_out(graph, model, target, inputs)
+        except ReadFromOutsideError as error:
+            for path, names in error.names.items():
+                read.setdefault(path, []).extend(names)
 
 
 def _inserted(graph: fx.GraphModule, model: nn.Module) -> tuple[nn.Module, fx.GraphModule]:

@@ -6,6 +6,7 @@ A message says what was wrong, where (a module path wherever there is one) and w
 from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "CompileError",
     "FusionError",
@@ -24,6 +25,10 @@ class ReplfxError(Exception):
 
 class CaptureError(ReplfxError):
     """The model could not be turned into a graph: it does not run, or it needs example inputs."""
+
+
+class CalibrationError(ReplfxError):
+    """Fusion layers cannot be fitted to the blocks that they replace on these batches."""
 
 
 class CompileError(ReplfxError):

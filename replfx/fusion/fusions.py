@@ -11,7 +11,16 @@ from replfx.errors import FusionError
 from replfx.fusion.magnitude import largest
 from replfx.fusion.registry import Registry
 
-__all__ = ["ChannelFusion", "Fusion", "LayerScalarFusion", "ScalarFusion", "along_first", "fusions", "register_fusion"]
+__all__ = [
+    "ChannelFusion",
+    "Fusion",
+    "LayerScalarFusion",
+    "LinearFusion",
+    "ScalarFusion",
+    "along_first",
+    "fusions",
+    "register_fusion",
+]
 
 fusions: Registry["Fusion"] = Registry("fusion")
 register_fusion = fusions.register
@@ -62,7 +71,7 @@ class Fusion(nn.Module):
         return math.inf
 
 
-class _Linear(Fusion):
+class LinearFusion(Fusion):
     """θ = a·θ_prev + b·θ_next with coefficients that subclasses lay out.
 
     All a of a block are one vector and all b another: few parameters for an optimizer to loop over, of one
@@ -125,7 +134,7 @@ def along_first(coefficients: Tensor, theta: Tensor) -> Tensor:
 
 
 @fusions.register("scalar")
-class ScalarFusion(_Linear):
+class ScalarFusion(LinearFusion):
     """θ = a·θ_prev + b·θ_next, two learnable scalars a parameter tensor.
 
     The 2024 rule (arXiv 2410.01239), there with two a layer; a block has several layers.
@@ -136,7 +145,7 @@ class ScalarFusion(_Linear):
 
 
 @fusions.register("scalar_layer")
-class LayerScalarFusion(_Linear):
+class LayerScalarFusion(LinearFusion):
     """θ = a·θ_prev + b·θ_next, two learnable scalars for the whole block.
 
     The 2024 rule (arXiv 2410.01239) to the letter, if the replaced layer is the block.
@@ -153,7 +162,7 @@ class LayerScalarFusion(_Linear):
 
 
 @fusions.register("channel")
-class ChannelFusion(_Linear):
+class ChannelFusion(LinearFusion):
     """θ[c] = a[c]·θ_prev[c] + b[c]·θ_next[c], two learnables an output channel c (ours).
 
     The output channel is the first dimension, as `nn.Linear` and the convolutions store it.

@@ -1,6 +1,6 @@
 """How a block is called: where its activation comes in, and what it gives back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,14 @@ class Interface:
         """Whether the block gives something besides its activations that a light operator cannot know."""
         return _any_computed(self.output)
 
+    def main_of(self, result: Any) -> Any:
+        """The main activation in what a call gave."""
+        for path in _places(self.output, self.main):
+            for key in path:
+                result = result[key]
+            return result
+        raise PlanError(f"the plan's output template {self.output!r} names no activation")
+
     def result(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
         """The block's output with `main` for the main activation and the other inputs handed through."""
         return _build(self.output, args, kwargs, self.main, main)
@@ -57,6 +65,19 @@ def _any_computed(template: object) -> bool:
         parts = inner.values() if isinstance(inner, Mapping) else inner
         return not isinstance(parts, str) and any(_any_computed(part) for part in parts)
     return False
+
+
+def _places(template: object, slot: str) -> Iterator[tuple[Any, ...]]:
+    """Where a template names the slot: the keys that lead there."""
+    if not isinstance(template, Mapping):
+        return
+    if template.get("input") == slot:
+        yield ()
+    for kind in ("tuple", "list", "dict"):
+        if kind in template:
+            parts = template[kind]
+            for key, part in parts.items() if kind == "dict" else enumerate(parts):
+                yield from ((key, *rest) for rest in _places(part, slot))
 
 
 def _build(template: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: str, main: Any) -> Any:

@@ -184,6 +184,27 @@ class LightOperator(Operator):
         y = _residual(x, self.recipe, self.norm, lambda h: self._apply_maps(h, theta), self.activation)
         return self.interface.result(args, kwargs, y)
 
+    def mapped(self, x: Tensor, theta: dict[str, Tensor], *, normalised: bool) -> Tensor:
+        """What the maps make of the activation, without bias and gain; through N where it comes first.
+
+        Args:
+            x: the main activation.
+            theta: the synthesised parameters.
+            normalised: through N too where it comes after the maps.
+        """
+        h = _normalise(x, self.recipe, self.norm) if self.recipe.norm_first else x
+        if self.map is not None:
+            leaf = self.recipe.maps[0].rpartition(".")[2]
+            given = {leaf: theta[self.recipe.maps[0]]}
+            if isinstance(self.map.bias, Tensor):
+                given["bias"] = torch.zeros_like(self.map.bias)
+            z: Tensor = torch.func.functional_call(self.map, given, (h,), tie_weights=False)
+        else:
+            z = h
+            for name in self.recipe.maps:
+                z = self._apply_matrix(z, theta[name].flatten(1), None)
+        return _normalise(z, self.recipe, self.norm) if normalised and not self.recipe.norm_first else z
+
     def _apply_maps(self, h: Tensor, theta: dict[str, Tensor]) -> Tensor:
         if self.map is not None:
             leaf = self.recipe.maps[0].rpartition(".")[2]

@@ -1,0 +1,5 @@
+"""Calibration: start fusion layers where they imitate the blocks that they replace, by least squares."""
+
+from replfx.calibration.loop import calibrate
+
+__all__ = ["calibrate"]

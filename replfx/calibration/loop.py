@@ -1,0 +1,158 @@
+"""calibrate: watch the original model on batches, and fit the fusion layers of its transformed twin."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from replfx.blocks import block_at, is_region
+from replfx.calibration.fits import Fit, fit_for
+from replfx.errors import CalibrationError
+from replfx.fusion import FusionLayer
+from replfx.state import placed_layers, state_of
+from replfx.tree import tensors_in, with_tensors
+
+__all__ = ["calibrate"]
+
+
+def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *, progress: bool = True) -> None:
+    """Start the fusion layers of a transformed model where they best imitate the blocks that they replaced.
+
+    `original` runs over the loader once, in evaluation mode and without gradients; each fusion layer's coefficients
+    (and the light operator's gain and bias) are then set by least squares in float64 (`replfx.calibration.fits` has
+    the formulas, which are ours). Memory is bounded by what one batch takes. On the first batch each layer is held
+    against its start, and goes back to it if that imitates the block better.
+
+    Args:
+        model: what `replfx.transform` made of `original`; changed in place.
+        original: the untransformed model, with its pretrained weights; stays as it is.
+        loader: gives batches: a tensor, a dict of keyword inputs, or a sequence whose first item is the input, as data
+            loaders give (images, labels). They are moved to the model's device.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: the loader gives no batch, or something that the model does not take; activations that are
+            not finite; a plan whose blocks are no modules; a model that was not made of `original`. The model is left
+            as it was.
+
+    Example:
+        >>> model = replfx.transform(pretrained, images, operator="light")
+        >>> replfx.calibrate(model, pretrained, loader)
+    """
+    layers = placed_layers(model, state_of(model).plan)
+    pairs = {path: (layer, _block(original, path)) for path, layer in layers.items()}
+    fits = {path: fit for path, (layer, block) in pairs.items() if (fit := fit_for(layer, block)) is not None}
+    first: dict[str, _Seen] = {}
+    with _evaluating(original), _evaluating(model), torch.no_grad(), _hooks() as handles:
+        for path, (_, block) in pairs.items():
+            handles.append(block.register_forward_hook(_keep_first(path, first), with_kwargs=True))
+        for fit in fits.values():
+            handles += fit.watch()
+        _run(original, loader, progress)
+    with torch.no_grad():
+        for path, fit in fits.items():
+            if path in first:
+                _settle(fit, first[path])
+
+
+class _Seen:
+    """One call of a block: what it was given, and what it gave."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        # Copies, for a layer may write into its input.
+        self.args, self.kwargs, self.output = with_tensors((args, kwargs, output), Tensor.clone)
+
+
+def _block(original: nn.Module, path: str) -> nn.Module:
+    if is_region(path):
+        raise CalibrationError(f"`{path}` is no module but a piece of the graph, which cannot be watched")
+    try:
+        block = block_at(original, path)
+    except AttributeError:
+        block = None
+    if block is None or isinstance(block, FusionLayer):
+        raise CalibrationError(f"the original model has no block `{path}`: give the untransformed model")
+    return block
+
+
+def _keep_first(path: str, first: dict[str, "_Seen"]) -> Any:
+    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        if not all(bool(t.isfinite().all()) for t in tensors_in(output) if t.is_floating_point()):
+            raise CalibrationError(
+                f"what `{path}` gives for a batch of the loader is not finite; leave such batches out"
+            )
+        if path not in first:
+            first[path] = _Seen(args, kwargs, output)
+
+    return keep
+
+
+def _run(model: nn.Module, loader: Iterable[object], progress: bool) -> None:
+    length = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("calibrating", total=length)
+        for count, batch in enumerate(loader, 1):
+            args, kwargs = _call_of(batch, device)
+            try:
+                model(*args, **kwargs)
+            except CalibrationError:
+                raise
+            except Exception as error:
+                raise CalibrationError(
+                    f"{type(model).__name__} does not take batch {count} of the loader ({type(error).__name__}: "
+                    f"{error}); give a tensor, a dict of keyword inputs, or a sequence whose first item is the input"
+                ) from error
+            bar.advance(task)
+    if count == 0:
+        raise CalibrationError("the loader gave no batch; an iterator that was used before is empty")
+
+
+def _call_of(batch: object, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, list | tuple) and batch:
+        batch = batch[0]
+    batch = with_tensors(batch, lambda tensor: tensor.to(device))
+    return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
+
+
+def _settle(fit: Fit, seen: _Seen) -> None:
+    """Fit the layer, unless it imitated the block better before."""
+    start = {name: value.clone() for name, value in fit.layer.state_dict().items()}
+    before = _error(fit.layer, seen)
+    fit.finish()
+    if not _error(fit.layer, seen) < before:
+        fit.layer.load_state_dict(start)
+
+
+def _error(layer: FusionLayer, seen: _Seen) -> float:
+    """Squared distance of the layer's activation from the block's, in evaluation mode."""
+    interface = layer.operator.interface
+    with _evaluating(layer):
+        given = layer(*with_tensors(seen.args, Tensor.clone), **with_tensors(seen.kwargs, Tensor.clone))
+    return float((interface.main_of(given).double() - interface.main_of(seen.output).double()).square().sum())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _hooks() -> Iterator[list[RemovableHandle]]:
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
