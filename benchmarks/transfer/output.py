@@ -1,0 +1,90 @@
+"""The transfer benchmark's rows as a table, as Markdown and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.accuracy.report import Difference
+
+HEADS = (
+    "variant",
+    "first half, replaced, %",
+    "other half, fine-tuned, %",
+    "− full [95 %]",
+    "− removed [95 %]",
+    "parameters",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant.
+
+    Attributes:
+        before: accuracy on the first half before any training.
+        after: mean and standard deviation of the accuracy on the other half.
+        to_full, to_removed: paired differences of that.
+        parameters: trainable ones.
+    """
+
+    variant: str
+    before: float
+    after: tuple[float, float | None]
+    to_full: Difference | None
+    to_removed: Difference | None
+    parameters: int
+
+    def cells(self) -> tuple[str, ...]:
+        """As texts, in the order of `HEADS`."""
+        middle, spread = self.after
+        after = f"{middle:.2f}" if spread is None else f"{middle:.2f} ± {spread:.2f}"
+        differences = (_difference(self.to_full), _difference(self.to_removed))
+        return self.variant, f"{self.before:.1f}", after, *differences, f"{self.parameters:,}"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "–"
+    if found.interval is None:
+        return f"{found.mean:+.2f}"
+    low, high = found.interval
+    return f"{found.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For the terminal."""
+    made = Table(title="transfer")
+    for position, head in enumerate(HEADS):
+        made.add_column(head, justify="right" if position else "left")
+    for row in rows:
+        made.add_row(*row.cells())
+    return made
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """As Markdown."""
+    lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 1)), *(row.cells() for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy after fine-tuning, a bar a variant with its standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = [row.variant for row in reversed(rows)]
+    axes.errorbar(
+        [row.after[0] for row in reversed(rows)],
+        names,
+        xerr=[row.after[1] or 0.0 for row in reversed(rows)],
+        fmt="o",
+        capsize=4,
+    )
+    axes.set_xlabel("accuracy on the other five classes, % (mean ± standard deviation)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
