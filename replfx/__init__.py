@@ -30,6 +30,7 @@ from replfx.fusion import (
     register_fusion,
     register_operator,
 )
+from replfx.grouping import parameter_groups
 from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
 from replfx.state import load_state_dict
@@ -68,6 +69,7 @@ __all__ = [
     "inspect",
     "load_state_dict",
     "materialize",
+    "parameter_groups",
     "plan",
     "register_fusion",
     "register_operator",
