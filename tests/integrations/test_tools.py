@@ -282,3 +282,44 @@ def test_gradients_of_each_sample_under_vmap() -> None:
         model(point[None]).pow(2).sum().backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found[name][index], parameter.grad, msg=name)
+
+
+# ---- compiled and exported with a tool at work
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_with_timms_checkpoints() -> None:
+    without = transformed_vit()
+    model = copy.deepcopy(without)
+    model.set_grad_checkpointing()  # type: ignore[operator]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, expected = gradients(model, compiled, IMAGES), gradients(without, without, IMAGES)
+    torch.testing.assert_close(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("average", [AveragedModel, ModelEmaV3])
+def test_an_average_is_compiled_and_exported(average: Callable[[nn.Module], nn.Module]) -> None:
+    model = transformed_tower()
+    averaged = average(model)
+    randomize(model, 20)  # so that reading the wrong blocks would show
+    expected = averaged(POINTS)
+    torch.testing.assert_close(torch.compile(averaged, fullgraph=True, backend="aot_eager")(POINTS), expected)
+    program = torch.export.export(averaged.module, (POINTS,))  # type: ignore[arg-type]
+    torch.testing.assert_close(program.module()(POINTS), expected)
+
+
+def test_an_ensemble_is_exported() -> None:
+    models = [transformed_tower(seed=seed).requires_grad_(False) for seed in (10, 11)]
+    stacked, buffers = stack_module_state(models)
+    base = copy.deepcopy(models[0])
+
+    class Ensemble(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = vmap(lambda weights: functional_call(base, (weights, buffers), (x,)))(stacked)
+            return result
+
+    program = torch.export.export(Ensemble(), (POINTS,))
+    torch.testing.assert_close(program.module()(POINTS), torch.stack([model(POINTS) for model in models]))
