@@ -32,6 +32,7 @@ from replfx.fusion import (
     register_fusion,
     register_operator,
 )
+from replfx.grouping import parameter_groups
 from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
 from replfx.state import load_state_dict
@@ -72,6 +73,7 @@ __all__ = [
     "inspect",
     "load_state_dict",
     "materialize",
+    "parameter_groups",
     "plan",
     "register_fusion",
     "register_operator",

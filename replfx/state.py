@@ -124,7 +124,8 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
         )
     if foreign:
         raise StateDictError(
-            f"the state_dict has `{foreign[0]}`, this model has not: it was saved under another plan. Save "
+            f"the state_dict has `{foreign[0]}`, this model has not: it was saved under another plan, or under other "
+            "names, as transformers' save_pretrained does without save_original_format=False. Save "
             "replfx.report(model) or the plan's to_json() beside the weights, and use replfx.apply"
         )
 
