@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import replfx
 from benchmarks.models import Subject
@@ -108,7 +107,8 @@ def weight_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    if not is_traceable_wrapper_subclass(tensor):
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # PyTorch's protocol of tensors that stand for others
+    if flatten is None:
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
+    names, _ = flatten()
     return [part for name in names for part in _parts(getattr(tensor, name))]

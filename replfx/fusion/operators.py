@@ -231,7 +231,7 @@ def run_with(theta: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...],
     Raises:
         FusionError: `torch.jit.trace` is looking on; it finds no weights but those that modules own.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise FusionError(
             f"torch.jit.trace cannot follow a fusion layer's {type(module).__name__} with synthesised weights: "
             "trace replfx.materialize(model)"
