@@ -8,12 +8,21 @@ import sys
 from benchmarks import step
 from benchmarks.accuracy import command as accuracy
 from benchmarks.compiling import command as compiling
+from benchmarks.inference import command as inference
 from benchmarks.scale import command as scale
 from benchmarks.transfer import command as transfer
 from benchmarks.zoo import command as zoo
 from replfx import ReplfxError
 
-COMMANDS = {"step": step, "compile": compiling, "scale": scale, "accuracy": accuracy, "transfer": transfer, "zoo": zoo}
+COMMANDS = {
+    "step": step,
+    "compile": compiling,
+    "inference": inference,
+    "scale": scale,
+    "accuracy": accuracy,
+    "transfer": transfer,
+    "zoo": zoo,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.drawing import markdown
 from replfx.measure import MIB, Cost, Sample
 
 HEADS = (
@@ -106,8 +107,7 @@ def write(
     data, text, picture = (folder / f"step.{ending}" for ending in ("json", "md", "png"))
     record = {"config": config, "environment": environment, "results": [row.to_dict() for row in rows]}
     data.write_text(json.dumps(record, indent=2) + "\n")
-    lines = [HEADS, ["---"] * 2 + ["---:"] * (len(HEADS) - 2), *map(cells, rows)]
-    text.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    text.write_text(markdown(HEADS, [cells(row) for row in rows]))
     _plot(rows, picture)
     return [data, text, picture]
 

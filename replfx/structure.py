@@ -25,6 +25,7 @@ __all__ = [
     "class_of",
     "drop_hooks",
     "family",
+    "is_wrapped",
     "move_hooks",
     "redirect",
     "set_submodule",
@@ -243,13 +244,15 @@ def unfit_to_share(block: nn.Module) -> str | None:
     for name, parameter in block.named_parameters():
         if not parameter.dtype.is_floating_point:
             return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
-        if _is_wrapped(parameter):
+        if is_wrapped(parameter):
             return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
     return None
 
 
-def _is_wrapped(parameter: Tensor) -> bool:
+def is_wrapped(parameter: Tensor) -> bool:
     """A tensor subclass that stands for other data (torchao's quantised weights); DTensors are fine."""
+    if type(parameter) in (Tensor, nn.Parameter):
+        return False
     kind = type(parameter.data)
     return kind not in (Tensor, nn.Parameter) and kind.__module__.split(".")[0] != "torch"
 

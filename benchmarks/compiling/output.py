@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.drawing import markdown, plot_ratios
 from replfx.measure import MIB, Cost, Sample
 
 STEP_HEADS = (
@@ -138,40 +139,9 @@ def write(
     }
     data.write_text(json.dumps(record, indent=2) + "\n")
     parts = [(STEP_HEADS, [row.cells() for row in steps]), (KERNEL_HEADS, [row.cells() for row in kernels])]
-    text.write_text("\n".join(_markdown(heads, rows) for heads, rows in parts if rows))
+    text.write_text("\n".join(markdown(heads, rows) for heads, rows in parts if rows))
     if any(row.ratio for row in steps):
-        _plot(steps, picture)
+        groups = {model: list(rows) for model, rows in groupby(steps, key=lambda row: row.model)}
+        plot_ratios(groups, "step / Inductor full", picture)
         return [data, text, picture]
     return [data, text]
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _plot(rows: Sequence[StepRow], path: Path) -> None:
-    """Plot step times as shares of Inductor full's, one axis a model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    models = {model: list(group) for model, group in groupby(rows, key=lambda row: row.model)}
-    figure = Figure(figsize=(max(6.5, 3.6 * len(models)), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(row.variant for row in rows))
-    for ax, (model, group) in zip(axes, models.items(), strict=True):
-        for row in group:
-            if row.ratio is None:
-                ax.annotate("n/a", (0.05, names.index(row.variant)), va="center", color="gray")
-                continue
-            middle, (lower, upper) = row.ratio.median, row.ratio.quartiles
-            place = names.index(row.variant)
-            ax.errorbar(middle, place, xerr=[[middle - lower], [upper - middle]], fmt="o", color="C0", capsize=3)
-        ax.set(title=model, xlabel="step / Inductor full", yticks=range(len(names)))
-        ax.set_yticklabels(names)
-        ax.set_xlim(left=0)
-        ax.axvline(1, color="gray", linewidth=0.8)
-        ax.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=130)

@@ -13,7 +13,7 @@ from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
 from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
-from replfx.structure import move_hooks, structural_copy
+from replfx.structure import is_wrapped, move_hooks, structural_copy
 
 __all__ = ["FusionLayer", "Readings"]
 
@@ -187,6 +187,12 @@ def _read_parameter(owner: nn.Module, leaf: str, rows: tuple[int, int] | None) -
     theta = getattr(owner, leaf)
     if not isinstance(theta, Tensor):
         raise FusionError(f"the neighbour's parameter `{leaf}` is gone: it is no tensor but {theta!r}")
+    if is_wrapped(theta) or not theta.dtype.is_floating_point:  # its numbers are codes, or nothing at all
+        kind = type(theta).__name__ if is_wrapped(theta) else theta.dtype
+        raise FusionError(
+            f"the `{leaf}` of a neighbour's {type(owner).__name__} is quantised ({kind}), and weights are synthesised "
+            "from floats alone: transform the float model, and quantise what replfx.materialize(model) gives"
+        )
     theta = as_sharded(theta)
     return theta if rows is None else theta[rows[0] : rows[1]]
 

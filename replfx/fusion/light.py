@@ -31,7 +31,7 @@ from replfx.fusion.anatomy import Anatomy, activation_of, dissect
 from replfx.fusion.folding import Fold
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.light_fold import light_fold, restore_light
-from replfx.fusion.operators import Match, Operator, Site, Source, operators
+from replfx.fusion.operators import Match, Operator, Site, Source, operators, run_with
 from replfx.fusion.plain import plain_module
 from replfx.structure import structural_copy
 from replfx.tracing.symbolic import is_leaf
@@ -208,9 +208,7 @@ class LightOperator(Operator):
     def _apply_maps(self, h: Tensor, theta: dict[str, Tensor]) -> Tensor:
         if self.map is not None:
             leaf = self.recipe.maps[0].rpartition(".")[2]
-            mapped: Tensor = torch.func.functional_call(
-                self.map, {leaf: theta[self.recipe.maps[0]]}, (h,), tie_weights=False
-            )
+            mapped: Tensor = run_with({leaf: theta[self.recipe.maps[0]]}, self.map, (h,), {})
             return mapped
         *before, last = self.matrices(theta)
         for matrix in before:

@@ -21,6 +21,7 @@ __all__ = [
     "Source",
     "operators",
     "register_operator",
+    "run_with",
 ]
 
 operators: Registry["Operator"] = Registry("operator")
@@ -200,10 +201,10 @@ class BlockOperator(Operator):
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._recurrent:
-            return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
+            return run_with(theta, self.block, args, kwargs)
         self._forget_weights()  # a copy has references of its own
         try:
-            return torch.func.functional_call(self.block, theta, args, kwargs, tie_weights=False)
+            return run_with(theta, self.block, args, kwargs)
         finally:
             self._forget_weights()  # what was synthesised is not to outlive the call
 
@@ -222,6 +223,20 @@ class BlockOperator(Operator):
         if isinstance(self.block, fx.GraphModule):  # a region: as a GraphModule of torch's own class
             return fx.GraphModule(self.block, self.block.graph, "Region").train(self.block.training)
         return self.block
+
+
+def run_with(theta: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `module` gives with `theta` as its parameters of those names.
+
+    Raises:
+        FusionError: `torch.jit.trace` is looking on; it finds no weights but those that modules own.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise FusionError(
+            f"torch.jit.trace cannot follow a fusion layer's {type(module).__name__} with synthesised weights: "
+            "trace replfx.materialize(model)"
+        )
+    return torch.func.functional_call(module, theta, args, kwargs, tie_weights=False)
 
 
 def _gone() -> None:

@@ -1,0 +1,53 @@
+"""Markdown tables and plots of ratios, which more than one command writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from replfx.measure import Sample
+
+
+class Compared(Protocol):
+    """A row of figures, one variant of one model."""
+
+    @property
+    def variant(self) -> str:
+        """Its name."""
+
+    @property
+    def ratio(self) -> Sample | None:
+        """Its time over that of what it is compared with, round by round; None where there is no such variant."""
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay cells out as a Markdown table, all but the first two columns to the right."""
+    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot_ratios(groups: Mapping[str, Sequence[Compared]], label: str, path: Path) -> None:
+    """Plot medians and quartiles of the ratios, one axis a group."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.variant for rows in groups.values() for row in rows))
+    figure = Figure(figsize=(max(6.5, 3.6 * len(groups)), max(3.4, 0.35 * len(names))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for ax, (title, rows) in zip(axes, groups.items(), strict=True):
+        for row in rows:
+            place = names.index(row.variant)
+            if row.ratio is None:
+                ax.annotate("n/a", (0.05, place), va="center", color="gray")
+                continue
+            middle, (lower, upper) = row.ratio.median, row.ratio.quartiles
+            ax.errorbar(middle, place, xerr=[[middle - lower], [upper - middle]], fmt="o", color="C0", capsize=3)
+        ax.set(title=title, xlabel=label, yticks=range(len(names)))
+        ax.set_yticklabels(names)
+        ax.set_xlim(left=0)
+        ax.axvline(1, color="gray", linewidth=0.8)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,107 @@
+"""The inference benchmark's rows as tables, as Markdown, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.drawing import markdown, plot_ratios
+from replfx.measure import MIB, Sample
+
+HEADS = ("model", "variant", "batch", "weights, MiB", "latency, ms [quartiles]", "examples a second", "latency / full")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model, made ready one way, at one batch size.
+
+    Attributes:
+        weight_bytes: of parameters and buffers; None where there is no such variant.
+        latency: seconds of a call.
+        ratio: latency over full's, round by round.
+        reason: why there is no such variant.
+    """
+
+    model: str
+    variant: str
+    batch: int
+    weight_bytes: int | None = None
+    latency: Sample | None = None
+    ratio: Sample | None = None
+    reason: str = ""
+
+    @property
+    def throughput(self) -> Sample | None:
+        """Images or sequences a second, round by round."""
+        return None if self.latency is None else Sample(tuple(self.batch / value for value in self.latency.values))
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures, ready for JSON."""
+        named: dict[str, object] = {"model": self.model, "variant": self.variant, "batch": self.batch}
+        if self.latency is None or self.ratio is None or self.throughput is None:
+            return {**named, "reason": self.reason}
+        return {
+            **named,
+            "weight_bytes": self.weight_bytes,
+            "latency_seconds": self.latency.to_dict(),
+            "examples_a_second": self.throughput.to_dict(),
+            "latency_over_full": self.ratio.to_dict(),
+        }
+
+    def cells(self) -> list[str]:
+        """The row under `HEADS`; of a variant that does not exist, only why."""
+        named = [self.model, self.variant, str(self.batch)]
+        if self.latency is None or self.ratio is None or self.throughput is None or self.weight_bytes is None:
+            return [*named, f"n/a: {self.reason}", *[""] * (len(HEADS) - len(named) - 1)]
+        return [
+            *named,
+            f"{self.weight_bytes / MIB:.1f}",
+            _spread(self.latency, 1e3, 1),
+            f"{self.throughput.median:.1f}",
+            _spread(self.ratio, 1, 2),
+        ]
+
+
+def _spread(sample: Sample, factor: float, digits: int) -> str:
+    middle, lower, upper = (f"{factor * value:.{digits}f}" for value in (sample.median, *sample.quartiles))
+    return f"{middle} [{lower}–{upper}]"
+
+
+def _title(row: Row) -> str:
+    return f"{row.model}, batch {row.batch}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """Lay the rows out for the terminal, a table for each model and batch size; what does not exist is listed below."""
+    for title, group in groupby(rows, key=_title):
+        result = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        result.add_column("variant")
+        for head in HEADS[3:]:
+            result.add_column(head.replace(" [", "\n[").replace(" / ", "/\n"), justify="right", no_wrap=True)
+        missing = []
+        for row in group:
+            if row.latency is None:
+                missing.append(f"{row.variant}: n/a: {row.reason}")
+            else:
+                result.add_row(*map(escape, [row.variant, *row.cells()[3:]]))
+        result.caption = escape("\n".join(missing)) or None
+        yield result
+
+
+def write(
+    rows: Sequence[Row], config: Mapping[str, object], environment: Mapping[str, object], folder: Path
+) -> list[Path]:
+    """Write ``inference.json``, ``inference.md`` and ``inference.png`` to the folder; returns where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text, picture = (folder / f"inference.{ending}" for ending in ("json", "md", "png"))
+    record = {"config": config, "environment": environment, "results": [row.to_dict() for row in rows]}
+    data.write_text(json.dumps(record, indent=2) + "\n")
+    text.write_text(markdown(HEADS, [row.cells() for row in rows]))
+    plot_ratios({title: list(group) for title, group in groupby(rows, key=_title)}, "latency / full", picture)
+    return [data, text, picture]
