@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,7 @@ from torchvision import datasets, models, transforms
 import replfx
 
 MAY_CHANGE = ("data_root", "output", "save_every", "workers")  # between a run and its resumption: they change no loss
+AGAIN = "Make room and start the same command again: it goes on from the newest checkpoint"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -178,11 +179,11 @@ def on_rank_0(act: Callable[[], object]) -> None:
     if dist.get_rank() == 0:
         try:
             act()
-        except OSError as error:
+        except (OSError, replfx.ReplfxError) as error:
             failed = [str(error)]
     dist.broadcast_object_list(failed)
     if failed[0] is not None:
-        raise OSError(failed[0])
+        raise replfx.ReplfxError(failed[0])
 
 
 def prepare(folder: Path) -> None:
@@ -192,7 +193,9 @@ def prepare(folder: Path) -> None:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OSError(f"another run writes to {folder}: wait for its end, or give another --output") from None
+        raise replfx.ReplfxError(
+            f"another run writes to {folder}: wait for its end, or give another --output"
+        ) from None
     for part in folder.glob(".step-*.part"):
         shutil.rmtree(part)
 
@@ -233,12 +236,12 @@ def save(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
     try:
         state_dict_saver.save(state, checkpoint_id=beside)
         on_rank_0(finish)
-    except (CheckpointException, OSError) as error:
+    except (CheckpointException, replfx.ReplfxError) as error:
         on_rank_0(lambda: shutil.rmtree(beside, ignore_errors=True))
         whole = ", ".join(path.name for path in checkpoints_in(folder)) or "none yet"
         raise replfx.ReplfxError(
-            f"{final} could not be written: {cause_of(error)}. Whole checkpoints: {whole}. Make room and start the "
-            "same command again"
+            f"{final} could not be written, with {shutil.disk_usage(folder).free / 2**30:.1f} GiB left there: "
+            f"{cause_of(error)}. Whole checkpoints: {whole}. {AGAIN}"
         ) from error
 
 
@@ -308,7 +311,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         about = read(newest[0])
         advice = "Start it as it was started, or give another --output to begin anew"
         check_same(identity, about["identity"], f"the checkpoint {newest[0]}", advice)
-    log = open_log(args, about["logged"])
+    log = args.output / "log.csv"
+    on_rank_0(lambda: cut(log, args, about["logged"]))
     network = distribute(args, model, blocks, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor_of(step, args.steps))
@@ -322,7 +326,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         batches, None, sampler=range(step, args.steps), num_workers=args.workers, generator=torch.Generator()
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with log, Progress(*columns, disable=rank > 0) as progress:
+    with Progress(*columns, disable=rank > 0) as progress:
         bar = progress.add_task(args.model, total=args.steps, completed=step)
         before = time.perf_counter()
         for images, labels in loader:
@@ -339,8 +343,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             value, seconds, before = mean.item(), time.perf_counter() - before, time.perf_counter()
             if not math.isfinite(value):
                 raise replfx.ReplfxError(f"the loss of step {step} is {value}; a lower --learning-rate may help")
-            log.write(f"{step},{value!r},{rate!r},{len(images) * world_size / seconds:.1f}\n")
-            log.flush()
+            if rank == 0:
+                write(log, f"{step},{value!r},{rate!r},{len(images) * world_size / seconds:.1f}")
             progress.update(bar, completed=step, description=f"loss {value:.4f}")
             if step % args.save_every == 0 or step == args.steps:
                 about = {"step": step, "schedule": schedule.state_dict(), "identity": identity}
@@ -353,20 +357,26 @@ def factor_of(step: int, steps: int) -> float:
     return min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
 
 
-def open_log(args: argparse.Namespace, logged: int) -> IO[str]:
-    """Open rank 0's log where the checkpoint was made: what was logged after it is trained once more."""
-    if dist.get_rank() > 0:
-        return Path(os.devnull).open("w")
-    path: Path = args.output / "log.csv"
-    log = path.open("a")
-    if (size := path.stat().st_size) < logged:
-        raise replfx.ReplfxError(f"{path} has {size} bytes, and had {logged} at the newest checkpoint: put it back")
-    if not logged and len(path.read_text().splitlines()) > args.save_every + 1:
-        raise replfx.ReplfxError(f"{path} is of a run whose checkpoints are gone: put them back, or move it away")
-    log.truncate(logged)
+def cut(log: Path, args: argparse.Namespace, logged: int) -> None:
+    """Bring the log back to the checkpoint: what was logged after it is trained once more."""
+    size = log.stat().st_size if log.exists() else 0
+    if size < logged:
+        raise replfx.ReplfxError(f"{log} has {size} bytes, and had {logged} at the newest checkpoint: put it back")
+    if size and not logged and len(log.read_text().splitlines()) > args.save_every + 1:
+        raise replfx.ReplfxError(f"{log} is of a run whose checkpoints are gone: put them back, or move it away")
+    if size:
+        os.truncate(log, logged)
     if not logged:
-        log.write("step,loss,learning_rate,images_per_second\n")
-    return log
+        write(log, "step,loss,learning_rate,images_per_second")
+
+
+def write(log: Path, line: str) -> None:
+    """Add a line to the log. It is closed each time, so that the line outlives a kill."""
+    try:
+        with log.open("a") as file:
+            print(line, file=file)
+    except OSError as error:
+        raise replfx.ReplfxError(f"{log} could not be written: {error}. {AGAIN}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
