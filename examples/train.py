@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="processes that read images, for each that trains")
     parser.add_argument("--fsdp", action="store_true", help="shard parameters over the processes, instead of DDP")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--compile", action="store_true", help='torch.compile with backend="replfx"')
+    parser.add_argument("--compile", action="store_true", help="torch.compile with replfx's backend")
     parser.add_argument("--output", type=Path, default=Path("run"), help="on a disk that all processes share")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return parser.parse_args(argv)
@@ -149,7 +149,7 @@ def distribute(args: argparse.Namespace, model: nn.Module, blocks: list[str], de
             fully_shard(model.get_submodule(path))
         fully_shard(model)
     if args.compile:
-        model.compile(backend="replfx")
+        model.compile(backend=replfx.backend())  # "replfx" is its name, known once replfx is installed
     if args.fsdp or dist.get_world_size() == 1:
         return model
     return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])

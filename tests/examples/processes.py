@@ -71,15 +71,15 @@ class Job:
             left = [process for process in left if process not in ended]
             if not ended or any(process.exitcode for process in ended):
                 break
-        if left and ready and -signal.SIGKILL not in [process.exitcode for process in processes]:
+        died = bool(left and not ready) or -signal.SIGKILL in [process.exitcode for process in processes]
+        if left and not died:
             wait([process.sentinel for process in left], 5)  # they have something to say too
         for process in processes:
             process.kill()
             process.join()
-        codes = {process.exitcode for process in processes}
-        if codes == {0}:
-            return ""
-        return "killed" if codes <= {0, -signal.SIGKILL} else self.printed()
+        if died:
+            return "killed"
+        return self.printed() if any(process.exitcode for process in processes) else ""
 
     def printed(self) -> str:
         """All that the ranks printed, one after the other."""
