@@ -1,8 +1,9 @@
-"""Markdown tables and plots of ratios, which more than one command writes."""
+"""What more than one command writes: Markdown tables, plots of ratios, and the three files of its results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,10 +22,22 @@ class Compared(Protocol):
         """Its time over that of what it is compared with, round by round; None where there is no such variant."""
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay cells out as a Markdown table, all but the first two columns to the right."""
-    lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2), *rows]
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
+    """Lay cells out as a Markdown table, all but the first columns, which have words, to the right."""
+    lines = [heads, ["---"] * words + ["---:"] * (len(heads) - words), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_files(
+    folder: Path, name: str, record: Mapping[str, object], text: str, plot: Callable[[Path], None], indent: int = 2
+) -> list[Path]:
+    """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` to the folder; returns where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, table, picture = (folder / f"{name}.{ending}" for ending in ("json", "md", "png"))
+    data.write_text(json.dumps(record, indent=indent) + "\n")
+    table.write_text(text)
+    plot(picture)
+    return [data, table, picture]
 
 
 def plot_ratios(groups: Mapping[str, Sequence[Compared]], label: str, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.drawing import markdown
+from benchmarks.drawing import markdown, write_files
 from replfx.measure import MIB, Cost, Sample
 
 HEADS = (
@@ -103,13 +102,9 @@ def write(
     rows: Sequence[Row], config: Mapping[str, object], environment: Mapping[str, object], folder: Path
 ) -> list[Path]:
     """Write ``step.json``, ``step.md`` and ``step.png`` to the folder; returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text, picture = (folder / f"step.{ending}" for ending in ("json", "md", "png"))
     record = {"config": config, "environment": environment, "results": [row.to_dict() for row in rows]}
-    data.write_text(json.dumps(record, indent=2) + "\n")
-    text.write_text(markdown(HEADS, [cells(row) for row in rows]))
-    _plot(rows, picture)
-    return [data, text, picture]
+    text = markdown(HEADS, [cells(row) for row in rows])
+    return write_files(folder, "step", record, text, lambda path: _plot(rows, path))
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

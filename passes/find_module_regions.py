@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from replfx.passes.find_regions import region_of
+from replfx.passes.find_regions import is_taken, region_of, take
 from replfx.passes.layers import SHORTEST, Piece, reads_back, unfit
 from replfx.passes.regions import RegionChain, Regions
 from replfx.passes.stream import Place, Stream
@@ -67,9 +67,8 @@ def find_module_regions(graph_module: fx.GraphModule) -> Regions:
     found.sort(key=lambda chain: (chain[0].is_container, -sum(member.size for member in chain)))
     taken, chains = bytearray(len(stream.nodes)), []
     for chain in found:
-        if not any(taken.find(1, member.piece.start, member.piece.stop) >= 0 for member in chain):
-            for member in chain:
-                taken[member.piece.start : member.piece.stop] = b"\1" * (member.piece.stop - member.piece.start)
+        if not any(is_taken(taken, member.piece) for member in chain):
+            take(taken, [member.piece for member in chain])
             chains.append(RegionChain(tuple(region_of(stream, member.piece, member.path) for member in chain)))
     return Regions(chains, refused)
 
@@ -97,7 +96,8 @@ def _member(stream: Stream, path: str, place: Place, given: Set[fx.Node]) -> _Me
     read = list(dict.fromkeys(node for arguments in stream.arguments[span] for node in arguments))
     values = {node: stream.values[node] for node in read if node.op == "get_attr"}
     parameters = {node: value for node, value in values.items() if isinstance(value, nn.Parameter)}
-    buffers = [n for n, v in values.items() if n not in parameters and _is_own(stream, v, place)]
+    tensors = {node: value for node, value in values.items() if isinstance(value, Tensor) and node not in parameters}
+    buffers = [node for node, value in tensors.items() if stream.reads_only_in(value, place.start, place.stop)]
     outside = [n for n in read if n not in values and stream.position[n] < place.start]
     if all(value.dim() < 2 for value in parameters.values()) or not outside:
         return None
@@ -121,14 +121,6 @@ def _member(stream: Stream, path: str, place: Place, given: Set[fx.Node]) -> _Me
     )
     shapes = tuple((name, tuple(parameters[node].shape)) for name, node in names.items())
     return _Member(path, piece, place.kind, shapes, sum(value.numel() for value in parameters.values()))
-
-
-def _is_own(stream: Stream, value: object, place: Place) -> bool:
-    """Whether it is a tensor that nothing outside of the place reads."""
-    if not isinstance(value, Tensor):
-        return False
-    first, last = stream.readers[id(value)]
-    return place.start <= first and last < place.stop
 
 
 def _names(path: str, nodes: list[fx.Node]) -> dict[str, fx.Node]:

@@ -186,8 +186,8 @@ def _read(stream: Stream, start: int, stop: int) -> Iterator[tuple[str, Hashable
             if isinstance(value, nn.Parameter):
                 kind = "parameter"
             elif isinstance(value, Tensor):
-                first, last = stream.readers[id(value)]
-                kind = "buffer" if start <= first and last < stop else "outside"  # one that all read is an extra
+                # One that all read is an extra.
+                kind = "buffer" if stream.reads_only_in(value, start, stop) else "outside"
             yield kind, str(node.target), node
 
 
@@ -246,8 +246,7 @@ def _unfit_modules(stream: Stream, piece: Piece) -> str | None:
         if stream.calls[id(module)] > 1:
             return f"`{path}` is called {stream.calls[id(module)]} times in one forward pass"
         for buffer in module.buffers():
-            first, last = stream.readers[id(buffer)]
-            if not piece.start <= first <= last < piece.stop:
+            if not stream.reads_only_in(buffer, piece.start, piece.stop):
                 return f"a buffer of `{path}` is read outside of it"
         reason = unfit_to_share(module)
         if reason is not None:
@@ -260,11 +259,10 @@ def _unfit_parameters(stream: Stream, piece: Piece) -> str | None:
     for path in piece.parameters.values():
         parameter = stream.root.get_parameter(path)
         names = stream.names[id(parameter)]
-        first, last = stream.readers[id(parameter)]
         if id(parameter) in seen or len(names) > 1:
             twin = next((name for name in names if name != path), "a module that it calls")
             return f"its parameter `{path}` is shared with `{twin}`"
-        if not piece.start <= first <= last < piece.stop:
+        if not stream.reads_only_in(parameter, piece.start, piece.stop):
             return f"its parameter `{path}` is read outside of it too"
         if not parameter.requires_grad:
             return f"its parameter `{path}` is frozen"

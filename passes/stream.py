@@ -1,8 +1,9 @@
 """A graph as a stream: its nodes in order, without the reading of attributes, with what is asked of them often."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -36,7 +37,6 @@ class Stream:
         nodes: all nodes but the `get_attr` ones.
         order: every node's place in the graph, `get_attr` nodes too.
         position: every node's index in `nodes`.
-        tokens: what each node does (`replfx.passes.tokens`).
         arguments: the nodes that each node reads, in order and as often as it names them.
         last: for each node the last position that reads it, its own if none does.
         values: what each `get_attr` node reads.
@@ -46,7 +46,6 @@ class Stream:
         has_parameters: whether each node reads a parameter.
         matrices: how many parameters of two dimensions and more were read before each position.
         grad_off: for each position, whether gradients are switched off before it.
-        places: by path, the modules that ran one stretch of nodes: as far as the tracer noted what ran in which.
     """
 
     def __init__(self, graph_module: fx.GraphModule, *, same_shapes: bool) -> None:
@@ -63,14 +62,27 @@ class Stream:
         self.readers: dict[int, tuple[int, int]] = {}
         self.calls: Counter[int] = Counter()
         self._note_readers()
-        tokens = Tokens(self.root, self.values.__getitem__, same_shapes=same_shapes)
-        self.tokens = [tokens.of(node) for node in self.nodes]
+        self._tokens = Tokens(self.root, self.values.__getitem__, same_shapes=same_shapes)
         parameters = [self._parameters(node) for node in self.nodes]
         self.has_parameters = [bool(read) for read in parameters]
         self.matrices = [0, *accumulate(sum(p.dim() >= 2 for p in read) for read in parameters)]
         self.arguments = [_arguments(node) for node in self.nodes]
         self.grad_off = list(self._grad_off())
-        self.places = _places(self.nodes)
+
+    @cached_property
+    def tokens(self) -> list[Hashable]:
+        """What each node does; only where structure is asked for."""
+        return [self._tokens.of(node) for node in self.nodes]
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """By path, the modules that ran one stretch of nodes: as far as the tracer noted what ran in which."""
+        return _places(self.nodes)
+
+    def reads_only_in(self, tensor: Tensor, start: int, stop: int) -> bool:
+        """Whether all that reads a tensor of the root lies in `[start, stop)`."""
+        first, last = self.readers[id(tensor)]
+        return start <= first and last < stop
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a `call_module` node calls."""

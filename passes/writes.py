@@ -45,8 +45,7 @@ def _is_own_buffer(stream: Stream, node: fx.Node, start: int, stop: int) -> bool
     value = stream.values.get(node)
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
         return False
-    first, last = stream.readers[id(value)]
-    return start <= first and last < stop
+    return stream.reads_only_in(value, start, stop)
 
 
 def _written(stream: Stream, node: fx.Node) -> Iterator[fx.Node]:

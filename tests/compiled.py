@@ -66,17 +66,22 @@ def products(graph_module: fx.GraphModule) -> int:
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
 
-def graph_of(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
-    """Dynamo's graph, as a backend gets it."""
-    found: list[fx.GraphModule] = []
+def captured(model: nn.Module, x: Tensor = X) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Dynamo's graph, as a backend gets it, and what it is called with."""
+    found: list[tuple[fx.GraphModule, list[Tensor]]] = []
 
     def keep(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        found.append(graph_module)
+        found.append((graph_module, list(inputs)))
         return graph_module.forward
 
     torch.compile(model, backend=keep, fullgraph=True)(x)
-    (graph_module,) = found
-    return graph_module
+    (only,) = found
+    return only
+
+
+def graph_of(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
+    """Dynamo's graph, as a backend gets it."""
+    return captured(model, x)[0]
 
 
 def small(length: int = 7, **options: Any) -> nn.Module:

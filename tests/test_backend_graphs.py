@@ -18,7 +18,7 @@ from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.merge_syntheses import MergeSyntheses
 from replfx.passes.reassociate_products import ReassociateProducts
 from replfx.passes.synthesis import syntheses_in
-from tests.compiled import Compiled, X, batches, graph_of, products, small
+from tests.compiled import Compiled, X, batches, captured, graph_of, products, small
 from tests.models import Mlp, Tower, tower
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -79,18 +79,6 @@ def test_a_product_is_formed_where_that_takes_fewer_flops(tokens: int) -> None:
     torch.testing.assert_close(found, expected)
     saved = 2 * 2 * (16 * 40 * 16 + tokens * 16 * 16 - tokens * 40 * 32)
     assert before.get_total_flops() - after.get_total_flops() == max(saved, 0)
-
-
-def captured(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Dynamo's graph, and what it is called with."""
-    found: list[tuple[fx.GraphModule, list[Tensor]]] = []
-
-    def keep(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        found.append((graph_module, list(inputs)))
-        return graph_module.forward
-
-    torch.compile(model, backend=keep, fullgraph=True)(x)
-    return found[0]
 
 
 def test_without_gradients_and_with_symbolic_sizes_products_stay() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -11,8 +10,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.accuracy.report import Difference, Row
+from benchmarks.accuracy.report import Row, difference_text
 from benchmarks.accuracy.tasks import Metric
+from benchmarks.drawing import markdown, write_files
 from replfx.measure import MIB
 
 HEADS = (
@@ -39,8 +39,8 @@ def cells(row: Row) -> list[str]:
     return [
         row.variant,
         _spread(list(row.metrics.values()), row.deviation),
-        _difference(row.over_full),
-        _difference(row.over_removed),
+        difference_text(row.over_full, digits=3),
+        difference_text(row.over_removed, digits=3),
         str(len(row.metrics)),
         "–" if cost is None else f"{cost['trainable_parameters']:,}",
         "–" if cost is None else f"{cost['step_over_full']['median']:.2f}",
@@ -61,15 +61,6 @@ def _spread(values: Sequence[float], deviation: float | None) -> str:
 def _figure(value: float) -> str:
     """Four digits that count for a loss, two decimals for percentages and perplexities."""
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return "–"
-    if difference.interval is None:
-        return f"{difference.mean:+.3f}"
-    lower, upper = difference.interval
-    return f"{difference.mean:+.3f} [{lower:+.3f}, {upper:+.3f}]"
 
 
 def _share(eta: float | None) -> str:
@@ -103,9 +94,6 @@ def write(
     rows: Sequence[Row], records: Sequence[Mapping[str, Any]], name: str, metric: Metric, out: Path
 ) -> list[Path]:
     """Write ``NAME.json`` with all records, ``NAME.md`` and ``NAME.png`` to a folder; returns where they are."""
-    out.mkdir(parents=True, exist_ok=True)
-    stem = name.replace("/", "-")
-    data, text, picture = (out / f"{stem}.{ending}" for ending in ("json", "md", "png"))
     shown = {row.variant for row in rows}
     document = {
         "subject": name,
@@ -114,12 +102,10 @@ def write(
         "rows": [row.to_dict() for row in rows],
         "records": [record for record in records if record["variant"] in shown],
     }
-    data.write_text(json.dumps(document, indent=1) + "\n")
     heads = [head.format(metric=metric.name) for head in HEADS]
-    lines = [heads, ["---", *["---:"] * (len(HEADS) - 1)], *map(cells, rows)]
-    text.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines) + _depth(rows, metric))
-    _plot(rows, name, metric, picture)
-    return [data, text, picture]
+    text = markdown(heads, [cells(row) for row in rows], words=1) + _depth(rows, metric)
+    stem = name.replace("/", "-")
+    return write_files(out, stem, document, text, lambda path: _plot(rows, name, metric, path), indent=1)
 
 
 def _depth(rows: Sequence[Row], metric: Metric) -> str:

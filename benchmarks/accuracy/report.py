@@ -51,6 +51,14 @@ class Difference:
         return {"mean": self.mean, "standard_error": self.error, "interval": self.interval, "pairs": self.pairs}
 
 
+def difference_text(difference: Difference | None, digits: int) -> str:
+    """As a table shows it, with its interval where it has one."""
+    if difference is None:
+        return "–"
+    texts = [f"{value:+.{digits}f}" for value in (difference.mean, *(difference.interval or ()))]
+    return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
 @dataclass(frozen=True)
 class Row:
     """What is known of one variant of a subject.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.drawing import markdown, plot_ratios
+from benchmarks.drawing import markdown, plot_ratios, write_files
 from replfx.measure import MIB, Sample
 
 HEADS = ("model", "variant", "batch", "weights, MiB", "latency, ms [quartiles]", "examples a second", "latency / full")
@@ -98,10 +97,7 @@ def write(
     rows: Sequence[Row], config: Mapping[str, object], environment: Mapping[str, object], folder: Path
 ) -> list[Path]:
     """Write ``inference.json``, ``inference.md`` and ``inference.png`` to the folder; returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text, picture = (folder / f"inference.{ending}" for ending in ("json", "md", "png"))
     record = {"config": config, "environment": environment, "results": [row.to_dict() for row in rows]}
-    data.write_text(json.dumps(record, indent=2) + "\n")
-    text.write_text(markdown(HEADS, [row.cells() for row in rows]))
-    plot_ratios({title: list(group) for title, group in groupby(rows, key=_title)}, "latency / full", picture)
-    return [data, text, picture]
+    groups = {title: list(group) for title, group in groupby(rows, key=_title)}
+    text = markdown(HEADS, [row.cells() for row in rows])
+    return write_files(folder, "inference", record, text, lambda path: plot_ratios(groups, "latency / full", path))

@@ -7,12 +7,14 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.drawing import markdown, write_files
 from benchmarks.scale.subjects import MODELS, TOWERS
 from benchmarks.scale.trial import PHASES, Memory, Timing
 from replfx.measure import MIB, Sample, pairwise_ratios
@@ -267,17 +269,9 @@ def tables(results: Results) -> Iterator[Table]:
 
 def write(results: Results, folder: Path) -> list[Path]:
     """Write ``scale.json``, ``scale.md`` and ``scale.png`` to the folder; returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text, picture = (folder / f"{NAME}.{ending}" for ending in ("json", "md", "png"))
-    data.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
-    text.write_text("\n".join([*(_markdown(*grid) for grid in _grids(results)), f"{CAPTION}.\n"]))
-    _plot(results.models, results.growths, picture)
-    return [data, text, picture]
-
-
-def _markdown(heads: Sequence[str], rows: list[list[str]], words: int) -> str:
-    lines = [heads, ["---"] * words + ["---:"] * (len(heads) - words), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "\n".join([*(markdown(*grid) for grid in _grids(results)), f"{CAPTION}.\n"])
+    plot = partial(_plot, results.models, results.growths)
+    return write_files(folder, NAME, results.to_dict(), text, plot)
 
 
 # ---- plot

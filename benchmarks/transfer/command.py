@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,9 @@ from benchmarks.accuracy.report import Difference
 from benchmarks.accuracy.resnet import ResNet
 from benchmarks.accuracy.variants import chosen_blocks, removed
 from benchmarks.common import add_device_argument, device_of
+from benchmarks.drawing import markdown, write_files
 from benchmarks.transfer.linear_map import with_linear_maps
-from benchmarks.transfer.output import Row, markdown, plot, table
+from benchmarks.transfer.output import HEADS, Row, plot, table
 from replfx import ReplfxError
 from replfx.measure import environment, trainable_parameters
 
@@ -211,9 +211,7 @@ def write(
     out: Path,
 ) -> None:
     """Write `transfer.json`, `transfer.md` and `transfer.png`."""
-    out.mkdir(parents=True, exist_ok=True)
     raw = {name: [vars(result) for result in results] for name, results in found.items()}
     content = {"environment": machine, "config": config, "results": raw}
-    (out / "transfer.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "transfer.md").write_text(markdown(rows))
-    plot(rows, out / "transfer.png")
+    text = markdown(HEADS, [row.cells() for row in rows], words=1)
+    write_files(out, "transfer", content, text, lambda path: plot(rows, path), indent=1)

@@ -1,4 +1,4 @@
-"""The transfer benchmark's rows as a table, as Markdown and as a plot."""
+"""The transfer benchmark's rows as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.accuracy.report import Difference
+from benchmarks.accuracy.report import Difference, difference_text
 
 HEADS = (
     "variant",
@@ -42,17 +42,8 @@ class Row:
         """As texts, in the order of `HEADS`."""
         middle, spread = self.after
         after = f"{middle:.2f}" if spread is None else f"{middle:.2f} ± {spread:.2f}"
-        differences = (_difference(self.to_full), _difference(self.to_removed))
+        differences = (difference_text(found, digits=2) for found in (self.to_full, self.to_removed))
         return self.variant, f"{self.before:.1f}", after, *differences, f"{self.parameters:,}"
-
-
-def _difference(found: Difference | None) -> str:
-    if found is None:
-        return "–"
-    if found.interval is None:
-        return f"{found.mean:+.2f}"
-    low, high = found.interval
-    return f"{found.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -63,12 +54,6 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         made.add_row(*row.cells())
     return made
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """As Markdown."""
-    lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 1)), *(row.cells() for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -120,8 +120,6 @@ class LightFit(Fit):
     another normalisation only g and t are fitted. Behind a ReLU only places that are not cut off are counted.
     """
 
-    layer: FusionLayer
-
     def watch(self) -> list[RemovableHandle]:
         operator = self.layer.operator
         assert isinstance(operator, LightOperator)

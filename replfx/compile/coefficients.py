@@ -19,9 +19,6 @@ class Coefficients:
         self._saved: dict[str, Tensor] | None = None  # loaded, and not asked for yet
         self._handed_out = False
 
-    def __len__(self) -> int:
-        return len(self._made)
-
     def hand_out(self) -> dict[str, nn.Parameter]:
         """All of them, to whom it may train them: what is made later is warned of."""
         self._handed_out = True

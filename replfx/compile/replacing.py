@@ -22,7 +22,7 @@ from replfx.passes import Block, FindChains, InsertFusion, SelectBlocks, chains_
 from replfx.passes.dynamo import in_fusion_layer
 from replfx.passes.own_parameters import OwnParameters, owned_by
 from replfx.plans import Plan, Replacement
-from replfx.structure import block_digest
+from replfx.structure import attribute_at, block_digest
 from replfx.tracing import info_of
 
 __all__ = ["ReplacingBackend"]
@@ -279,8 +279,9 @@ class _Rewritten:
         """A function of the inputs of Dynamo's graph that calls `compiled(state, rest)`."""
         state = [(index, name) for index, name in enumerate(self.places) if name]
         rest = [index for index, name in enumerate(self.places) if name == ""]
-        first, name = next((i, n) for i, n in state if isinstance(_tensor(self.graph_module, n), nn.Parameter))
-        known = TensorWeakRef(_tensor(self.graph_module, name))
+        parameters = dict(self.graph_module.named_parameters())
+        first, name = next((index, name) for index, name in state if name in parameters)
+        known = TensorWeakRef(parameters[name])
 
         def run(*args: Any) -> Any:
             # Models of one class share what Dynamo compiled. functional_call gives tensors that are no parameters.
@@ -297,17 +298,10 @@ def _graph_breaks() -> str:
     return f"; Dynamo broke the graph (TORCH_LOGS=graph_breaks says where): {reasons}" if reasons else ""
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(owner), leaf)
-    assert isinstance(value, Tensor)
-    return value
-
-
 def _places(owned: fx.GraphModule, fresh: nn.Module) -> tuple[str | None, ...]:
     where = {id(tensor): name for name, tensor in (*fresh.named_parameters(), *fresh.named_buffers())}
     root = info_of(owned).root
-    return tuple("" if path is None else where.get(id(_tensor(root, path))) for path in owned_by(owned))
+    return tuple("" if path is None else where.get(id(attribute_at(root, path))) for path in owned_by(owned))
 
 
 def _number_before(path: str) -> str | None:

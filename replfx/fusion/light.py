@@ -198,7 +198,7 @@ class LightOperator(Operator):
             given = {leaf: theta[self.recipe.maps[0]]}
             if isinstance(self.map.bias, Tensor):
                 given["bias"] = torch.zeros_like(self.map.bias)
-            z: Tensor = torch.func.functional_call(self.map, given, (h,), tie_weights=False)
+            z: Tensor = run_with(given, self.map, (h,), {})
         else:
             z = h
             for name in self.recipe.maps:

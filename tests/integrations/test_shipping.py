@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 import replfx
 from tests.integrations.shipped import MODELS, OPERATORS, STAGES, Shipped, emptied, scattered, shipped
 from tests.models import GPT
+from tests.without_replfx import run_without_replfx
 
 # Of the largest output. Both sides do the same operations, but another compiler or runtime may add a few hundred
 # products up in another order: float32 rounds at 6e-8, bfloat16 at 4e-3, and through the dozen layers of these models
@@ -90,11 +89,6 @@ def test_it_is_exported_in_low_precision(name: str, operator: str, stage: str) -
 
 _LOAD = """
 import sys, torch
-class Barred:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "replfx":
-            raise ImportError("replfx is not here")
-sys.meta_path.insert(0, Barred())
 exported, traced, y, expected = sys.argv[1:]
 y, expected = torch.load(y), torch.load(expected)
 for model in (torch.export.load(exported).module(), torch.jit.load(traced)):
@@ -112,9 +106,7 @@ def test_a_shipped_model_does_not_need_replfx(operator: str, tmp_path: Path) -> 
     torch.jit.trace(made.model, made.x).save(str(files[1]))
     torch.save(made.y, files[2])
     torch.save(made.on_y(), files[3])
-    command = [sys.executable, "-c", _LOAD, *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.stdout.strip() == "loaded", done.stderr
+    run_without_replfx(_LOAD, *files, folder=tmp_path)
 
 
 # ---- torch.jit
