@@ -33,6 +33,7 @@ from replfx.fusion import (
     register_operator,
 )
 from replfx.grouping import parameter_groups
+from replfx.parallel import parallelize_module
 from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
 from replfx.state import load_state_dict
@@ -73,6 +74,7 @@ __all__ = [
     "inspect",
     "load_state_dict",
     "materialize",
+    "parallelize_module",
     "parameter_groups",
     "plan",
     "register_fusion",

@@ -29,7 +29,7 @@ from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_has_weights, info_of
+from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -215,7 +215,7 @@ def apply(
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a replfx.Plan, not {type(plan).__name__}; JSON text goes through Plan.from_json")
-    check_has_weights(model)
+    check_is_whole(model)
     target = model if inplace else _copy(model)
     if has_regions(plan):
         graph = capture_lazily(target, example_inputs)
@@ -298,7 +298,7 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
 
 
 def _refuse_transformed(model: nn.Module) -> None:
-    check_has_weights(model)
+    check_is_whole(model)
     build_layers(model, Plan(type(model).__name__))
 
 

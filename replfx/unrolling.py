@@ -34,6 +34,8 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Raises:
         PlanError: the model is not transformed.
+        FusionError: processes share a sequence (`SequenceParallel`), which plain modules in the place of light
+            operators do not know of.
 
     Example:
         >>> plain = replfx.materialize(model.eval())
@@ -45,7 +47,7 @@ def materialize(model: nn.Module) -> nn.Module:
     layers, made = placed_layers(twin, plan), {}
     with torch.no_grad():
         for path, layer in layers.items():
-            made[path] = layer.plain()
+            made[path] = _plain(path, layer)
     _put(twin, layers, made)
     return twin
 
@@ -72,8 +74,8 @@ def unroll(
 
     Raises:
         PlanError: the model is not transformed.
-        FusionError: an operator that does not go back into a full block, or example inputs that are needed; the
-            model is left as it was.
+        FusionError: an operator that does not go back into a full block (with tensor parallelism that is any but
+            `block`), or example inputs that are needed; the model is left as it was.
 
     Example:
         >>> model = replfx.transform(model, operator="light")
@@ -86,21 +88,31 @@ def unroll(
     with torch.no_grad():
         like = next(model.parameters())
         coefficients = {path: set(layer.parameters()) for path, layer in layers.items()}
-        blocks = {path: _full_block(path, layer, like, seen.get(path)) for path, layer in layers.items()}
+        in_turn = sorted(layers.items(), key=lambda item: item[1].operator.unrolls)  # those that may fail first
+        blocks = {path: _full_block(path, layer, like, seen.get(path)) for path, layer in in_turn}
         if optimizer is not None:
-            for path, block in blocks.items():
-                _hand_over(optimizer, coefficients[path], block, layers[path].neighbours)
+            for path, layer in layers.items():
+                _hand_over(optimizer, coefficients[path], blocks[path], layer.neighbours)
     _put(model, layers, blocks)
     return model
 
 
+def _plain(path: str, layer: FusionLayer) -> nn.Module:
+    try:
+        return layer.plain()
+    except FusionError as error:
+        raise FusionError(f"`{path}` cannot be made plain: {error}") from error
+
+
 def _full_block(path: str, layer: FusionLayer, like: Tensor, inputs: Tensor | None) -> nn.Module:
     if layer.operator.unrolls:
-        return layer.plain()
+        return _plain(path, layer)
     theta = {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
     try:
         if is_region(path):
             raise FusionError("it was no module, and only operator='block' gives such a block back")
+        if layer.tensor_parallel is not None:
+            raise FusionError("it is tensor parallel, and only operator='block' gives such a block back")
         block = layer.full_block(like)
         layer.operator.restore(theta, block, inputs)
     except FusionError as error:

@@ -12,7 +12,8 @@ from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
-from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
+from replfx.fusion.sharded import any_sharded, as_sharded, gathered, synthesize_sharded
+from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
 __all__ = ["FusionLayer", "Readings"]
@@ -42,6 +43,7 @@ class FusionLayer(nn.Module):
     Attributes:
         neighbours: the kept block before and the one after; empty if the operator needs none.
         names: where the parts of a block that was no module were in the model, by their names in the block.
+        tensor_parallel: how it runs on several processes, if `replfx.parallelize_module` was told.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class FusionLayer(nn.Module):
         self._skeleton = (skeleton,)  # in a tuple, so that it is no submodule
         self.names: Mapping[str, str] = {}
         self.neighbour_gradient = neighbour_gradient
+        self.tensor_parallel: TensorParallel | None = None
         self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
         move_hooks(replaced, self)
         if fusion is not None:
@@ -124,19 +127,39 @@ class FusionLayer(nn.Module):
         """The operator's weights as they stand: parameter name in the block → tensor.
 
         Of a fused query-key-value projection the light operator takes the value rows alone. Empty for an
-        operator without weights. Gradients flow from these tensors into coefficients and neighbours.
+        operator without weights. Gradients flow from these tensors into coefficients and neighbours. Where the
+        neighbours are sharded, these are whole tensors on each process.
+        """
+        return gathered(self._synthesize(alone=True))
+
+    def _synthesize(self, *, alone: bool) -> dict[str, Tensor]:
+        """The same, but where the neighbours are sharded as the fusion's operations leave it.
+
+        Args:
+            alone: whether nobody minds how the activation lies.
         """
         if self.fusion is None or self._readings is None:
             return {}
         previous, next = (self._read(readings) for readings in self._readings)
         if any_sharded(previous) or any_sharded(next):
-            return self._synthesize_sharded(self.fusion, previous, next)
+            if not alone:
+                refuse_unprepared([owner for side in self._readings for owner, _, _ in side.values()])
+            return synthesize_sharded(self.fusion, previous, next)
         result: dict[str, Tensor] = self.fusion(previous, next)
         return result
 
     def plain(self) -> nn.Module:
-        """A module without replfx that computes the same with weights of its own, and has the block's attributes."""
-        made = self.operator.plain({name: theta.detach().clone() for name, theta in self.synthesized().items()})
+        """A module without replfx that computes the same with weights of its own, and has the block's attributes.
+
+        Raises:
+            FusionError: its processes share a sequence.
+        """
+        if self.tensor_parallel is not None and self.tensor_parallel.sequence is not None:
+            raise FusionError(
+                "its processes share the sequence: load a full state_dict into a model on one process, and use that"
+            )
+        theta = laid_out(self._synthesize(alone=True), None, self.tensor_parallel)
+        made = self.operator.plain({name: tensor.detach().clone() for name, tensor in theta.items()})
         lacking = {name: value for name, value in self._attributes.items() if not hasattr(made, name)}
         for name, value in lacking.items():
             setattr(made, name, value)
@@ -158,17 +181,6 @@ class FusionLayer(nn.Module):
             return None
         return next((name for name, theta in self.synthesized().items() if not is_finite(theta)), None)
 
-    @staticmethod
-    def _synthesize_sharded(fusion: Fusion, previous: dict[str, Tensor], next: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_shards = fusion.elementwise and all_sharded(previous) and all_sharded(next)
-        if on_shards:
-            coefficients = replicated(fusion, previous)
-        else:
-            coefficients = gathered(dict(fusion.named_parameters()))
-            previous, next = gathered(previous), gathered(next)
-        made: dict[str, Tensor] = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
-        return gathered(made) if on_shards else made
-
     def _read(self, readings: Readings) -> dict[str, Tensor]:
         return {
             name: _scale_gradient(_read_parameter(*reading), self.neighbour_gradient)
@@ -177,7 +189,13 @@ class FusionLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the replaced block would have been called with, and what it would have given."""
-        return self.operator(self.synthesized(), args, kwargs)
+        parallel, inside = self.tensor_parallel, (args, kwargs)
+        if parallel is not None:
+            inside = parallel.enter(self.operator.interface, args, kwargs)
+        mesh = mesh_of_activation(*inside)
+        theta = self._synthesize(alone=parallel is not None or mesh is not None)
+        result = self.operator(laid_out(theta, mesh, parallel), *inside)
+        return result if parallel is None else parallel.leave(self.operator.interface, result, args, kwargs)
 
     def extra_repr(self) -> str:
         return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_sharded", "any_sharded", "as_sharded", "gathered", "replicated"]
+__all__ = ["DTensor", "any_sharded", "as_sharded", "gather", "gathered", "synthesize_sharded"]
 
 if torch.distributed.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
 else:  # a build of torch without torch.distributed has no DTensors either
 
@@ -37,30 +38,39 @@ def any_sharded(theta: Mapping[str, Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in theta.values())
 
 
-def all_sharded(theta: Mapping[str, Tensor]) -> bool:
-    """Whether all of the tensors are DTensors."""
-    return all(isinstance(tensor, DTensor) for tensor in theta.values())
+def synthesize_sharded(
+    fusion: nn.Module, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the fusion makes of neighbours some of which are DTensors.
 
-
-def replicated(fusion: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fusion's coefficients as DTensors on the mesh of `like`, the same on every rank.
-
-    Their gradient then is the sum over all shards, on every rank.
+    DTensors where it ran on the shards; plain tensors where it could not: it is not elementwise, or not all that it
+    reads lies on the same processes.
     """
-    mesh = next(tensor.device_mesh for tensor in like.values() if isinstance(tensor, DTensor))
-    everywhere = [Replicate()] * mesh.ndim
-    return {
-        name: p if isinstance(p, DTensor) else DTensor.from_local(p, mesh, everywhere, run_check=False)
-        for name, p in fusion.named_parameters()
-    }
+    mesh, *others = {t.device_mesh if isinstance(t, DTensor) else None for t in (*previous.values(), *next.values())}
+    made: dict[str, Tensor]
+    if getattr(fusion, "elementwise", False) and mesh is not None and not others:
+        coefficients = {name: _replicated(p, mesh) for name, p in fusion.named_parameters()}
+    else:
+        coefficients = gathered(dict(fusion.named_parameters()))
+        previous, next = gathered(previous), gathered(next)
+    made = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
+    return made
+
+
+def _replicated(coefficient: Tensor, mesh: "DeviceMesh") -> Tensor:
+    """A coefficient as a DTensor that is the same on every process; its gradient then is the sum over all shards."""
+    if isinstance(coefficient, DTensor) and coefficient.device_mesh == mesh:
+        return coefficient
+    return DTensor.from_local(gather(coefficient), mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def gathered(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each DTensor as a whole plain tensor on every rank; see the module's docstring for its gradient."""
-    return {name: _gather(tensor) for name, tensor in theta.items()}
+    return {name: gather(tensor) for name, tensor in theta.items()}
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
+    """The same for one tensor."""
     if not isinstance(tensor, DTensor):
         return tensor
     ndim = tensor.device_mesh.ndim

@@ -1,7 +1,7 @@
 """Capture: symbolic tracing, the recorder, and what each node costs."""
 
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
-from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
+from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
 from replfx.tracing.ladder import capture, capture_lazily, ghost_of
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "capture",
     "capture_lazily",
     "check_has_weights",
+    "check_is_whole",
     "ghost_of",
     "info_of",
     "nodes_in",

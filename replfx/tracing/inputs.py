@@ -7,6 +7,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from replfx.errors import CaptureError
+from replfx.fusion.sharded import DTensor
 from replfx.tree import tensors_in, with_tensors
 
 __all__ = ["ExampleInputs", "Inputs"]
@@ -76,4 +77,15 @@ def check_has_weights(model: nn.Module) -> None:
             raise CaptureError(
                 f"the model's parameter `{name}` is on the meta device, so it has no weights; "
                 "give it real ones first (model.to_empty(device=...), then load or initialise them)"
+            )
+
+
+def check_is_whole(model: nn.Module) -> None:
+    """Refuse what `check_has_weights` refuses, and a model that has been sharded over processes."""
+    check_has_weights(model)
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, DTensor):
+            raise CaptureError(
+                f"the model's parameter `{name}` is a DTensor, a part of which is here: transform the model first, and "
+                "call fully_shard, replfx.parallelize_module or distribute_module after it"
             )

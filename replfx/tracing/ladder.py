@@ -16,7 +16,7 @@ from replfx.errors import CaptureError
 from replfx.structure import structural_copy
 from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count
 from replfx.tracing.info import Cost, info_of
-from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights
+from replfx.tracing.inputs import ExampleInputs, Inputs, check_is_whole
 from replfx.tracing.leaks import Traces
 from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
@@ -63,7 +63,7 @@ def capture_lazily(model: nn.Module, example_inputs: ExampleInputs | None = None
 
     For passes: torch.fx generates and compiles the code of the whole graph after each, for nobody.
     """
-    check_has_weights(model)
+    check_is_whole(model)
     inputs = Inputs.of(example_inputs, model)
     with (
         torch.random.fork_rng(devices=_cuda_devices(model)),

@@ -1,0 +1,89 @@
+"""Models for tensor parallelism: small, of operations that DTensors have."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTH, HEADS, HIDDEN = 8, 4, 12
+
+
+class Attention(nn.Module):
+    """With as many heads as its projections give it, so that they can be shared out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(
+            -1
+        )  # DTensors have no fused kernel here
+        mixed: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
+        return mixed
+
+
+class FusedAttention(nn.Module):
+    """With queries, keys and values from one matrix, of which the light operator reads a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)
+        mixed: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
+        return mixed
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, attention: Callable[[], nn.Module] = Attention) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(WIDTH), attention()
+        self.norm2, self.mlp = nn.LayerNorm(WIDTH), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ConvBlock(nn.Module):
+    """Without a normalisation: of those of images, DTensors have none that works backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "transformer": Block,
+    "fused": lambda: Block(FusedAttention),
+    "cnn": ConvBlock,
+}
