@@ -12,7 +12,7 @@ from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
-from replfx.fusion.sharded import any_sharded, as_sharded, gathered, synthesize_sharded
+from replfx.fusion.sharded import any_sharded, as_sharded, gathered, lower_precision, synthesize_sharded
 from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
@@ -194,7 +194,8 @@ class FusionLayer(nn.Module):
             inside = parallel.enter(self.operator.interface, args, kwargs)
         mesh = mesh_of_activation(*inside)
         theta = self._synthesize(alone=parallel is not None or mesh is not None)
-        result = self.operator(laid_out(theta, mesh, parallel), *inside)
+        dtype = lower_precision(self.fusion, theta) if self.fusion is not None and any_sharded(theta) else None
+        result = self.operator(laid_out(theta, mesh, parallel, dtype), *inside)
         return result if parallel is None else parallel.leave(self.operator.interface, result, args, kwargs)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,10 @@ gathered weight differs from rank to rank, because each saw its own part of the 
 gradients: so it goes back as a partial average. With that left out the gradients are wrong and nothing fails.
 Where one neighbour is sharded and the other is whole for now (it stays so after its forward pass, or belongs
 to a group that is), the sharded one is gathered first, with the same gradient.
+
+With FSDP2's mixed precision the shards are of the full precision, and the layer's own parameters, its coefficients
+too, are of the lower one while it runs. Its weights are synthesised in the full precision, gathered in the lower one,
+and their gradients are reduced in the full one.
 """
 
 from collections.abc import Mapping
@@ -12,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DTensor", "any_sharded", "as_sharded", "gather", "gathered", "synthesize_sharded"]
+__all__ = ["DTensor", "any_sharded", "as_sharded", "gather", "gathered", "lower_precision", "synthesize_sharded"]
 
 if torch.distributed.is_available():
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,11 +30,16 @@ else:  # a build of torch without torch.distributed has no DTensors either
 def as_sharded(theta: Tensor) -> Tensor:
     """`theta` itself; its gradient comes back sharded as it is, however the operations on it laid that out.
 
-    FSDP adds its own gradient to the one that it finds, shard to shard.
+    FSDP adds its own gradient to the one that it finds, shard to shard. A shard that FSDP keeps on the CPU comes to
+    where the processes compute, and its gradient goes back.
     """
     if not isinstance(theta, DTensor):
         return theta
-    return theta.redistribute(placements=theta.placements)
+    here, placements = theta.device_mesh.device_type, theta.placements
+    if theta.device.type not in (here, "meta"):
+        theta = theta.to(here)
+        assert isinstance(theta, DTensor)
+    return theta.redistribute(placements=placements)
 
 
 def any_sharded(theta: Mapping[str, Tensor]) -> bool:
@@ -48,13 +57,27 @@ def synthesize_sharded(
     """
     mesh, *others = {t.device_mesh if isinstance(t, DTensor) else None for t in (*previous.values(), *next.values())}
     made: dict[str, Tensor]
-    if getattr(fusion, "elementwise", False) and mesh is not None and not others:
+    on_shards = getattr(fusion, "elementwise", False) and mesh is not None and not others
+    if on_shards:
+        assert mesh is not None
         coefficients = {name: _replicated(p, mesh) for name, p in fusion.named_parameters()}
     else:
         coefficients = gathered(dict(fusion.named_parameters()))
         previous, next = gathered(previous), gathered(next)
+    widest = max((t.dtype for t in (*previous.values(), *next.values())), key=lambda dtype: dtype.itemsize)
+    coefficients = {name: p if p.itemsize >= widest.itemsize else p.to(widest) for name, p in coefficients.items()}
     made = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
-    return made
+    dtype = None if on_shards else lower_precision(fusion, made)
+    return made if dtype is None else {name: tensor.to(dtype) for name, tensor in made.items()}
+
+
+def lower_precision(fusion: nn.Module, theta: Mapping[str, Tensor]) -> torch.dtype | None:
+    """What FSDP's mixed precision has made of the coefficients, if that is lower than the synthesised weights'."""
+    found = {p.dtype for p in fusion.parameters() if not isinstance(p, DTensor)}
+    if len(found) != 1 or not theta:
+        return None
+    (dtype,) = found
+    return dtype if dtype.itemsize < max(tensor.itemsize for tensor in theta.values()) else None
 
 
 def _replicated(coefficient: Tensor, mesh: "DeviceMesh") -> Tensor:
@@ -69,11 +92,11 @@ def gathered(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: gather(tensor) for name, tensor in theta.items()}
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The same for one tensor."""
+def gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The same for one tensor; in `dtype` if one is given, its gradient still reduced in the tensor's own."""
     if not isinstance(tensor, DTensor):
-        return tensor
+        return tensor if dtype is None else tensor.to(dtype)
     ndim = tensor.device_mesh.ndim
-    whole = tensor.redistribute(placements=[Replicate()] * ndim)
+    whole = tensor.redistribute(placements=[Replicate()] * ndim, forward_dtype=dtype)
     local: Tensor = whole.to_local(grad_placements=[Partial("avg")] * ndim)
     return local

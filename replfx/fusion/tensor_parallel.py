@@ -66,7 +66,10 @@ class TensorParallel:
 
 
 def laid_out(
-    theta: Mapping[str, Tensor], mesh: "DeviceMesh | None", parallel: TensorParallel | None
+    theta: Mapping[str, Tensor],
+    mesh: "DeviceMesh | None",
+    parallel: TensorParallel | None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Synthesised weights as an operator wants them.
 
@@ -74,26 +77,27 @@ def laid_out(
         theta: DTensors where the neighbours are sharded.
         mesh: that of the activation; None if it is a plain tensor.
         parallel: says of some weights how they are to lie.
+        dtype: what DTensors are to be in; None leaves them.
     """
     given = {} if parallel is None else parallel.layouts
     return {
-        name: on_mesh(tensor, parallel.mesh, given[name])
+        name: on_mesh(tensor, parallel.mesh, given[name], dtype)
         if parallel is not None and name in given
-        else gather(tensor)
+        else gather(tensor, dtype)
         if mesh is None
-        else _beside(tensor, mesh)
+        else _beside(tensor, mesh, dtype)
         for name, tensor in theta.items()
     }
 
 
-def _beside(tensor: Tensor, mesh: "DeviceMesh") -> Tensor:
+def _beside(tensor: Tensor, mesh: "DeviceMesh", dtype: torch.dtype | None) -> Tensor:
     """A synthesised weight for an activation that is a DTensor: as it lies if that is on its mesh, else replicated."""
-    if isinstance(tensor, DTensor) and tensor.device_mesh == mesh:
-        return tensor
-    return on_mesh(tensor, mesh, [Replicate()] * mesh.ndim)
+    lies_there = isinstance(tensor, DTensor) and tensor.device_mesh == mesh
+    placements = tensor.placements if lies_there and isinstance(tensor, DTensor) else [Replicate()] * mesh.ndim
+    return on_mesh(tensor, mesh, placements, dtype)
 
 
-def on_mesh(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"]) -> Tensor:
+def on_mesh(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"], dtype: torch.dtype | None) -> Tensor:
     """`tensor`, which is the same on all processes or a DTensor, as a DTensor on `mesh`.
 
     A DTensor on a mesh of more dimensions (FSDP's, with tensor parallelism inside) is gathered along these. Its
@@ -104,12 +108,12 @@ def on_mesh(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"
         return whole.redistribute(placements=placements)
     outer = tensor.device_mesh
     if outer == mesh:
-        return tensor.redistribute(placements=placements)
+        return tensor.redistribute(placements=placements, forward_dtype=dtype)
     names, inner = outer.mesh_dim_names or (), mesh.mesh_dim_names or ()
     if not set(inner) <= set(names):
-        return on_mesh(gather(tensor), mesh, placements)
+        return on_mesh(gather(tensor, dtype), mesh, placements, None)
     wanted = dict(zip(inner, placements, strict=True))
-    kept = tensor.redistribute(placements=[wanted.get(name, Replicate()) for name in names])
+    kept = tensor.redistribute(placements=[wanted.get(name, Replicate()) for name in names], forward_dtype=dtype)
     local = kept.to_local(grad_placements=[wanted.get(name, Partial("avg")) for name in names])
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 

@@ -1,7 +1,6 @@
 """What each process of test_tensor_parallel.py does: one group of processes goes through all cases."""
 
 import copy
-import datetime
 import json
 import re
 import traceback
@@ -28,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel import parallelize_module as torch_parallelize_module
 
 import replfx
+from tests.distributed.data_parallel import join
 from tests.distributed.models import BLOCKS, WIDTH, Block, Model
 from tests.strategies import randomize
 
@@ -198,7 +198,7 @@ MODES: dict[str, Callable[[nn.Module], Wrapped]] = {
 
 def work(rank: int, world: int, port: int, jobs: list[tuple[str, Case, tuple[str, ...]]], folder: str) -> None:
     """Run every case in its modes; write what went wrong as JSON."""
-    _join(rank, world, port)
+    join(rank, world, port)
     found: dict[str, str | None] = {}
     for name, case, modes in jobs:
         single = case.model()
@@ -248,20 +248,9 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def _join(rank: int, world: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
 def refusals(rank: int, world: int, port: int, folder: str) -> None:
     """What `parallelize_module`, and what comes after it, refuses; write what went wrong as text."""
-    _join(rank, world, port)
+    join(rank, world, port)
     try:
         _refusals(init_device_mesh("cpu", (world,)))
         _ways_out(init_device_mesh("cpu", (world,)))
