@@ -58,14 +58,13 @@ def synthesize_sharded(
     mesh, *others = {t.device_mesh if isinstance(t, DTensor) else None for t in (*previous.values(), *next.values())}
     made: dict[str, Tensor]
     on_shards = getattr(fusion, "elementwise", False) and mesh is not None and not others
+    widest = max((t.dtype for t in (*previous.values(), *next.values())), key=lambda dtype: dtype.itemsize)
+    coefficients = {n: p if p.itemsize >= widest.itemsize else p.to(widest) for n, p in fusion.named_parameters()}
     if on_shards:
         assert mesh is not None
-        coefficients = {name: _replicated(p, mesh) for name, p in fusion.named_parameters()}
+        coefficients = {name: _replicated(coefficient, mesh) for name, coefficient in coefficients.items()}
     else:
-        coefficients = gathered(dict(fusion.named_parameters()))
-        previous, next = gathered(previous), gathered(next)
-    widest = max((t.dtype for t in (*previous.values(), *next.values())), key=lambda dtype: dtype.itemsize)
-    coefficients = {name: p if p.itemsize >= widest.itemsize else p.to(widest) for name, p in coefficients.items()}
+        coefficients, previous, next = gathered(coefficients), gathered(previous), gathered(next)
     made = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
     dtype = None if on_shards else lower_precision(fusion, made)
     return made if dtype is None else {name: tensor.to(dtype) for name, tensor in made.items()}

@@ -3,7 +3,6 @@
 import copy
 import json
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,6 +73,11 @@ def _check(block: str, operator: str, keep: bool) -> None:
         _loss(sharded(parts[rank])).backward()
         for part in parts:
             (_loss(_emulated(single, part, keep)) / world).backward()
+        for layer in single.blocks if not keep else ():  # type: ignore[union-attr]
+            if isinstance(layer, FusionLayer) and layer.fusion is not None:
+                for coefficient in layer.fusion.parameters():
+                    assert coefficient.grad is not None
+                    coefficient.grad = coefficient.grad.to(LOW).float()
         for name, parameter in sharded.named_parameters():
             mine, theirs = whole_tensor(parameter.grad), single.get_parameter(name).grad
             assert mine is not None
@@ -94,22 +98,31 @@ def _loss(y: Tensor) -> Tensor:
     return y.float().square().mean()
 
 
+def _coefficients(parameter: Tensor, keep: bool) -> Tensor:
+    """Rounded to bfloat16, and so is their gradient.
+
+    That is of each process's own where weights are gathered before they are fused; on shards it is of the average.
+    """
+    low = parameter.to(LOW).float()
+    return low if keep else parameter + (low - parameter).detach()
+
+
 def _emulated(model: nn.Module, x: Tensor, keep: bool) -> Tensor:
     """Each block in bfloat16; a replaced one with weights that are synthesised in float32."""
     blocks = list(model.blocks)  # type: ignore[union-attr]
-    for position, block in enumerate(blocks):
+    lows = [{name: p.to(LOW) for name, p in block.named_parameters()} for block in blocks]
+    for position, (block, low) in enumerate(zip(blocks, lows, strict=True)):
         x = x.to(LOW)
-        low = {name: p.to(LOW) for name, p in block.named_parameters()}
         if not isinstance(block, FusionLayer):
             x = functional_call(block, low, (x,))
             continue
         of_operator = {n.removeprefix("operator."): p for n, p in low.items() if n.startswith("operator.")}
-        before, after = blocks[position - 1], blocks[position + 1]
+        after = dict(blocks[position + 1].named_parameters())
+        before = lows[position - 1] if keep else dict(blocks[position - 1].named_parameters())
         assert block.fusion is not None
-        a, b = (low[f"fusion.{name}"].float() for name in ("previous", "next"))
-        read: Callable[[Tensor], Tensor] = (lambda p: p.to(LOW).float()) if keep else (lambda p: p)
+        a, b = (_coefficients(block.fusion.get_parameter(name), keep) for name in ("previous", "next"))
         theta = {
-            name: (a[i] * read(before.get_parameter(name)) + b[i] * after.get_parameter(name)).to(LOW)
+            name: (a[i] * before[name].float() + b[i] * after[name]).to(LOW)
             for i, name in enumerate(block.operator.sources)
         }
         x = functional_call(block.operator, of_operator, (theta, (x,), {}))
