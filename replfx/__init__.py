@@ -36,7 +36,7 @@ from replfx.grouping import parameter_groups
 from replfx.parallel import parallelize_module
 from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
-from replfx.state import load_state_dict
+from replfx.state import load_state_dict, plan_of
 from replfx.tracing import CaptureInfo, Cost, capture
 from replfx.unrolling import materialize, unroll
 from replfx.version import __version__
@@ -77,6 +77,7 @@ __all__ = [
     "parallelize_module",
     "parameter_groups",
     "plan",
+    "plan_of",
     "register_fusion",
     "register_operator",
     "report",

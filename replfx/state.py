@@ -13,7 +13,16 @@ from replfx.fusion import FusionLayer
 from replfx.plans import Plan
 from replfx.reports import Report
 
-__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "placed_layers", "state_of", "unmark"]
+__all__ = [
+    "Transformed",
+    "fusion_layers",
+    "load_state_dict",
+    "mark",
+    "placed_layers",
+    "plan_of",
+    "state_of",
+    "unmark",
+]
 
 _ATTRIBUTE = "_replfx"
 
@@ -70,6 +79,23 @@ def state_of(model: nn.Module) -> Transformed:
     if not isinstance(state, Transformed):
         raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")
     return state
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan by which a model was transformed, to keep beside its weights.
+
+    Args:
+        model: a transformed model, also after `fully_shard` or `parallelize_module`; of a wrapper (DDP, a compiled model)
+            what it wraps.
+
+    Raises:
+        PlanError: the model is not transformed.
+
+    Example:
+        >>> model = replfx.transform(model, every=2)
+        >>> torch.save({"plan": replfx.plan_of(model).to_json(), "model": model.state_dict()}, "checkpoint.pt")
+    """
+    return state_of(model).plan
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
