@@ -85,8 +85,8 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan by which a model was transformed, to keep beside its weights.
 
     Args:
-        model: a transformed model, also after `fully_shard` or `parallelize_module`; of a wrapper (DDP, a compiled model)
-            what it wraps.
+        model: a transformed model, also after `fully_shard` or `parallelize_module`; of a wrapper (DDP, a compiled
+            model) what it wraps.
 
     Raises:
         PlanError: the model is not transformed.
