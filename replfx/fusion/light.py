@@ -33,6 +33,7 @@ from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.light_fold import light_fold, restore_light
 from replfx.fusion.operators import Match, Operator, Site, Source, operators, run_with
 from replfx.fusion.plain import plain_module
+from replfx.fusion.sharded import linear
 from replfx.structure import structural_copy
 from replfx.tracing.symbolic import is_leaf
 
@@ -227,7 +228,7 @@ class LightOperator(Operator):
 
     def _apply_matrix(self, h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         if self.linear:
-            return F.linear(h, matrix, bias)
+            return linear(h, matrix, bias)
         return _CONVOLUTIONS[h.dim()](h, matrix.view(*matrix.shape, *[1] * (h.dim() - 2)), bias)
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:

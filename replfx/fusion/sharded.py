@@ -15,8 +15,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["DTensor", "any_sharded", "as_sharded", "gather", "gathered", "lower_precision", "synthesize_sharded"]
+__all__ = [
+    "DTensor",
+    "any_sharded",
+    "as_sharded",
+    "gather",
+    "gathered",
+    "linear",
+    "lower_precision",
+    "synthesize_sharded",
+]
 
 if torch.distributed.is_available():
     from torch.distributed.device_mesh import DeviceMesh
@@ -99,3 +109,13 @@ def gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     whole = tensor.redistribute(placements=[Replicate()] * ndim, forward_dtype=dtype)
     local: Tensor = whole.to_local(grad_placements=[Partial("avg")] * ndim)
     return local
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, also for a DTensor of three dimensions whose second one is sharded.
+
+    torch 2.11 cannot flatten the first two of these. With the sharded one first it can.
+    """
+    if isinstance(x, DTensor) and x.dim() == 3 and any(placement.is_shard(1) for placement in x.placements):
+        return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return F.linear(x, weight, bias)
