@@ -1,6 +1,6 @@
 """Property 5: a transformed model is the same however it is run: compiled, exported, checkpointed, copied, cast.
 
-Runs on several processes are in test_property_distributed.py.
+Runs on several processes are in distributed/test_data_parallel.py.
 """
 
 import copy

@@ -12,7 +12,16 @@ from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
-from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
+from replfx.fusion.sharded import (
+    all_sharded,
+    any_sharded,
+    as_sharded,
+    computing_dtype,
+    gathered,
+    is_whole_for_now,
+    release_ahead,
+    replicated,
+)
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
 __all__ = ["FusionLayer", "Readings"]
@@ -128,6 +137,8 @@ class FusionLayer(nn.Module):
         """
         if self.fusion is None or self._readings is None:
             return {}
+        if any(is_whole_for_now(owner, leaf) for owner, leaf, _ in self._readings[1].values()):
+            release_ahead(self, self.neighbours[1])
         previous, next = (self._read(readings) for readings in self._readings)
         if any_sharded(previous) or any_sharded(next):
             return self._synthesize_sharded(self.fusion, previous, next)
@@ -160,14 +171,15 @@ class FusionLayer(nn.Module):
 
     @staticmethod
     def _synthesize_sharded(fusion: Fusion, previous: dict[str, Tensor], next: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtype = computing_dtype(fusion)
         on_shards = fusion.elementwise and all_sharded(previous) and all_sharded(next)
         if on_shards:
             coefficients = replicated(fusion, previous)
         else:
             coefficients = gathered(dict(fusion.named_parameters()))
-            previous, next = gathered(previous), gathered(next)
+            previous, next = gathered(previous, dtype), gathered(next, dtype)
         made: dict[str, Tensor] = torch.func.functional_call(fusion, coefficients, (previous, next), tie_weights=False)
-        return gathered(made) if on_shards else made
+        return gathered(made, dtype)
 
     def _read(self, readings: Readings) -> dict[str, Tensor]:
         return {

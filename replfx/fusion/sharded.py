@@ -5,6 +5,10 @@ gathered weight differs from rank to rank, because each saw its own part of the 
 gradients: so it goes back as a partial average. With that left out the gradients are wrong and nothing fails.
 Where one neighbour is sharded and the other is whole for now (it stays so after its forward pass, or belongs
 to a group that is), the sharded one is gathered first, with the same gradient.
+
+Under mixed precision the shards keep the parameters' own dtype. What is gathered goes there in the dtype that the
+layer computes in, and its gradient comes back in float32 at least: nothing here knows FSDP's `reduce_dtype`, and
+an average in bfloat16 would be silently coarser than one that was asked for in float32.
 """
 
 from collections.abc import Mapping
@@ -12,7 +16,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_sharded", "any_sharded", "as_sharded", "gathered", "replicated"]
+__all__ = [
+    "all_sharded",
+    "any_sharded",
+    "as_sharded",
+    "computing_dtype",
+    "gathered",
+    "is_whole_for_now",
+    "release_ahead",
+    "replicated",
+]
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -55,15 +68,42 @@ def replicated(fusion: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def gathered(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each DTensor as a whole plain tensor on every rank; see the module's docstring for its gradient."""
-    return {name: _gather(tensor) for name, tensor in theta.items()}
+def computing_dtype(fusion: nn.Module) -> torch.dtype | None:
+    """What the layer computes in now: of its own coefficients, which FSDP casts for its forward; None without any."""
+    return next((p.dtype for p in fusion.parameters()), None)
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def gathered(theta: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Each tensor whole and plain on every rank, in `dtype`; see the module's docstring for its gradient."""
+    return {name: _gather(tensor, dtype or tensor.dtype) for name, tensor in theta.items()}
+
+
+def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(tensor, DTensor):
-        return tensor
-    ndim = tensor.device_mesh.ndim
-    whole = tensor.redistribute(placements=[Replicate()] * ndim)
+        return tensor.to(dtype)
+    ndim, wide = tensor.device_mesh.ndim, torch.promote_types(tensor.dtype, torch.float32)
+    whole = tensor.redistribute(placements=[Replicate()] * ndim, forward_dtype=dtype, backward_dtype=wide)
     local: Tensor = whole.to_local(grad_placements=[Partial("avg")] * ndim)
     return local
+
+
+def is_whole_for_now(owner: nn.Module, leaf: str) -> bool:
+    """Whether FSDP shards this parameter, and has it whole at the moment."""
+    return hasattr(owner, "_is_fsdp_managed_module") and not isinstance(getattr(owner, leaf), DTensor)
+
+
+def release_ahead(layer: nn.Module, after: nn.Module) -> None:
+    """Have FSDP shard again what is still whole of the block after, before the layer reads it.
+
+    Whole it is where FSDP was told not to reshard after the last backward pass, or where a forward pass without one
+    came before. But the block after is through with its backward pass before this layer is: FSDP has reduced its
+    gradient and freed its weights then, and what the layer sends there would be lost.
+    """
+    if not torch.is_grad_enabled():
+        return
+    from torch.distributed.fsdp import FSDPModule  # not with every import of replfx
+
+    own = layer._get_fsdp_state() if isinstance(layer, FSDPModule) else None
+    for module in after.modules():
+        if isinstance(module, FSDPModule) and module._get_fsdp_state() is not own:
+            module.reshard()
