@@ -18,9 +18,8 @@ from replfx.fusion.sharded import (
     as_sharded,
     computing_dtype,
     gathered,
-    is_whole_for_now,
-    release_ahead,
     replicated,
+    settle,
 )
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
@@ -137,8 +136,7 @@ class FusionLayer(nn.Module):
         """
         if self.fusion is None or self._readings is None:
             return {}
-        if any(is_whole_for_now(owner, leaf) for owner, leaf, _ in self._readings[1].values()):
-            release_ahead(self, self.neighbours[1])
+        settle(*([(owner, leaf) for owner, leaf, _ in side.values()] for side in self._readings))
         previous, next = (self._read(readings) for readings in self._readings)
         if any_sharded(previous) or any_sharded(next):
             return self._synthesize_sharded(self.fusion, previous, next)

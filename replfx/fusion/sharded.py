@@ -11,10 +11,12 @@ layer computes in, and its gradient comes back in float32 at least: nothing here
 an average in bfloat16 would be silently coarser than one that was asked for in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 __all__ = [
     "all_sharded",
@@ -22,10 +24,12 @@ __all__ = [
     "as_sharded",
     "computing_dtype",
     "gathered",
-    "is_whole_for_now",
-    "release_ahead",
     "replicated",
+    "settle",
 ]
+
+# Owner and name of each parameter.
+Parameters: TypeAlias = Collection[tuple[nn.Module, str]]
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -87,23 +91,46 @@ def _gather(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return local
 
 
-def is_whole_for_now(owner: nn.Module, leaf: str) -> bool:
-    """Whether FSDP shards this parameter, and has it whole at the moment."""
-    return hasattr(owner, "_is_fsdp_managed_module") and not isinstance(getattr(owner, leaf), DTensor)
+def settle(before: Parameters, after: Parameters) -> None:
+    """Have FSDP shard again what the layer must not read as it stands: two things that fail without a word.
 
+    What is whole of the block after: FSDP was told not to reshard after the last backward pass, or a forward pass
+    without one came before. That block is through with its backward pass before the layer is: FSDP has reduced its
+    gradient and freed its weights then, and what the layer sends there would be lost. Only a group that is at work
+    now, because it holds the layer too, waits for it.
 
-def release_ahead(layer: nn.Module, after: nn.Module) -> None:
-    """Have FSDP shard again what is still whole of the block after, before the layer reads it.
+    And what `reshard_after_forward=2` has put on a smaller mesh: those are copies, whose gradient nobody collects.
 
-    Whole it is where FSDP was told not to reshard after the last backward pass, or where a forward pass without one
-    came before. But the block after is through with its backward pass before this layer is: FSDP has reduced its
-    gradient and freed its weights then, and what the layer sends there would be lost.
+    Args:
+        before: owner and name of each parameter that will be read of the block before.
+        after: the same of the block after.
     """
-    if not torch.is_grad_enabled():
-        return
-    from torch.distributed.fsdp import FSDPModule  # not with every import of replfx
+    sharded = [theta for theta in _managed((*before, *after)) if isinstance(theta, DTensor)]
+    smaller = {id(theta) for theta in sharded if theta.device_mesh.ndim > 1}
+    ahead = {id(theta) for theta in _managed(after) if not isinstance(theta, DTensor)}
+    suspects = smaller | (ahead if torch.is_grad_enabled() else set())
+    if suspects:
+        _shard_again(suspects)
 
-    own = layer._get_fsdp_state() if isinstance(layer, FSDPModule) else None
-    for module in after.modules():
-        if isinstance(module, FSDPModule) and module._get_fsdp_state() is not own:
-            module.reshard()
+
+def _managed(readings: Parameters) -> list[Tensor]:
+    """Of these parameters those that FSDP looks after."""
+    return [getattr(owner, leaf) for owner, leaf in readings if hasattr(owner, "_is_fsdp_managed_module")]
+
+
+@_disable_dynamo  # in compiled code too it has to happen at each call
+def _shard_again(parameters: set[int]) -> None:
+    from torch.distributed._composable_state import _module_state_mapping  # FSDP is not imported with every replfx
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    at_rest = (TrainingState.IDLE, TrainingState.POST_BACKWARD)
+    for module in [module for module in _module_state_mapping if isinstance(module, FSDPModule)]:
+        # A parameter does not know its group, and the module that was sharded may lie anywhere above its owner.
+        state: Any = module._get_fsdp_state()
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is None or group.is_sharded or group._training_state not in at_rest:
+                continue
+            held = ("_unsharded_param", "_sharded_post_forward_param")
+            if any(id(getattr(p, name, None)) in parameters for p in group.fsdp_params for name in held):
+                group.reshard()

@@ -84,10 +84,10 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _train(wrapped: nn.Module, model: Stack, job: Job, part: slice, mode: Mode) -> Iterator[Gradients]:
     """Steps on a part of each batch; the gradients of each."""
     if job.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     else:
         # AdamW divides by the size of a gradient: one that is zero but for rounding stays small beside this ε.
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     for step in range(STEPS):
         x, *extra = job.case.inputs(BATCH)
         x = x.detach() + step
