@@ -62,12 +62,13 @@ def all_sharded(theta: Mapping[str, Tensor]) -> bool:
 def replicated(fusion: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The fusion's coefficients as DTensors on the mesh of `like`, the same on every rank.
 
-    Their gradient then is the sum over all shards, on every rank.
+    Their gradient then is the sum over all shards, on every rank. In the shards' dtype, so that it is rounded to
+    that of the coefficients once, and not for each parameter that they are for.
     """
-    mesh = next(tensor.device_mesh for tensor in like.values() if isinstance(tensor, DTensor))
+    mesh, dtype = next((tensor.device_mesh, tensor.dtype) for tensor in like.values() if isinstance(tensor, DTensor))
     everywhere = [Replicate()] * mesh.ndim
     return {
-        name: p if isinstance(p, DTensor) else DTensor.from_local(p, mesh, everywhere, run_check=False)
+        name: p if isinstance(p, DTensor) else DTensor.from_local(p.to(dtype), mesh, everywhere, run_check=False)
         for name, p in fusion.named_parameters()
     }
 

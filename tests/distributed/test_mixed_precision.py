@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from replfx.fusion import FusionLayer
 from replfx.state import fusion_layers
 from tests.distributed.layouts import by_block
 from tests.distributed.processes import on_ranks
@@ -32,6 +33,9 @@ FLOAT32 = 1e-5
 # FSDP hands a layer its own coefficients in bfloat16, and so takes their gradient in it; and without a reduce_dtype
 # it sums all but ours in it: half a unit in the last of 8 places each for rounding and for summing.
 ROUNDED = 2.0**-7
+# Where a neighbour is whole, what there is of it is rounded before weights are made, and its gradient is summed as it
+# is: some ten roundings more on the way. One process's share left out would be off by half.
+COARSE = 2.0**-4
 
 
 def _whole(model: Stack, **options: Any) -> None:
@@ -46,17 +50,16 @@ def _kept(model: Stack, **options: Any) -> None:
     by_block(model, reshard_after_forward=False, **options)
 
 
-# Where a neighbour is whole, what there is of it is bfloat16, and its weights come from that.
 SHARDED: dict[str, Callable[..., object]] = {"by_block": by_block}
 PARTLY_WHOLE: dict[str, Callable[..., object]] = {"whole": _whole, "some_blocks": _some, "kept": _kept}
 
 
 def _cases() -> dict[str, Case]:
     found = {}
-    for family in ("transformer",):
-        options = Options(width=6, hidden=8, heads=2, norm=family == "transformer")
+    for family in ("transformer", "convnext"):
+        options = Options(width=6, hidden=8, heads=2)
         for operator in ("block", "light"):
-            for fusion in FUSIONS:
+            for fusion in FUSIONS if operator == "block" else ("scalar_layer",):
                 policy = Policy({"every": 2}, fusion, operator, 1.0)
                 case = Case(family, options, 5, policy, torch.float32, False, False, True, seed=13)
                 if fits(family, options, operator):
@@ -97,24 +100,28 @@ def _check(case: Case, wrap: Callable[..., object], reduced: torch.dtype | None,
         result = model(x[rank])
         assert result.dtype == LOW
         result.float().square().mean().backward()
-        wanted = _by_hand(single, x)
+        wanted, sizes = _by_hand(single, x)
+        largest = max(size for name, size in sizes.items() if ".fusion." in name)
         for name, parameter in model.named_parameters():
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name  # type: ignore[union-attr]
             tight = neighbours_of_shards and ".fusion." not in name and ".operator." not in name
             own = whole_tensor(parameter.grad)
-            error, scale = (own - wanted[name]).abs().max().item(), wanted[name].abs().max().item()  # type: ignore[operator]
-            limit = FLOAT32 if tight else ROUNDED if exact else 4 * ROUNDED
+            error, scale = (own - wanted[name]).abs().max().item(), sizes[name]  # type: ignore[operator]
+            if not exact and ".fusion." in name:  # sums in which much cancels
+                scale = largest
+            limit = FLOAT32 if tight else ROUNDED if exact else COARSE
             assert error <= limit * scale, f"{step}, {name}: off by {error:.2e} at a scale of {scale:.2e}"
         optimizer.step()
 
 
-def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The mean over the parts of the gradients of each."""
+def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The mean over the parts of the gradients of each, and the largest entry before: what is rounded."""
     total: dict[str, Tensor] = {}
+    sizes: dict[str, float] = {}
     for x in parts:
         single.zero_grad()
         layers = fusion_layers(single)
-        made = {path: _rounded(layer.fusion, layer) for path, layer in layers.items()}
+        made = {path: _rounded(layer) for path, layer in layers.items()}
         for path, layer in layers.items():
             layer.synthesized = lambda made=made[path]: made  # type: ignore[method-assign, misc]
         low = {name: p.to(LOW) for name, p in single.named_parameters()}
@@ -124,22 +131,19 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
         for name, parameter in single.named_parameters():
             assert parameter.grad is not None
             total[name] = total.get(name, 0) + parameter.grad / len(parts)
-    return total
+            sizes[name] = max(sizes.get(name, 0.0), parameter.grad.abs().max().item())
+    return total, sizes
 
 
-def _rounded(fusion: nn.Module | None, layer: nn.Module) -> dict[str, Tensor]:
+def _rounded(layer: FusionLayer) -> dict[str, Tensor]:
     """A layer's weights from float32 neighbours and rounded coefficients, rounded."""
-    assert fusion is not None
-    sides = [{name: getattr(owner, leaf) for name, (owner, leaf, _) in side.items()} for side in layer._readings]  # type: ignore[union-attr]
+    assert layer.fusion is not None
     sides = [
-        {
-            name: theta if rows is None else theta[slice(*rows)]
-            for (name, theta), (_, _, rows) in zip(s.items(), r.values(), strict=True)
-        }
-        for s, r in zip(sides, layer._readings, strict=True)  # type: ignore[arg-type]
+        {name: getattr(owner, leaf)[slice(*(rows or (None,)))] for name, (owner, leaf, rows) in side.items()}
+        for side in layer._readings or ()
     ]
-    coefficients = {name: p.to(LOW) for name, p in fusion.named_parameters()}
-    made = torch.func.functional_call(fusion, coefficients, tuple(sides))
+    coefficients = {name: p.to(LOW).float() for name, p in layer.fusion.named_parameters()}
+    made = torch.func.functional_call(layer.fusion, coefficients, tuple(sides))
     return {name: theta.to(LOW) for name, theta in made.items()}
 
 
