@@ -70,10 +70,11 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
-def work() -> dict[str, str | None]:
-    """All cases in all layouts and policies; what went wrong in each."""
+def work(names: tuple[str, ...]) -> dict[str, str | None]:
+    """These cases in all layouts and policies; what went wrong in each."""
     found: dict[str, str | None] = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         for layout, wrap in {**SHARDED, **PARTLY_WHOLE}.items():
             for reduced in (torch.float32, None):
                 try:
@@ -147,7 +148,16 @@ def _rounded(layer: FusionLayer) -> dict[str, Tensor]:
     return {name: theta.to(LOW) for name, theta in made.items()}
 
 
-def test_mixed_precision_on_two_processes(tmp_path: Path) -> None:
-    for rank, found in enumerate(on_ranks(2, work, tmp_path)):
+def check(folder: Path, names: tuple[str, ...]) -> None:
+    for rank, found in enumerate(on_ranks(2, work, folder, names)):
         failed = {name: trouble for name, trouble in found.items() if trouble is not None}
         assert not failed, f"process {rank}:\n" + "\n".join(f"{name}\n{trouble}" for name, trouble in failed.items())
+
+
+def test_mixed_precision_on_two_processes(tmp_path: Path) -> None:
+    check(tmp_path, ("transformer-block-channel", "convnext-light-scalar_layer"))
+
+
+@pytest.mark.slow
+def test_mixed_precision_in_everything(tmp_path: Path) -> None:
+    check(tmp_path, tuple(CASES))
