@@ -155,7 +155,7 @@ def check(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def test_mixed_precision_on_two_processes(tmp_path: Path) -> None:
-    check(tmp_path, ("transformer-block-channel", "convnext-light-scalar_layer"))
+    check(tmp_path, ("transformer-block-channel",))
 
 
 @pytest.mark.slow
