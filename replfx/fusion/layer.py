@@ -12,7 +12,15 @@ from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
-from replfx.fusion.sharded import any_sharded, as_sharded, gathered, lower_precision, synthesize_sharded
+from replfx.fusion.sharded import (
+    any_sharded,
+    as_sharded,
+    gathered,
+    is_distributed,
+    lower_precision,
+    settle,
+    synthesize_sharded,
+)
 from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
@@ -140,6 +148,9 @@ class FusionLayer(nn.Module):
         """
         if self.fusion is None or self._readings is None:
             return {}
+        if is_distributed():
+            before, after = ([(owner, leaf) for owner, leaf, _ in side.values()] for side in self._readings)
+            settle(before, after, None if self.tensor_parallel is None else self.tensor_parallel.mesh)
         previous, next = (self._read(readings) for readings in self._readings)
         if any_sharded(previous) or any_sharded(next):
             if not alone:

@@ -8,13 +8,16 @@ to a group that is), the sharded one is gathered first, with the same gradient.
 
 With FSDP2's mixed precision the shards are of the full precision, and the layer's own parameters, its coefficients
 too, are of the lower one while it runs. Its weights are synthesised in the full precision, gathered in the lower one,
-and their gradients are reduced in the full one.
+and their gradients are averaged in float32 at least: nothing here knows FSDP's `reduce_dtype`, and an average in
+bfloat16 would be silently coarser than one that was asked for in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 __all__ = [
@@ -23,10 +26,15 @@ __all__ = [
     "as_sharded",
     "gather",
     "gathered",
+    "is_distributed",
     "linear",
     "lower_precision",
+    "settle",
     "synthesize_sharded",
 ]
+
+# Owner and name of each parameter.
+Parameters: TypeAlias = Collection[tuple[nn.Module, str]]
 
 if torch.distributed.is_available():
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,6 +43,11 @@ else:  # a build of torch without torch.distributed has no DTensors either
 
     class DTensor(Tensor):  # type: ignore[no-redef]
         """Stands for a class that cannot exist in this build."""
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def as_sharded(theta: Tensor) -> Tensor:
@@ -102,11 +115,12 @@ def gathered(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The same for one tensor; in `dtype` if one is given, its gradient still reduced in the tensor's own."""
+    """The same for one tensor; in `dtype` if one is given. Its gradient is reduced in float32 at least."""
     if not isinstance(tensor, DTensor):
         return tensor if dtype is None else tensor.to(dtype)
     ndim = tensor.device_mesh.ndim
-    whole = tensor.redistribute(placements=[Replicate()] * ndim, forward_dtype=dtype)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    whole = tensor.redistribute(placements=[Replicate()] * ndim, forward_dtype=dtype, backward_dtype=wide)
     local: Tensor = whole.to_local(grad_placements=[Partial("avg")] * ndim)
     return local
 
@@ -119,3 +133,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(x, DTensor) and x.dim() == 3 and any(placement.is_shard(1) for placement in x.placements):
         return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
     return F.linear(x, weight, bias)
+
+
+def settle(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = None) -> None:
+    """Have FSDP shard again what the layer must not read as it stands: two things that fail without a word.
+
+    What is whole of the block after: FSDP was told not to reshard after the last backward pass, or a forward pass
+    without one came before. That block is through with its backward pass before the layer is: FSDP has reduced its
+    gradient and freed its weights then, and what the layer sends there would be lost. Only a group that is at work
+    now, because it holds the layer too, waits for it.
+
+    And what `reshard_after_forward=2` has put on a smaller mesh: those are copies, whose gradient nobody collects.
+
+    Args:
+        before: owner and name of each parameter that will be read of the block before.
+        after: the same of the block after.
+        inner: the mesh of tensor parallelism within FSDP: what is whole for FSDP is a DTensor on that.
+    """
+    sharded = [theta for theta in _managed((*before, *after)) if isinstance(theta, DTensor)]
+    smaller = {id(theta) for theta in sharded if theta.device_mesh.ndim > 1}
+    ahead = {id(t) for t in _managed(after) if not isinstance(t, DTensor) or t.device_mesh == inner}
+    suspects = smaller | (ahead if torch.is_grad_enabled() else set())
+    if suspects:
+        _shard_again(suspects)
+
+
+def _managed(readings: Parameters) -> list[Tensor]:
+    """Of these parameters those that FSDP looks after."""
+    return [getattr(owner, leaf) for owner, leaf in readings if hasattr(owner, "_is_fsdp_managed_module")]
+
+
+@_disable_dynamo  # in compiled code too it has to happen at each call
+def _shard_again(parameters: set[int]) -> None:
+    from torch.distributed._composable_state import _module_state_mapping  # FSDP is not imported with every replfx
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    at_rest = (TrainingState.IDLE, TrainingState.POST_BACKWARD)
+    for module in [module for module in _module_state_mapping if isinstance(module, FSDPModule)]:
+        # A parameter does not know its group, and the module that was sharded may lie anywhere above its owner.
+        state: Any = module._get_fsdp_state()
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is None or group.is_sharded or group._training_state not in at_rest:
+                continue
+            held = ("_unsharded_param", "_sharded_post_forward_param")
+            if any(id(getattr(p, name, None)) in parameters for p in group.fsdp_params for name in held):
+                group.reshard()

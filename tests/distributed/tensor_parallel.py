@@ -1,12 +1,10 @@
 """What each process of test_tensor_parallel.py does: one group of processes goes through all cases."""
 
 import copy
-import json
 import re
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -27,7 +25,6 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel import parallelize_module as torch_parallelize_module
 
 import replfx
-from tests.distributed.data_parallel import join
 from tests.distributed.models import BLOCKS, WIDTH, Block, Model
 from tests.strategies import randomize
 
@@ -171,6 +168,14 @@ def _sharded_sequence(model: nn.Module) -> Wrapped:
     return Wrapped(model, lambda x: x.chunk(parts)[rank].chunk(2, 1)[inner], parts)
 
 
+def _sharded_kept(model: nn.Module) -> Wrapped:
+    """And what FSDP has gathered for a backward pass stays whole until the next forward pass is through."""
+    wrapped = _sharded_tensor(model)
+    assert isinstance(wrapped.model, FSDPModule)
+    wrapped.model.set_reshard_after_backward(False)
+    return wrapped
+
+
 def _distributed(model: nn.Module) -> Wrapped:
     """All parameters are DTensors, and so is what the model is given: of a batch each process has a part."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -192,13 +197,16 @@ MODES: dict[str, Callable[[nn.Module], Wrapped]] = {
     "prepared": _prepared,
     "sharded_tensor": _sharded_tensor,
     "sharded_sequence": _sharded_sequence,
+    "sharded_kept": _sharded_kept,
     "distributed": _distributed,
 }
 
 
-def work(rank: int, world: int, port: int, jobs: list[tuple[str, Case, tuple[str, ...]]], folder: str) -> None:
-    """Run every case in its modes; write what went wrong as JSON."""
-    join(rank, world, port)
+Jobs = list[tuple[str, Case, tuple[str, ...]]]
+
+
+def work(jobs: Jobs) -> dict[str, str | None]:
+    """Run every case in its modes; what went wrong in each."""
     found: dict[str, str | None] = {}
     for name, case, modes in jobs:
         single = case.model()
@@ -209,9 +217,7 @@ def work(rank: int, world: int, port: int, jobs: list[tuple[str, Case, tuple[str
                 found[f"{name}-{mode}"] = None
             except Exception:
                 found[f"{name}-{mode}"] = traceback.format_exc()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 Snapshot = dict[str, Tensor]
@@ -248,18 +254,15 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def refusals(rank: int, world: int, port: int, folder: str) -> None:
-    """What `parallelize_module`, and what comes after it, refuses; write what went wrong as text."""
-    join(rank, world, port)
+def refusals() -> str:
+    """What `parallelize_module`, and what comes after it, refuses; what went wrong."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     try:
-        _refusals(init_device_mesh("cpu", (world,)))
-        _ways_out(init_device_mesh("cpu", (world,)))
-        found = ""
+        _refusals(mesh)
+        _ways_out(mesh)
     except Exception:
-        found = traceback.format_exc()
-    (Path(folder) / f"{rank}.txt").write_text(found)
-    dist.barrier()
-    dist.destroy_process_group()
+        return traceback.format_exc()
+    return ""
 
 
 def _refusals(mesh: DeviceMesh) -> None:

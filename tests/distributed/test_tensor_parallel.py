@@ -1,19 +1,15 @@
 """Tensor parallelism, alone and within FSDP2, gives the gradients and the training steps of one process."""
 
-import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from tests.distributed.tensor_parallel import Case, refusals, work
+from tests.distributed.processes import on_ranks
+from tests.distributed.tensor_parallel import Case, Jobs, refusals, work
 from tests.strategies import FUSIONS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
-
-Jobs = list[tuple[str, Case, tuple[str, ...]]]
 
 
 def _jobs(modes: dict[str, tuple[str, ...]]) -> Jobs:
@@ -34,31 +30,21 @@ ON_TWO = _jobs(
         "cnn": ("distributed",),
     }
 )
-ON_FOUR = _jobs({"transformer": ("tensor", "sharded_tensor", "sharded_sequence"), "cnn": ("distributed",)})
-
-
-def _run(worker: object, world: int, *args: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(world, port, *args), nprocs=world, join=True)
-
-
-def _findings(world: int, jobs: Jobs, folder: Path) -> list[dict[str, str | None]]:
-    _run(work, world, jobs, str(folder))
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+ON_FOUR = _jobs(
+    {"transformer": ("tensor", "sharded_tensor", "sharded_sequence", "sharded_kept"), "cnn": ("distributed",)}
+)
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each of two processes found, from one run of all."""
-    return _findings(2, ON_TWO, tmp_path_factory.mktemp("two"))
+    return on_ranks(2, work, tmp_path_factory.mktemp("two"), ON_TWO)
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """The same of four."""
-    return _findings(4, ON_FOUR, tmp_path_factory.mktemp("four"))
+    return on_ranks(4, work, tmp_path_factory.mktemp("four"), ON_FOUR)
 
 
 def _names(jobs: Jobs) -> list[str]:
@@ -79,6 +65,4 @@ def test_four_processes_train_as_one(on_four: list[dict[str, str | None]], name:
 
 
 def test_what_is_refused_and_what_is_left_as_it_was(tmp_path: Path) -> None:
-    _run(refusals, 2, str(tmp_path))
-    for rank in range(2):
-        assert (tmp_path / f"{rank}.txt").read_text() == "", f"process {rank}"
+    assert on_ranks(2, refusals, tmp_path) == ["", ""]

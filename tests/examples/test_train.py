@@ -67,25 +67,27 @@ def refuses(output: Path, more: list[str], message: str) -> str:
     return said
 
 
-def check_killed_often(options: list[str], ranks: int, rows: Rows, seconds: float, folder: Path) -> None:
+def check_killed_often(
+    options: list[str], ranks: int, rows: Rows, seconds: float, folder: Path, times: int = KILLS
+) -> None:
     """Kill by turns at a drawn time and before a drawn act on its files; what ends before is compared too."""
     drawn = random.Random(ranks)
 
     def run(output: Path, kills: int) -> str:
-        if kills == KILLS:
+        if kills == times:
             return Job(options, output, ranks).run()
         if kills % 2:
             return Job(options, output, ranks, die_at=("", drawn.randint(1, 40))).run()
         return Job(options, output, ranks).run(seconds=drawn.uniform(0.1, 0.9) * seconds)
 
     kills = 0
-    for number in range(4 * KILLS):
+    for number in range(4 * times):
         output = folder / f"run{number}"
         while (result := run(output, kills)) == "killed":
             kills += 1
         assert not result
         assert rows_of(output) == rows
-        if kills == KILLS:
+        if kills == times:
             return
     pytest.fail(f"only {kills} kills came before the end of a run")
 
@@ -124,6 +126,11 @@ def halfway(killed: Path, tmp_path: Path) -> Path:
 # ---- killed
 
 
+def test_killed_twice_it_has_the_same_losses(reference: tuple[Rows, float], tmp_path: Path) -> None:
+    check_killed_often(OPTIONS, 1, *reference, tmp_path, times=2)
+
+
+@pytest.mark.slow
 def test_killed_ten_times_it_has_the_same_losses(reference: tuple[Rows, float], tmp_path: Path) -> None:
     check_killed_often(OPTIONS, 1, *reference, tmp_path)
 

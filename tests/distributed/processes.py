@@ -1,0 +1,36 @@
+"""Starts gloo processes on this machine, and brings back what each of them found."""
+
+import datetime
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Call `work(*args)` in `count` processes of one group; what each returned, by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_join, args=(count, port, folder, work, args), nprocs=count, join=True)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
+
+
+def _join(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(work(*args)))
+    dist.barrier()
+    dist.destroy_process_group()

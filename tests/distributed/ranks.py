@@ -1,0 +1,128 @@
+"""What each process of test_data_parallel.py does: one group of processes goes through all cases."""
+
+import copy
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from replfx.state import fusion_layers
+from tests.distributed.layouts import MODES, MORE_MODES, Mode
+from tests.reference import Stack
+from tests.strategies import Case
+from tests.test_property_functional import Regions
+from tests.test_property_heterogeneous import Drawn
+
+Gradients = dict[str, Tensor | None]
+
+BATCH, STEPS = 8, 5  # one example each for four processes that take a step in two parts
+
+# Of the largest entry of a gradient. The processes sum the same float64 numbers in another order, as in
+# test_properties; a gradient that is not averaged, or averaged twice, is off by a factor of the processes.
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to be, the modes to train it in, and the optimizer."""
+
+    name: str
+    case: Case | Drawn | Regions
+    modes: tuple[str, ...]
+    optimizer: str = "sgd"
+
+    @property
+    def names(self) -> list[str]:
+        """One for each mode."""
+        return [f"{self.name}-{mode}" for mode in self.modes]
+
+
+def work(jobs: list[Job]) -> dict[str, str | None]:
+    """Run every case in its modes; what went wrong in each."""
+    found: dict[str, str | None] = {}
+    for job in jobs:
+        model = job.case.transformed()
+        single = copy.deepcopy(model)
+        history = list(_train(single, single, job, slice(None), Mode(lambda model: model)))
+        for mode, name in zip(job.modes, job.names, strict=True):
+            try:
+                _check(copy.deepcopy(model), single, history, {**MODES, **MORE_MODES}[mode], job)
+                found[name] = None
+            except Exception:
+                found[name] = traceback.format_exc()
+    return found
+
+
+def _check(model: Stack, single: Stack, history: list[Gradients], mode: Mode, job: Job) -> None:
+    """Training on each process's part of the batch, against one process with the whole batch."""
+    parameters, layers, keys = dict(model.named_parameters()), fusion_layers(model), list(model.state_dict())
+    wrapped, size = mode.wrap(model), BATCH // dist.get_world_size()
+    mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    for step, gradients in enumerate(_train(wrapped, model, job, mine, mode)):
+        assert gradients.keys() == parameters.keys()
+        for name, gradient in gradients.items():
+            _compare(gradient, history[step][name], f"gradient {step} of {name}")
+    assert step == STEPS - 1
+    for name, parameter in _named_parameters(model).items():
+        _compare(whole_tensor(parameter), single.get_parameter(name), f"parameter {name}")
+    for path, layer in layers.items():  # also from outside of a forward pass, where all is sharded
+        one, other = layer.synthesized(), fusion_layers(single)[path].synthesized()
+        for name, tensor in other.items():
+            _compare(whole_tensor(one[name]), tensor, f"synthesised {name}")
+    assert list(model.state_dict()) == keys
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By their names without what PyTorch's checkpointing puts between."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+
+
+def _train(wrapped: nn.Module, model: Stack, job: Job, part: slice, mode: Mode) -> Iterator[Gradients]:
+    """Steps on a part of each batch; the gradients of each."""
+    if job.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    else:
+        # AdamW divides by the size of a gradient: one that is zero but for rounding stays small beside this ε.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    for step in range(STEPS):
+        x, *extra = job.case.inputs(BATCH)
+        x = x.detach() + step
+        optimizer.zero_grad()
+        if mode.evaluated:
+            with torch.no_grad():
+                wrapped(x[part], *extra)
+        if mode.accumulate is None:
+            _loss(wrapped(x[part], *extra), part).backward()
+        else:
+            middle = (part.start + part.stop) // 2
+            for half in (slice(part.start, middle), slice(middle, part.stop)):
+                with mode.accumulate(wrapped, half.stop == part.stop):
+                    (_loss(wrapped(x[half], *extra), half) / 2).backward()
+        yield {name: whole_tensor(p.grad) for name, p in _named_parameters(model).items()}
+        optimizer.step()
+
+
+def _loss(result: Tensor | tuple[Tensor, Tensor], part: slice) -> Tensor:
+    """A mean over the batch, so that the mean over the processes is that over all."""
+    if isinstance(result, tuple):
+        return _loss(result[0], part) + result[1]
+    weight = torch.randn(BATCH, *result.shape[1:], generator=torch.Generator().manual_seed(7), dtype=result.dtype)
+    return (result * weight[part]).sum() / len(result)
+
+
+def whole_tensor(tensor: Tensor | None) -> Tensor | None:
+    """A DTensor gathered; else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compare(one: Tensor | None, other: Tensor | None, what: str) -> None:
+    assert (one is None) == (other is None), f"{what}: {one is None} here, {other is None} in one process"
+    if one is None or other is None:
+        return
+    assert one.shape == other.shape, what
+    error, scale = (one - other).abs().max().item(), max(other.abs().max().item(), 1e-3)
+    assert error <= TOLERANCE * scale, f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
