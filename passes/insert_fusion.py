@@ -99,11 +99,11 @@ def _rewrite_regions(graph_module: fx.GraphModule, model: nn.Module) -> fx.Graph
     replace_regions(graph_module, [(region, head_of(model, path), layers[path]) for path, region in regions.items()])
     fresh = without_regions(graph_module, list(regions.values()))
     homes = dict[tuple[int, str], str]()
-    for block in blocks.values():
-        for name, path in block.region.parameters.items() if block.region is not None else ():
+    for module, region in ((b.site.block, b.region) for b in blocks.values() if b.region is not None):
+        for name, path in region.parameters.items():
             owner, _, leaf = name.rpartition(".")
-            if block.region.modules.keys().isdisjoint((owner.partition(".")[0],)):
-                homes[id(block.site.block.get_submodule(owner)), leaf] = path
+            if owner.partition(".")[0] not in region.modules:
+                homes[id(module.get_submodule(owner)), leaf] = path
 
     def home(owner: nn.Module, leaf: str) -> tuple[nn.Module, str]:
         """Where a parameter of a region is in the fresh graph; those of called modules are where they were."""

@@ -51,9 +51,7 @@ class OwnParameters(PassBase):
             if node.op == "placeholder":
                 owned.append(path)
         made = fx.GraphModule(root, graph)
-        made.meta[META_KEY] = CaptureInfo(
-            "dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True
-        )
+        made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
         made.meta[_KEY] = tuple(owned)
         return PassResult(made, True)
 

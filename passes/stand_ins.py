@@ -43,7 +43,8 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
             kinds.setdefault(path, kind)
             places[path, key].append(position)
     for path, kind in kinds.items():
-        stand_for(_at(root, path), kind)
+        module = _at(root, path)
+        stand_for(module, kind, _of_linear(module) if "in_features" in getattr(kind, "__constants__", ()) else None)
     for node in spans.computing:
         _note_settings(node, root, paths)
     _put_in_order(root, kinds.keys())
@@ -69,6 +70,11 @@ def _at(root: nn.Module, path: str) -> nn.Module:
 
 
 # ---- what the graph tells of a module's settings
+
+
+def _of_linear(module: nn.Module) -> dict[str, object] | None:
+    weight = module._parameters.get("weight")
+    return None if weight is None else {"out_features": weight.shape[0], "in_features": weight.shape[-1]}
 
 
 def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> None:

@@ -64,7 +64,7 @@ class Stream:
 
     def reads_only_in(self, tensor: Tensor, start: int, stop: int) -> bool:
         """Whether all that reads a tensor of the root lies in `[start, stop)`."""
-        first, last = self.readers[id(tensor)]
+        first, last = self.readers.get(id(tensor), (start, start))  # nothing may read it
         return start <= first and last < stop
 
     def module(self, node: fx.Node) -> nn.Module:

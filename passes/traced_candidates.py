@@ -36,9 +36,12 @@ class TracedCandidates(Candidates):
             return "it calls a module that Dynamo did not look into"
         stream = self._stream
         start, stop = stream.position[nodes[0]], stream.position[nodes[-1]] + 1
-        writing = [written_outside(stream, start, stop, argument) for argument in call.args]
-        if all(writing):  # of one argument it may
-            return f"it changes a value in place that is not its own (`{writing[0].name}`)"
+        for source in call.args:  # the main activation, which it may change, is one of them
+            changes = written_outside(stream, start, stop, source)
+            if changes is None:
+                break
+        else:
+            return f"it changes a value in place that is not its own (`{changes.name}`)"
         for argument in call.args:
             if isinstance(stream.values.get(argument), nn.Parameter):
                 return f"it reads the parameter `{argument.target}`, which is not its own"
