@@ -36,12 +36,10 @@ class TracedCandidates(Candidates):
             return "it calls a module that Dynamo did not look into"
         stream = self._stream
         start, stop = stream.position[nodes[0]], stream.position[nodes[-1]] + 1
-        for source in call.args:  # the main activation, which it may change, is one of them
-            changes = written_outside(stream, start, stop, source)
-            if changes is None:
-                break
-        else:
-            return f"it changes a value in place that is not its own (`{changes.name}`)"
+        # The main activation, which it may change, is one of them.
+        changes = [written_outside(stream, start, stop, source) for source in call.args]
+        if all(changes):
+            return f"it changes a value in place that is not its own (`{changes[0]}`)"
         for argument in call.args:
             if isinstance(stream.values.get(argument), nn.Parameter):
                 return f"it reads the parameter `{argument.target}`, which is not its own"
