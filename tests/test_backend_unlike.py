@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import replfx
 from tests.models import ConvNet, Mlp, Tower
+from tests.reference.heterogeneous import Step
 from tests.strategies import randomize
 from tests.test_backend_replacing import paths, replacing
 from tests.test_properties import assert_close, loss_of, run
@@ -34,9 +36,7 @@ def in_graph(name: str, blocks: list[str]) -> str:
     return name.replace(".operator.block", "")
 
 
-@given(drawn=drawn_stacks())
-@settings(max_examples=12)
-def test_it_is_what_transform_makes(drawn: Drawn) -> None:
+def assert_is_what_transform_makes(drawn: Drawn) -> None:
     """Outputs, buffers and all gradients. `transform` itself is held against a reference elsewhere."""
     policy: dict[str, Any] = {"every": 2, **drawn.policy()}
     model = drawn.model()
@@ -64,10 +64,26 @@ def test_it_is_what_transform_makes(drawn: Drawn) -> None:
         if found is not None and gradient is not None:
             assert_close(found, gradient, f"gradient of {name}")
     for name, buffer in transformed.named_buffers():
-        torch.testing.assert_close(mine[names[name]], buffer)
+        torch.testing.assert_close(mine[in_graph(name, replaced)], buffer)
 
 
-def flat(*widths: int, kernels: tuple[int, ...] = (3, 5, 1, 3)) -> nn.Sequential:
+@given(drawn=drawn_stacks())
+@settings(max_examples=20)
+@pytest.mark.slow
+def test_it_is_what_transform_makes(drawn: Drawn) -> None:
+    assert_is_what_transform_makes(drawn)
+
+
+@pytest.mark.parametrize("kind", ["units", "windows", "flat_conv_norm"])
+def test_every_kind_of_stack(kind: str) -> None:
+    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
+    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
+    grouped = replace(narrow, before=6, kernel=5, groups=2, window=7)
+    steps = (Step(4, 4), wide, same, narrow, grouped)
+    assert_is_what_transform_makes(Drawn(kind, steps, "channel", "block", 0.5))
+
+
+def flat(*widths: int, kernels: tuple[int, ...] = (3, 5, 7, 3)) -> nn.Sequential:
     """[Conv, BN, ReLU] of these widths, one after the other."""
     layers: list[nn.Module] = []
     for before, width, kernel in zip((3, *widths), widths, kernels, strict=False):
@@ -157,7 +173,7 @@ def test_a_window_is_selected_by_its_path() -> None:
 
 @pytest.mark.parametrize("position", [1, 2])
 def test_a_frozen_block_stays_and_lends_its_weights(position: int) -> None:
-    model = Tower(*(Mlp(4, hidden) for hidden in (8, 6, 8, 5, 7)))
+    model = Tower(*(Mlp(8, hidden) for hidden in (8, 6, 7, 5, 7)))
     model.blocks[position].requires_grad_(False)
     compiled, backend = replacing(model, "eager", every=2)
     x = torch.randn(2, 4)
