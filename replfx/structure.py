@@ -26,6 +26,7 @@ __all__ = [
     "drop_hooks",
     "family",
     "is_container",
+    "is_stand_in",
     "is_wrapped",
     "move_hooks",
     "redirect",
@@ -224,8 +225,13 @@ def stand_like(module: nn.Module, other: nn.Module) -> None:
     """Let `module`, and what is in it, pass for what is of the same names in `other`."""
     for path, inner in list(module.named_modules()):
         like = other.get_submodule(path)
-        known = getattr(like, "__constants__", ()) if _CLASS in vars(like) else ()
+        known = getattr(like, "__constants__", ()) if is_stand_in(like) else ()
         stand_for(inner, class_of(like), {name: getattr(like, name) for name in known})
+
+
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether it only passes for a module of its class: it has parameters, and nothing to call."""
+    return _CLASS in vars(module)
 
 
 def is_container(module: nn.Module) -> bool:

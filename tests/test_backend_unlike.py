@@ -182,6 +182,14 @@ def test_a_frozen_block_stays_and_lends_its_weights(position: int) -> None:
     assert [path[1:] for path in paths(backend)] == list(replfx.report(transformed).replaced)
 
 
+def test_a_light_operator_is_refused() -> None:
+    """It would have to leave out the norm, and has no convolution to call."""
+    compiled, backend = replacing(units(), "eager", every=2, operator="light")
+    compiled(torch.randn(2, 3, 8, 8))
+    with pytest.raises(replfx.CompileError, match=r"operator 'light' does not fit it: its layers are functions in Dyn"):
+        list(backend.parameters())
+
+
 class Twice(nn.Module):
     """Calls its second block twice."""
 
