@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from replfx.blocks import block_at, window_path
 from replfx.passes.slots import input_slots
-from replfx.structure import unfit_to_share
+from replfx.structure import class_of, is_container, unfit_to_share
 from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
 
 __all__ = ["Candidate", "Candidates", "is_layer"]
@@ -70,7 +70,7 @@ class Candidates:
         found: list[Candidate] = []
         calls = {call.path: call for call in self.info.calls if self.counts[call.path] == 1}
         for parent, module in self.modules.items():
-            if isinstance(module, nn.Sequential | nn.ModuleList):
+            if is_container(module):
                 children = [f"{parent}.{name}" if parent else name for name in module._modules]
                 for start, stop in self._spans(children, calls):
                     found += self._window(parent, children, start, stop, calls)
@@ -102,7 +102,7 @@ class Candidates:
         known = isinstance(here.output, fx.Node) and "shape" in here.output.meta
         if known:
             return bool(nodes_in(here.output)[0].meta["shape"] == nodes_in(before.output)[0].meta.get("shape"))
-        return not type(module).__module__.endswith((".pooling", ".upsampling", ".flatten", ".pixelshuffle"))
+        return not class_of(module).__module__.endswith((".pooling", ".upsampling", ".flatten", ".pixelshuffle"))
 
     def _window(
         self, parent: str, children: list[str], start: int, stop: int, calls: dict[str, ModuleCall]
@@ -142,7 +142,7 @@ class Candidates:
 
 def is_layer(module: nn.Module) -> bool:
     """One of torch.nn's own layers: a part of a block rather than a block."""
-    return not module._modules and type(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
+    return not module._modules and class_of(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn"))
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -95,8 +95,8 @@ def path_in_model(expression: str) -> str:
         >>> path_in_model("L['self'].blocks.0")
         'blocks.0'
     """
-    # A wrapped forward has the model in args[0].
-    root = re.match(r"L\['(?:self|args)'\](?:\[0\])?|[LG](?=\[)", expression)
+    # A wrapped forward has the model in args[0], and what wraps one of torch's own modules calls it fn.
+    root = re.match(r"L\['(?:self|args|fn)'\](?:\[0\])?|[LG](?=\[)", expression)
     inside = expression[root.end() :] if root else expression
     return ".".join(re.findall(r"\w+", re.sub(r"\._(modules|parameters|buffers)\b", "", inside)))
 

@@ -8,20 +8,20 @@ from itertools import groupby
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.blocks import members_of, parameters_of, region_path
+from replfx.blocks import is_region, members_of, parameters_of, region_path
 from replfx.fusion import Site
 from replfx.fusion.anatomy import keeps_shape
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import first_unpaired, pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
-from replfx.passes.find_module_regions import find_module_regions
 from replfx.passes.find_regions import find_regions
 from replfx.passes.links import Path, paths_of
-from replfx.passes.regions import Region, Regions, region_module
+from replfx.passes.regions import Region, region_module
 from replfx.passes.slots import Joined, input_slots, interface_of, output_slots
+from replfx.passes.traced_candidates import TracedCandidates, region_of_call
 from replfx.passes.why_not import ancestors, why_not
-from replfx.structure import Signature, family, signature, unfit_to_replace
+from replfx.structure import Signature, class_of, family, signature, unfit_to_replace
 from replfx.tracing import ModuleCall, info_of
 
 __all__ = ["FindChains"]
@@ -53,7 +53,10 @@ class _Search:
         self.graph_module = graph_module
         self.info = info_of(graph_module)
         self.root = self.info.root
-        self.candidates = Candidates(self.info, graph_module.graph)
+        self.traced = self.info.rung == "dynamo"  # without modules to swap: blocks are regions of the graph
+        self.candidates = (
+            TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info, graph_module.graph)
+        )
         self.positions = {node: position for position, node in enumerate(self.info.nodes)}
         self.kinds = _Kinds()
         self.owners: dict[int, list[str]] = defaultdict(list)
@@ -66,27 +69,28 @@ class _Search:
         chains = self._search(self.candidates.blocks(), dropped)
         if not any(chain.replaceable() for chain in chains):
             chains = self._search(self.candidates.windows(), dropped) or chains
+        if self.traced:
+            chains = [Chain(tuple(map(self._as_region, chain.blocks))) for chain in chains]
         if not any(chain.replaceable() for chain in chains):
-            regions = self._regions()
+            regions = find_regions(self.graph_module)
             chains = [self._region_chain(found.regions) for found in regions.chains] or chains
             dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
         in_chain = {path for chain in chains for path in chain.paths}
-        if self.info.rung == "dynamo":  # its root holds parameters, and no modules that were called
-            return Chains(chains, dropped)
         known = {**dropped, **self.candidates.refused}
         modules, counts = self.candidates.modules, self.candidates.counts
-        return Chains(chains, why_not(modules, self._difference, counts, known, in_chain))
+        if not self.traced:
+            return Chains(chains, why_not(modules, self._difference, counts, known, in_chain))
+        refused = why_not(modules, self._difference, counts, known, {path.removeprefix("@") for path in in_chain})
+        return Chains(chains, {path if is_region(path) else region_path(path): why for path, why in refused.items()})
 
-    def _regions(self) -> Regions:
-        """By what ran in which module where the graph alone says that, else by structure."""
-        if self.info.rung != "dynamo":
-            return find_regions(self.graph_module)
-        by_module = find_module_regions(self.graph_module)
-        if by_module.chains:
-            return by_module
-        found = find_regions(self.graph_module)
-        return Regions(found.chains, {**by_module.refused, **found.refused})
+    def _as_region(self, block: Block) -> Block:
+        """A block of stand-ins as a piece of the graph."""
+        region = region_of_call(self.info, block.call, block.site.names)
+        module = region_module(region, self.root, block.site.block)
+        path = region_path(region.name)
+        site = replace(block.site, path=path, block=module, nodes=region.nodes, names={})
+        return replace(block, call=replace(block.call, path=path), site=site, region=region)
 
     def _search(self, candidates: list[Candidate], dropped: dict[str, str]) -> list[Chain]:
         """The chains among these candidates; blocks of those that can't be used go to `dropped` with the reason."""
@@ -224,7 +228,7 @@ def _family(candidate: Candidate) -> Hashable:
     """Windows are of one family when they begin with the same kind of layer."""
     if "[" in candidate.path or is_layer(candidate.module):
         first = candidate.module if is_layer(candidate.module) else next(candidate.module.children())
-        return ("window", type(first))
+        return ("window", class_of(first))
     return family(candidate.module)
 
 
@@ -301,7 +305,7 @@ def _is_level(chain: Chain, worth: int, lost: int) -> bool:
 
     A class of its own is, unless twice as much can be replaced inside; a container only if less can.
     """
-    return worth > lost if isinstance(chain.blocks[0].site.block, nn.Sequential) else 2 * worth >= lost
+    return worth > lost if issubclass(class_of(chain.blocks[0].site.block), nn.Sequential) else 2 * worth >= lost
 
 
 def _worth(chain: Chain) -> int:

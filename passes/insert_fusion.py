@@ -98,13 +98,18 @@ def _rewrite_regions(graph_module: fx.GraphModule, model: nn.Module) -> fx.Graph
     regions = {path: region for path in layers if (region := blocks[path].region) is not None}
     replace_regions(graph_module, [(region, head_of(model, path), layers[path]) for path, region in regions.items()])
     fresh = without_regions(graph_module, list(regions.values()))
-    homes = {id(b.site.block): b.region.parameters for b in blocks.values() if b.region is not None}
+    homes = dict[tuple[int, str], str]()
+    for module, region in ((b.site.block, b.region) for b in blocks.values() if b.region is not None):
+        for name, path in region.parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner.partition(".")[0] not in region.modules:
+                homes[id(module.get_submodule(owner)), leaf] = path
 
     def home(owner: nn.Module, leaf: str) -> tuple[nn.Module, str]:
         """Where a parameter of a region is in the fresh graph; those of called modules are where they were."""
-        if id(owner) not in homes:
+        if (id(owner), leaf) not in homes:
             return owner, leaf
-        path, _, name = homes[id(owner)][leaf].rpartition(".")
+        path, _, name = homes[id(owner), leaf].rpartition(".")
         return fresh.get_submodule(path), name
 
     for path, layer in layers.items():

@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.passes.dynamo import path_in_model, value_of
 from replfx.passes.regions import put_value
+from replfx.passes.stand_ins import modules_of
 from replfx.tracing.info import META_KEY, CaptureInfo
 
 __all__ = ["OwnParameters", "owned_by"]
@@ -50,7 +51,7 @@ class OwnParameters(PassBase):
             if node.op == "placeholder":
                 owned.append(path)
         made = fx.GraphModule(root, graph)
-        made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), [], measured=True)
+        made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
         made.meta[_KEY] = tuple(owned)
         return PassResult(made, True)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.structure import attribute_at
+from replfx.structure import attribute_at, stand_like
 from replfx.tracing import CaptureInfo
 
 __all__ = ["Region", "RegionChain", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
@@ -75,7 +75,7 @@ def root_of(graph_module: fx.GraphModule) -> nn.Module:
 # ---- a region as a module
 
 
-def region_module(region: Region, root: nn.Module) -> "RegionModule":
+def region_module(region: Region, root: nn.Module, like: nn.Module | None = None) -> "RegionModule":
     """Make a module that computes what the region does: `module(activation, *extras)` gives its output.
 
     Its parameters, buffers and called modules are the very objects of `root`, under their canonical names, so
@@ -84,15 +84,16 @@ def region_module(region: Region, root: nn.Module) -> "RegionModule":
     Args:
         region: as `find_regions` gave it; the graph must not have been rewritten since.
         root: what the region's paths refer to (`root_of` of its graph).
+        like: the module that it was, or its stand-in, whose names for them its parameters have; it passes for it.
 
     Raises:
         AttributeError: `root` lacks something that the region reads.
     """
     holder = nn.Module()
     holder.training = root.training
-    for name, path in (*region.modules.items(), *region.buffers.items()):
+    for name, path in (*region.modules.items(), *region.buffers.items()) if like is None else ():
         put_value(holder, name, attribute_at(root, path))
-    for name, path in region.parameters.items():
+    for name, path in region.parameters.items() if like is None else ():
         if "." not in name:  # else it came with its module
             put_value(holder, name, attribute_at(root, path))
     graph = fx.Graph()
@@ -108,7 +109,11 @@ def region_module(region: Region, root: nn.Module) -> "RegionModule":
         elif node.op == "call_module":
             made[node].target = next(calls)
     graph.output(made[region.output])
-    return RegionModule(holder, graph, "Region")
+    if like is None:
+        return RegionModule(holder, graph, "Region")
+    module = RegionModule(like, graph, "Region").train(root.training)
+    stand_like(module, like)
+    return module
 
 
 class RegionModule(fx.GraphModule):

@@ -188,7 +188,7 @@ def _matches(globs: Sequence[str], graph_module: fx.GraphModule, found: Chains) 
     in_chain = [path for chain in found.chains for path in chain.paths]
     chosen: set[str] = set()
     for glob in globs:
-        matched = [path for path in in_chain if fnmatchcase(path, glob)]
+        matched = [path for path in in_chain if path == glob or fnmatchcase(path, glob)]  # "[3:5]" is a glob too
         if not matched:
             raise PlanError(_no_match(glob, graph_module, in_chain, found))
         chosen.update(matched)

@@ -1,30 +1,18 @@
 """A graph as a stream: its nodes in order, without the reading of attributes, with what is asked of them often."""
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.passes.dynamo import path_in_model
 from replfx.passes.regions import root_of
 from replfx.passes.tokens import Tokens
 from replfx.structure import attribute_at
 
-__all__ = ["Place", "Stream"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module ran: the nodes `[start, stop)`, and its class."""
-
-    start: int
-    stop: int
-    kind: type[nn.Module]
+__all__ = ["Stream"]
 
 
 class Stream:
@@ -74,14 +62,9 @@ class Stream:
         """What each node does; only where structure is asked for."""
         return [self._tokens.of(node) for node in self.nodes]
 
-    @cached_property
-    def places(self) -> dict[str, Place]:
-        """By path, the modules that ran one stretch of nodes: as far as the tracer noted what ran in which."""
-        return _places(self.nodes)
-
     def reads_only_in(self, tensor: Tensor, start: int, stop: int) -> bool:
         """Whether all that reads a tensor of the root lies in `[start, stop)`."""
-        first, last = self.readers[id(tensor)]
+        first, last = self.readers.get(id(tensor), (start, start))  # nothing may read it
         return start <= first and last < stop
 
     def module(self, node: fx.Node) -> nn.Module:
@@ -118,24 +101,6 @@ class Stream:
             if node.target is torch._C._set_grad_enabled:
                 off = not (node.args[0] if node.args else True)
             yield off
-
-
-def _places(nodes: Sequence[fx.Node]) -> dict[str, Place]:
-    found: dict[str, list[int]] = defaultdict(list)
-    kinds: dict[str, type[nn.Module]] = {}
-    for position, node in enumerate(nodes):
-        if node.op == "placeholder":  # Dynamo notes where an input was used first
-            continue
-        stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-        here = {path_in_model(name): kind for name, kind in stack.values() if isinstance(kind, type)}
-        for path in filter(None, here):
-            found[path].append(position)
-        kinds.update(here)
-    return {
-        path: Place(at[0], at[-1] + 1, kinds[path])
-        for path, at in found.items()
-        if at[-1] - at[0] == len(at) - 1  # else something else ran in between, or it was called twice
-    }
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from torch import nn
 
 from replfx.blocks import is_region, members_of
+from replfx.structure import class_of
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["ancestors", "why_not"]
@@ -66,9 +67,10 @@ def _why(
         return "its parameters are vectors alone, which no fusion makes"
     order = {path: position for position, path in enumerate(modules)}
     others = [p for p in (*blocks, *in_chain) if p in modules and p != path and counts[p]]
-    alike = sorted((p for p in others if type(modules[p]) is type(modules[path])), key=order.__getitem__)
+    alike = sorted((p for p in others if class_of(modules[p]) is class_of(modules[path])), key=order.__getitem__)
     if not alike:
-        parts = [p for p, module in modules.items() if type(module) is type(modules[path]) and p != path and counts[p]]
+        kind = class_of(modules[path])
+        parts = [p for p, module in modules.items() if class_of(module) is kind and p != path and counts[p]]
         return f"the others of its class are parts of blocks (`{parts[0]}`)" if parts else "no other is of its class"
     twin = next((p for p in alike if order[p] > order[path]), alike[-1])
     differs = difference(path, twin)
@@ -94,13 +96,13 @@ def _block_like(
     found: list[str] = []
     for path, module in modules.items():
         within = path in in_chain or any(ancestor in in_chain for ancestor in ancestors(path))
-        container = type(module).__module__ == nn.Sequential.__module__
+        container = class_of(module).__module__ == nn.Sequential.__module__
         if not path or container or within or path in above or is_leaf(module) is composite:
             continue
         if next(module.parameters(), None) is not None:
             found.append(path)
     kinds: Counter[type[nn.Module]] = Counter()
     for path, module in modules.items():
-        kinds[type(module)] += max(counts[path], 1)
-    repeated = {path for path in found if kinds[type(modules[path])] > 1}
+        kinds[class_of(module)] += max(counts[path], 1)
+    repeated = {path for path in found if kinds[class_of(modules[path])] > 1}
     return [p for p in found if p in repeated and not any(a in repeated for a in ancestors(p))]

@@ -51,7 +51,7 @@ def members_of(model: nn.Module, path: str) -> list[str]:
         AttributeError: the model has no such block.
     """
     if is_region(path):
-        return ["replaced_" + path[1:].replace(".", "_")]
+        return ["replaced_" + re.sub(r"\W", "_", path[1:])]
     found = _WINDOW.fullmatch(path)
     if found is None:
         return [path]

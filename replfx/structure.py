@@ -25,11 +25,15 @@ __all__ = [
     "class_of",
     "drop_hooks",
     "family",
+    "is_container",
+    "is_stand_in",
     "is_wrapped",
     "move_hooks",
     "redirect",
     "set_submodule",
     "signature",
+    "stand_for",
+    "stand_like",
     "structural_copy",
     "unfit_to_replace",
     "unfit_to_share",
@@ -37,6 +41,7 @@ __all__ = [
 
 Signature: TypeAlias = Mapping[str, object]
 
+_CLASS = "_replfx_stands_for"
 _REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _HOOKS = (
     "_forward_hooks",
@@ -199,15 +204,46 @@ def signature(module: nn.Module) -> Signature:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as its author wrote it: every GraphModule has one of its own."""
+    """The class of a module as its author wrote it: every GraphModule has one of its own, and a stand-in says whose."""
+    kind: type[nn.Module] | None = vars(module).get(_CLASS)
+    if kind is not None:
+        return kind
     return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+
+
+def stand_for(module: nn.Module, kind: type[nn.Module], settings: Mapping[str, object] | None = None) -> None:
+    """Let a module that only holds parameters pass for one of class `kind`, with its `settings` as attributes.
+
+    Where there is a graph and no model, as in Dynamo's, such modules answer what is asked of a model's.
+    """
+    vars(module)[_CLASS] = kind
+    if settings:
+        vars(module).update(settings, __constants__=tuple(settings))  # as torch.nn's layers declare them
+
+
+def stand_like(module: nn.Module, other: nn.Module) -> None:
+    """Let `module`, and what is in it, pass for what is of the same names in `other`."""
+    for path, inner in list(module.named_modules()):
+        like = other.get_submodule(path)
+        known = getattr(like, "__constants__", ()) if is_stand_in(like) else ()
+        stand_for(inner, class_of(like), {name: getattr(like, name) for name in known})
+
+
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether it only passes for a module of its class: it has parameters, and nothing to call."""
+    return _CLASS in vars(module)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether it is a list of others."""
+    return issubclass(class_of(module), nn.Sequential | nn.ModuleList)
 
 
 def family(module: nn.Module) -> Hashable:
     """What the members of a chain have in common: their class; of containers, those of their children too."""
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        inner = (family(child) for child in module if next(child.parameters(), None) is not None)
-        return (id(type(module)), *inner)
+    if is_container(module):
+        inner = (family(child) for child in module.children() if next(child.parameters(), None) is not None)
+        return (id(class_of(module)), *inner)
     return id(class_of(module))
 
 

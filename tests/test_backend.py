@@ -81,7 +81,18 @@ def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
         assert error <= 4 * allowed + 2 * torch.finfo(torch.float32).eps * true.norm().item(), name
 
 
+def attention_in_float64_is_mistaken() -> bool:
+    """Whether PyTorch expects the softmax's sums in float32 (pytorch/pytorch#185539, mended in 2026 by #185573).
+
+    Then Inductor's backward of any attention in float64 fails on a CPU, also of a model that replfx has not touched.
+    """
+    qkv = [torch.empty(1, 1, 2, 4, dtype=torch.float64, device="meta") for _ in range(3)]
+    _, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
+    return bool(sums.dtype != torch.float64)
+
+
 @needs_compiler
+@pytest.mark.skipif(attention_in_float64_is_mistaken(), reason="this PyTorch has pytorch/pytorch#185539")
 @pytest.mark.parametrize(("family", "operator", "fusion"), [("transformer", "block", "channel")])
 def test_by_inductor(family: str, operator: str, fusion: str) -> None:
     case = replace(case_of(family, operator, fusion, gradient=0.5), depth=5)

@@ -315,7 +315,7 @@ def test_a_model_with_nothing_to_replace_runs_as_it_is_and_says_why() -> None:
     model = Tower(Mlp(), Plain(), Mlp(), Plain())
     compiled, backend = replacing(model, every=2)
     torch.testing.assert_close(compiled(X), model(X))
-    with pytest.raises(replfx.CompileError, match=r"nothing was replaced: .*`@blocks\.0`: no three Mlp of its shapes"):
+    with pytest.raises(replfx.CompileError, match=r"nothing was replaced: .*`@blocks\.0`: no three like it in a row"):
         list(backend.parameters())
 
 

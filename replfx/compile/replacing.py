@@ -197,6 +197,7 @@ class ReplacingBackend:
             kinds[path] = block_digest(here[path].site.block)  # buffers that only training reads are part of it
         return replace(
             known,
+            interface=here[known.path].site.interface,  # a mask that one graph has and another has not
             kind=kinds[known.path],
             previous_kind=kinds.get(known.previous or ""),
             next_kind=kinds.get(known.next or ""),
@@ -208,7 +209,7 @@ class ReplacingBackend:
         if policy.select is not None:
             paths = [path for chain in found.chains for path in chain.paths]
             globs = [glob if is_region(glob) else region_path(glob) for glob in policy.select]
-            named = tuple(glob for glob in globs if any(fnmatchcase(path, glob) for path in paths))
+            named = tuple(glob for glob in globs if glob in paths or any(fnmatchcase(path, glob) for path in paths))
             if not named:
                 self._note(f"select={policy.select} names none of the blocks of a graph: {', '.join(paths)}")
                 return ()

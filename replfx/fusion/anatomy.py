@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from replfx.fusion.operators import Site
+from replfx.structure import is_stand_in
 
 __all__ = [
     "Anatomy",
@@ -82,6 +83,8 @@ class Anatomy:
 
 def dissect(site: Site) -> Anatomy | str:
     """The anatomy of the block at `site`, or the reason why it has none that a light operator could use."""
+    if is_stand_in(site.block):
+        return "its layers are functions in Dynamo's graph, and a light operator takes over modules"
     residual = _residual(site)
     if residual is None:
         return "it is not residual: its output is not a sum with its own input as a term"

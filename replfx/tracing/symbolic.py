@@ -20,6 +20,7 @@ from torch.fx.proxy import ParameterProxy, Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from replfx.structure import class_of
 from replfx.tracing.info import CaptureInfo, ModuleCall
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
@@ -44,9 +45,9 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules that are called as they are: torch.nn's own (but containers), scripted ones, those without parts."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    if issubclass(class_of(module), nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
-    return not module._modules or type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return not module._modules or class_of(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
 
 
 def is_small(module: nn.Module) -> bool:

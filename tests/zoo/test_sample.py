@@ -32,6 +32,9 @@ REFUSED_MODELS = {
 }
 
 
+# Where Dynamo's graph has other chains: the first block of T5 gives the position bias too, and is no piece of a graph.
+OTHER_BLOCKS = ("transformers:t5",)
+
 SAMPLE = [f"{source}:{model}" for source, models in REPLACED_MODELS.items() for model in models.split()]
 
 
@@ -71,7 +74,7 @@ def compiled(model: torch.nn.Module, inputs: Inputs, backend: str | Callable[...
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_no_graph_break_where_there_was_none(name: str) -> None:
-    """And the backend that replaces in Dynamo's graph computes what `transform` makes of the same blocks."""
+    """And the backend that replaces in Dynamo's graph makes what `transform` makes, bit for bit in eager mode."""
     variant = subject(name).variants[-1]
     model, inputs = built(variant), fed(variant)
     try:
@@ -85,9 +88,8 @@ def test_no_graph_break_where_there_was_none(name: str) -> None:
     backend = replfx.backend(every=2, inner="eager")
     found = compiled(copy.deepcopy(model), inputs, backend)
     paths = [replacement.path[1:] for replacement in backend.plan.replacements]
-    blocks = {path for chain in replfx.inspect(model, inputs).chains for path in chain}
-    if not paths or not blocks.issuperset(paths):
-        pytest.skip(f"{len(paths)} pieces of the graph were replaced that are no blocks to transform")
+    if name not in OTHER_BLOCKS:
+        assert paths == list(replfx.report(transformed).replaced)
     reference = replfx.transform(model, inputs, select=paths)
     for one, other in zip(found, tensors_of(called(reference, inputs)), strict=True):
-        torch.testing.assert_close(one, other)
+        assert torch.equal(one, other)
