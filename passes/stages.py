@@ -32,8 +32,8 @@ def cut_chains(graph_module: fx.GraphModule, found: Chains, split_at: Sequence[s
             inside = bisect_right(cuts, block.call.start)
             if inside < len(cuts) and cuts[inside] < block.call.stop:
                 raise PlanError(
-                    f"split_at={begins[cuts[inside]]!r} begins a pipeline stage inside of the block `{block.path}`, which "
-                    f"would lie in two stages: split between blocks, for example at `{block.path}`"
+                    f"split_at={begins[cuts[inside]]!r} begins a pipeline stage inside of the block `{block.path}`, "
+                    f"which would lie in two stages: split between blocks, for example at `{block.path}`"
                 )
         parts = [tuple(part) for _, part in groupby(chain.blocks, lambda b: bisect_right(cuts, b.call.start))]
         for number, part in enumerate(parts):

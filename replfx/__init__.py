@@ -34,6 +34,7 @@ from replfx.fusion import (
 )
 from replfx.grouping import parameter_groups
 from replfx.plans import Plan, Replacement
+from replfx.ranks import check_ranks
 from replfx.reports import BlockReport, Report, Totals
 from replfx.state import load_state_dict
 from replfx.tracing import CaptureInfo, Cost, capture
@@ -70,6 +71,7 @@ __all__ = [
     "backend",
     "calibrate",
     "capture",
+    "check_ranks",
     "inspect",
     "load_state_dict",
     "materialize",

@@ -13,7 +13,7 @@ from replfx.fusion import FusionLayer
 from replfx.plans import Plan
 from replfx.reports import Report
 
-__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "placed_layers", "state_of", "unmark"]
+__all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "placed_layers", "plans_in", "state_of", "unmark"]
 
 _ATTRIBUTE = "_replfx"
 
@@ -70,6 +70,12 @@ def state_of(model: nn.Module) -> Transformed:
     if not isinstance(state, Transformed):
         raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")
     return state
+
+
+def plans_in(model: nn.Module) -> list[Plan]:
+    """The plans of the transformed models in a model: its own, also inside of a wrapper, or those of its parts."""
+    states = (_memory(module).get(_ATTRIBUTE) for module in model.modules())
+    return [state.plan for state in states if isinstance(state, Transformed)]
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
