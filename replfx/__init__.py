@@ -36,6 +36,7 @@ from replfx.grouping import parameter_groups
 from replfx.plans import Plan, Replacement
 from replfx.ranks import check_ranks
 from replfx.reports import BlockReport, Report, Totals
+from replfx.stages import check_stage
 from replfx.state import load_state_dict
 from replfx.tracing import CaptureInfo, Cost, capture
 from replfx.unrolling import materialize, unroll
@@ -72,6 +73,7 @@ __all__ = [
     "calibrate",
     "capture",
     "check_ranks",
+    "check_stage",
     "inspect",
     "load_state_dict",
     "materialize",

@@ -34,7 +34,9 @@ def check_ranks(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> N
         >>> replfx.check_ranks(model)
         >>> model = DistributedDataParallel(model)
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_rank(group) < 0:
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_rank(group) < 0:
         return
     plans = plans_in(model) if isinstance(model, nn.Module) else None  # this rank raises too, after the others know
     text = repr(None if plans is None else [plan.to_json() for plan in plans])

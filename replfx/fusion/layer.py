@@ -12,6 +12,7 @@ from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
+from replfx.fusion.running import running_stage
 from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
@@ -38,6 +39,7 @@ class FusionLayer(nn.Module):
         replaced: the block that this layer replaces, for its simple attributes (a model may ask a block for
             its `shift_size`) and for its structure, if the operator has not kept that; its weights are not kept.
         neighbours: the kept block before and the one after.
+        places: where these were in the model, for messages.
 
     Attributes:
         neighbours: the kept block before and the one after; empty if the operator needs none.
@@ -53,12 +55,15 @@ class FusionLayer(nn.Module):
         neighbour_gradient: float = 1.0,
         replaced: nn.Module,
         neighbours: tuple[nn.Module, ...] = (),
+        places: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.operator = operator
         self.fusion = fusion
         self._readings = readings
         self.neighbours = neighbours  # in a tuple, so that they are no submodules
+        self.places = places
+        self._checked = 0  # the id of the layer that was seen with its neighbours: a copy is another one
         skeleton = None if operator.unrolls else structural_copy(replaced, _without_values)
         self._skeleton = (skeleton,)  # in a tuple, so that it is no submodule
         self.names: Mapping[str, str] = {}
@@ -175,8 +180,43 @@ class FusionLayer(nn.Module):
             for name, reading in readings.items()
         }
 
+    def check_in(self, stage: nn.Module, path: str | None = None) -> None:
+        """Make sure that what is read is in the pipeline stage that this layer is in.
+
+        Args:
+            stage: the module that is run, or a whole model.
+            path: where in it this layer is, if the caller knows.
+
+        Raises:
+            FusionError: a neighbour is not in the stage.
+        """
+        modules, parameters = set(stage.modules()), {id(parameter) for parameter in stage.parameters()}
+        for owner, leaf, _ in (reading for side in self._readings or () for reading in side.values()):
+            # A converted batch norm is another module with the parameters of the one before.
+            if owner in modules or id(getattr(owner, leaf)) in parameters:
+                continue
+            found = (
+                place for place, side in zip(self.places, self.neighbours, strict=False) if owner in side.modules()
+            )
+            if path is None:
+                path = next((name for name, module in stage.named_modules() if module is self), "")
+            raise FusionError(self.parted(path, next(found, leaf), "that is not in the model or the stage that runs"))
+
+    @staticmethod
+    def parted(path: str, neighbour: str, why: str) -> str:
+        """What to say of a fusion layer at `path` that is parted from its neighbour."""
+        return (
+            f"`{path}` is a fusion layer, and it reads the weights of its neighbour `{neighbour}`: {why}, so it would "
+            "read a copy that nothing trains along. Transform with split_at= the modules with which your pipeline "
+            "stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
+            "replfx.materialize first"
+        )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the replaced block would have been called with, and what it would have given."""
+        if not torch.compiler.is_compiling() and self._checked != id(self) and (stage := running_stage()) is not None:
+            self.check_in(stage)
+            self._checked = id(self)
         return self.operator(self.synthesized(), args, kwargs)
 
     def extra_repr(self) -> str:
