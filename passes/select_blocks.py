@@ -67,7 +67,7 @@ class SelectBlocks(PassBase):
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
         if not 0 <= self.neighbour_gradient <= 1:
             raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
-        if isinstance(self.split_at, str) or not all(isinstance(path, str) for path in self.split_at):
+        if not all(isinstance(path, str) for path in self.split_at):
             raise PlanError(f"split_at must be a module path or a sequence of them, not {self.split_at!r}")
         fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
 

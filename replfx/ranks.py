@@ -38,7 +38,8 @@ def check_ranks(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> N
         return
     if dist.get_rank(group) < 0:
         return
-    plans = plans_in(model) if isinstance(model, nn.Module) else None  # this rank raises too, after the others know
+    # What is no module is a difference too: a rank that raised before the others have heard of it would hang them.
+    plans: list[Plan] | None = plans_in(model) if isinstance(model, nn.Module) else None
     text = repr(None if plans is None else [plan.to_json() for plan in plans])
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     digests = _gathered(hashlib.sha256(text.encode()).hexdigest(), group, len(ranks))

@@ -3,14 +3,9 @@
 from torch import nn
 
 from replfx.errors import FusionError
-from replfx.fusion import FusionLayer
+from replfx.fusion.layer import check_neighbours, fusion_layers
 
-__all__ = ["check_stage", "fusion_layers", "refuse_split_points"]
-
-
-def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
-    """The fusion layers of a model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
+__all__ = ["check_stage", "refuse_split_points"]
 
 
 def check_stage(stage: nn.Module) -> None:
@@ -35,8 +30,7 @@ def check_stage(stage: nn.Module) -> None:
     """
     if not isinstance(stage, nn.Module):
         raise FusionError(f"a stage is a torch.nn.Module, not {type(stage).__name__}")
-    for path, layer in fusion_layers(stage).items():
-        layer.check_in(stage, path)
+    check_neighbours(stage)
 
 
 def refuse_split_points(model: nn.Module) -> None:

@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from replfx.blocks import head_of
 from replfx.errors import PlanError, StateDictError
 from replfx.fusion import FusionLayer
+from replfx.fusion.layer import check_neighbours, fusion_layers
 from replfx.plans import Plan
 from replfx.reports import Report
-from replfx.stages import check_stage, fusion_layers, refuse_split_points
+from replfx.stages import refuse_split_points
 
 __all__ = ["Transformed", "fusion_layers", "load_state_dict", "mark", "placed_layers", "plans_in", "state_of", "unmark"]
 
@@ -62,7 +63,7 @@ def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_exporting():
         refuse_split_points(model)
     if state.checked != id(model):
-        check_stage(model)
+        check_neighbours(model)
         state.checked = id(model)
 
 

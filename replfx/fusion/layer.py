@@ -16,7 +16,7 @@ from replfx.fusion.running import running_stage
 from replfx.fusion.sharded import all_sharded, any_sharded, as_sharded, gathered, replicated
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
-__all__ = ["FusionLayer", "Readings"]
+__all__ = ["FusionLayer", "Readings", "check_neighbours", "fusion_layers"]
 
 # By the block's name for a parameter: the module that owns its counterpart, its name there, and which of its rows.
 Readings: TypeAlias = Mapping[str, tuple[nn.Module, str, tuple[int, int] | None]]
@@ -180,28 +180,6 @@ class FusionLayer(nn.Module):
             for name, reading in readings.items()
         }
 
-    def check_in(self, stage: nn.Module, path: str | None = None) -> None:
-        """Make sure that what is read is in the pipeline stage that this layer is in.
-
-        Args:
-            stage: the module that is run, or a whole model.
-            path: where in it this layer is, if the caller knows.
-
-        Raises:
-            FusionError: a neighbour is not in the stage.
-        """
-        modules, parameters = set(stage.modules()), {id(parameter) for parameter in stage.parameters()}
-        for owner, leaf, _ in (reading for side in self._readings or () for reading in side.values()):
-            # A converted batch norm is another module with the parameters of the one before.
-            if owner in modules or id(getattr(owner, leaf)) in parameters:
-                continue
-            found = (
-                place for place, side in zip(self.places, self.neighbours, strict=False) if owner in side.modules()
-            )
-            if path is None:
-                path = next((name for name, module in stage.named_modules() if module is self), "")
-            raise FusionError(self.parted(path, next(found, leaf), "that is not in the model or the stage that runs"))
-
     @staticmethod
     def parted(path: str, neighbour: str, why: str) -> str:
         """What to say of a fusion layer at `path` that is parted from its neighbour."""
@@ -215,12 +193,34 @@ class FusionLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the replaced block would have been called with, and what it would have given."""
         if not torch.compiler.is_compiling() and self._checked != id(self) and (stage := running_stage()) is not None:
-            self.check_in(stage)
-            self._checked = id(self)
+            check_neighbours(stage)
+            for layer in fusion_layers(stage).values():
+                layer._checked = id(layer)
         return self.operator(self.synthesized(), args, kwargs)
 
     def extra_repr(self) -> str:
         return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"
+
+
+def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
+    """The fusion layers of a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
+
+
+def check_neighbours(model: nn.Module) -> None:
+    """Make sure that what the fusion layers of a model, or of a part of one, read is in it.
+
+    Raises:
+        FusionError: a neighbour is not there.
+    """
+    # Parameters too: a batch norm that was converted is another module with the parameters of the one before.
+    present = {id(part) for part in (*model.modules(), *model.parameters())}
+    for path, layer in fusion_layers(model).items():
+        for owner, leaf, _ in (reading for side in layer._readings or () for reading in side.values()):
+            if id(owner) not in present and id(getattr(owner, leaf)) not in present:
+                sides = zip(layer.places, layer.neighbours, strict=False)
+                found = (place for place, side in sides if owner in side.modules())
+                raise FusionError(layer.parted(path, next(found, leaf), "that is not in the model or stage that runs"))
 
 
 def _read_parameter(owner: nn.Module, leaf: str, rows: tuple[int, int] | None) -> Tensor:
