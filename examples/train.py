@@ -297,6 +297,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     on_rank_0(lambda: prepare(args.output))
     batches = Batches(args)
     model, blocks, plan = build(args, batches.classes)
+    replfx.check_ranks(model)
     identity = {"replfx": replfx.__version__, "world_size": world_size, "plan": plan, "images": len(batches.images)}
     identity |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     newest = checkpoints_in(args.output)[-1:]

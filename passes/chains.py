@@ -49,14 +49,29 @@ class Block:
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks of one family, each of which works on what the one before gave, in the order in which they run."""
+    """Blocks of one family, each of which works on what the one before gave, in the order in which they run.
+
+    Attributes:
+        blocks: these.
+        before, after: where a chain was cut because a pipeline stage begins there, the block beyond the cut.
+    """
 
     blocks: tuple[Block, ...]
+    before: str | None = None
+    after: str | None = None
 
     @property
     def paths(self) -> list[str]:
         """The blocks' paths."""
         return [block.path for block in self.blocks]
+
+    def end(self, position: int) -> str | None:
+        """Why a block has no neighbour on one side, None if it has both."""
+        if position not in (0, len(self.blocks) - 1):
+            return None
+        if beyond := self.before if position == 0 else self.after:
+            return f"its neighbour `{beyond}` would be in another pipeline stage"
+        return f"it is the {'last' if position else 'first'} block of its chain"
 
     def replaceable(self) -> list[int]:
         """Positions of blocks with a neighbour on each side that nothing keeps."""

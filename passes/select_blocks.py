@@ -11,6 +11,7 @@ from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
 from replfx.fusion.anatomy import is_residual
 from replfx.passes.chains import SHORTEST, Chain, Chains, chains_of
+from replfx.passes.stages import cut_chains
 from replfx.plans import Plan, Replacement
 from replfx.structure import block_digest
 from replfx.tracing import info_of
@@ -38,6 +39,8 @@ class SelectBlocks(PassBase):
         select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
         fusion, operator: what takes a replaced block's place.
         neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours.
+        split_at: paths of the modules with which a pipeline stage begins: blocks are chosen in each stage as if it
+            were a model of its own.
     """
 
     every: int | None = None
@@ -46,6 +49,7 @@ class SelectBlocks(PassBase):
     fusion: Choice = field(default_factory=lambda: Choice("scalar"))
     operator: Choice = field(default_factory=lambda: Choice("block"))
     neighbour_gradient: float = 1.0
+    split_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = [name for name in ("every", "fraction", "select") if getattr(self, name) is not None]
@@ -63,6 +67,8 @@ class SelectBlocks(PassBase):
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
         if not 0 <= self.neighbour_gradient <= 1:
             raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
+        if not all(isinstance(path, str) for path in self.split_at):
+            raise PlanError(f"split_at must be a module path or a sequence of them, not {self.split_at!r}")
         fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -78,13 +84,14 @@ class SelectBlocks(PassBase):
             raise NoChainError(_no_chain(found))
         wanted = None if self.select is None else _matches(self.select, graph_module, found)
         replacements: list[Replacement] = []
-        for chain in found.chains:
+        chains = cut_chains(graph_module, found, self.split_at)
+        for chain in chains:
             positions = self._positions(chain) if wanted is None else _selected(wanted, chain)
             made = self._replace(chain, positions, found)
             found.kept.update(self._kept(chain, made, found))
             replacements += made
         if not replacements:
-            raise NoChainError(_nothing_left(self, found))
+            raise NoChainError(_nothing_left(self, chains, found))
         model = type(info_of(graph_module).root).__name__
         graph_module.meta["replfx_plan"] = Plan(model, tuple(replacements))
         return PassResult(graph_module, False)
@@ -132,9 +139,9 @@ class SelectBlocks(PassBase):
         return kept
 
     def _rule(self, chain: Chain, position: int) -> str:
-        block, last = chain.blocks[position], len(chain.blocks) - 1
-        if position in (0, last) and (self.select is None or operators[self.operator.name].needs_neighbours):
-            return f"it is the {'last' if position else 'first'} block of its chain"
+        block, end = chain.blocks[position], chain.end(position)
+        if end is not None and (self.select is None or operators[self.operator.name].needs_neighbours):
+            return end
         if self.select is not None:
             return "select does not name it"
         if block.turn is not None:
@@ -228,11 +235,8 @@ def _some(paths: Sequence[str], most: int = 12) -> str:
 
 def _lonely(chain: Chain, position: int, positions: Set[int]) -> str:
     path = chain.paths[position]
-    if position == 0:
-        why = "it is the first block of its chain"
-    elif position == len(chain.blocks) - 1:
-        why = "it is the last block of its chain"
-    else:
+    why = chain.end(position)
+    if why is None:
         twin = next(i for i in (position - 1, position + 1) if i in positions)
         why = f"its neighbour `{chain.paths[twin]}` is to be replaced too"
     return f"`{path}` has no kept block on each side: {why}; select others, or use every="
@@ -247,11 +251,12 @@ def _no_chain(found: Chains) -> str:
     )
 
 
-def _nothing_left(policy: SelectBlocks, found: Chains) -> str:
-    longest = max(len(chain.blocks) for chain in found.chains)
+def _nothing_left(policy: SelectBlocks, chains: Sequence[Chain], found: Chains) -> str:
+    longest = max(len(chain.blocks) for chain in chains)
     obstacles = [(b.path, b.obstacle) for chain in found.chains for b in chain.blocks if b.obstacle]
     reasons = [f"`{path}`: {why}" for path, why in (*obstacles, *found.refused.items())]
     if reasons:
         return f"nothing can be replaced: {'; '.join(reasons[:4])}"
     asked = f"every={policy.every}" if policy.every is not None else f"fraction={policy.fraction}"
-    return f"{asked} replaces nothing: the longest chain has {longest} blocks; every=2 replaces at least one of three"
+    part = " part of a chain in one pipeline stage" if any(c.before or c.after for c in chains) else " chain"
+    return f"{asked} replaces nothing: the longest{part} has {longest} blocks; every=2 replaces at least one of three"

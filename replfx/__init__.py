@@ -35,7 +35,9 @@ from replfx.fusion import (
 from replfx.grouping import parameter_groups
 from replfx.parallel import parallelize_module
 from replfx.plans import Plan, Replacement
+from replfx.ranks import check_ranks
 from replfx.reports import BlockReport, Report, Totals
+from replfx.stages import check_stage
 from replfx.state import load_state_dict, plan_of
 from replfx.tracing import CaptureInfo, Cost, capture
 from replfx.unrolling import materialize, unroll
@@ -71,6 +73,8 @@ __all__ = [
     "backend",
     "calibrate",
     "capture",
+    "check_ranks",
+    "check_stage",
     "inspect",
     "load_state_dict",
     "materialize",

@@ -41,6 +41,7 @@ def transform(
     every: int | None = None,
     fraction: float | None = None,
     select: str | Sequence[str] | None = None,
+    split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
     neighbour_gradient: float = 1.0,
@@ -58,6 +59,9 @@ def transform(
         every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. The default policy, with k = 2.
         fraction: replaces this part of each chain instead, spread evenly; at most ½.
         select: replaces the blocks with these paths or globs instead ("blocks.1", "layer3.*").
+        split_at: for pipeline parallelism, the modules with which a stage begins (["blocks.4", "blocks.8"], the keys of
+            torch's `split_spec`): each stage's blocks are chosen as if it were a model of its own, so that no
+            replaced block has a neighbour in another stage.
         fusion: how parameters are made from the neighbours': "scalar", "scalar_layer", "channel", a
             registered name, or a dict with its options, `{"name": "channel", "initial": 0.7}`. "auto" takes what
             our measurements speak for (docs/auto.md), which so far is "scalar".
@@ -80,7 +84,7 @@ def transform(
     Raises:
         NoChainError: there is nothing to replace; the message says why.
         CaptureError: the model cannot be captured, or needs `example_inputs`.
-        PlanError: an impossible selection, a plan for another model, a model that is transformed already.
+        PlanError: an impossible selection or split, a plan for another model, a model that is transformed already.
         FusionError: an unknown fusion or operator, one that does not fit, or weights that are not finite.
         CalibrationError: as `replfx.calibrate` raises it; or `calibrate=` with `inplace=True`.
         The model is left as it was, also with `inplace=True`.
@@ -91,7 +95,7 @@ def transform(
         ['blocks.1', 'blocks.3', 'blocks.5', 'blocks.7', 'blocks.9']
         >>> optimizer = torch.optim.AdamW(model.parameters())
     """
-    given = {"every": every, "fraction": fraction, "select": select}
+    given = {"every": every, "fraction": fraction, "select": select, "split_at": split_at}
     if calibrate is not None and inplace:
         raise CalibrationError(
             "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
@@ -103,7 +107,7 @@ def transform(
         made = apply(model, plan, example_inputs, inplace=inplace)
     else:
         factor = 0.0 if detach_neighbours else neighbour_gradient
-        policy = policy_of(every, fraction, select, fusion, operator, factor)
+        policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
         made = _transformed(model, example_inputs, policy, inplace)
     if calibrate is not None:
         fit(made, model, calibrate)
@@ -117,6 +121,7 @@ def inspect(
     every: int | None = None,
     fraction: float | None = None,
     select: str | Sequence[str] | None = None,
+    split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
 ) -> Report:
@@ -132,7 +137,7 @@ def inspect(
     Example:
         >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
     """
-    policy = policy_of(every, fraction, select, fusion, operator, 1.0)
+    policy = policy_of(every, fraction, select, fusion, operator, 1.0, split_at)
     _refuse_transformed(model)
     graph = capture_lazily(model, example_inputs)
     run_passes(graph, [FindChains()])
@@ -173,6 +178,7 @@ def plan(
     every: int | None = None,
     fraction: float | None = None,
     select: str | Sequence[str] | None = None,
+    split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
     neighbour_gradient: float = 1.0,
@@ -187,7 +193,8 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
-    policy = policy_of(every, fraction, select, fusion, operator, 0.0 if detach_neighbours else neighbour_gradient)
+    factor = 0.0 if detach_neighbours else neighbour_gradient
+    policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
     _refuse_transformed(model)
     return plan_of(_planned(model, example_inputs, policy))
 

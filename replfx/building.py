@@ -88,6 +88,7 @@ class _Builder:
             neighbour_gradient=replacement.neighbour_gradient,
             replaced=block,
             neighbours=(previous, next),
+            places=(replacement.previous, replacement.next),
         )
 
     def _block(self, path: str, kind: str | None) -> nn.Module:

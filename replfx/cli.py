@@ -63,6 +63,9 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--every", type=int, metavar="K", help="replace blocks K, 2K, … of each chain (default: 2)")
     policy.add_argument("--fraction", type=float, metavar="F", help="replace this part of each chain")
     policy.add_argument("--select", action="append", metavar="GLOB", help="replace these blocks (may be repeated)")
+    parser.add_argument(
+        "--split-at", action="append", metavar="PATH", help="a pipeline stage begins with this module (may be repeated)"
+    )
     parser.add_argument("--fusion", default=AUTO, metavar="NAME", help="default: %(default)s")
     parser.add_argument("--operator", default=AUTO, metavar="NAME", help="default: %(default)s")
     parser.add_argument(
@@ -94,6 +97,7 @@ def _inspect(args: argparse.Namespace) -> int:
         every=args.every,
         fraction=args.fraction,
         select=args.select,
+        split_at=args.split_at,
         fusion=args.fusion,
         operator=args.operator,
     )

@@ -20,6 +20,7 @@ def policy_of(
     fusion: Choosable,
     operator: Choosable,
     neighbour_gradient: float,
+    split_at: str | Sequence[str] | None = None,
 ) -> SelectBlocks:
     """The pass that chooses blocks as these options ask: `every=2` if none says which.
 
@@ -30,6 +31,7 @@ def policy_of(
         fusion: the same.
         operator: the same.
         neighbour_gradient: the same.
+        split_at: the same.
 
     Raises:
         PlanError: an impossible selection.
@@ -41,16 +43,17 @@ def policy_of(
     return SelectBlocks(
         every=every,
         fraction=fraction,
-        select=_globs(select),
+        select=None if select is None else _paths(select, "select must be a path or a glob, or"),
         fusion=fused,
         operator=chosen,
         neighbour_gradient=neighbour_gradient,
+        split_at=() if split_at is None else _paths(split_at, "split_at must be a module path or"),
     )
 
 
-def _globs(select: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    if select is None or isinstance(select, str):
-        return None if select is None else (select,)
-    if not isinstance(select, Iterable):
-        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {select!r}")
-    return tuple(select)
+def _paths(given: str | Sequence[str], must: str) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise PlanError(f"{must} a sequence of them, not {given!r}")
+    return tuple(given)

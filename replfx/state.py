@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from replfx.blocks import head_of
 from replfx.errors import PlanError, StateDictError
 from replfx.fusion import FusionLayer
+from replfx.fusion.layer import check_neighbours, fusion_layers
 from replfx.plans import Plan
 from replfx.reports import Report
+from replfx.stages import refuse_split_points
 
 __all__ = [
     "Transformed",
@@ -20,6 +23,7 @@ __all__ = [
     "mark",
     "placed_layers",
     "plan_of",
+    "plans_in",
     "state_of",
     "unmark",
 ]
@@ -34,11 +38,8 @@ class Transformed:
     plan: Plan
     report: Report
     guard: RemovableHandle
-
-
-def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
-    """The fusion layers of a model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
+    first: RemovableHandle
+    checked: int = 0  # the id of the model that was seen whole: a copy is another one
 
 
 def placed_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
@@ -52,14 +53,28 @@ def placed_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
 
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     """Let a model that was just transformed remember how."""
-    _memory(model)[_ATTRIBUTE] = Transformed(plan, report, model.register_load_state_dict_pre_hook(_guard))
+    hooks = (model.register_load_state_dict_pre_hook(_guard), model.register_forward_pre_hook(_check_whole))
+    _memory(model)[_ATTRIBUTE] = Transformed(plan, report, *hooks)
 
 
 def unmark(model: nn.Module) -> None:
     """Forget it again."""
     # By its number: the handle of a copy still speaks of the model that it was copied from.
     model._load_state_dict_pre_hooks.pop(state_of(model).guard.id, None)
+    model._forward_pre_hooks.pop(state_of(model).first.id, None)
     del _memory(model)[_ATTRIBUTE]
+
+
+def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Runs before a forward pass, and looks in the first one whether the neighbours of all fusion layers are there."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    state = state_of(model)
+    if torch.compiler.is_exporting():
+        refuse_split_points(model)
+    if state.checked != id(model):
+        check_neighbours(model)
+        state.checked = id(model)
 
 
 def _memory(model: nn.Module) -> dict[str, Any]:
@@ -96,6 +111,12 @@ def plan_of(model: nn.Module) -> Plan:
         >>> torch.save({"plan": replfx.plan_of(model).to_json(), "model": model.state_dict()}, "checkpoint.pt")
     """
     return state_of(model).plan
+
+
+def plans_in(model: nn.Module) -> list[Plan]:
+    """The plans of the transformed models in a model: its own, also inside of a wrapper, or those of its parts."""
+    states = (_memory(module).get(_ATTRIBUTE) for module in model.modules())
+    return [state.plan for state in states if isinstance(state, Transformed)]
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
 from replfx.fusion.operators import Operator
+from replfx.fusion.running import running_stage
 from replfx.fusion.sharded import (
     any_sharded,
     as_sharded,
@@ -24,7 +25,7 @@ from replfx.fusion.sharded import (
 from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
-__all__ = ["FusionLayer", "Readings"]
+__all__ = ["FusionLayer", "Readings", "check_neighbours", "fusion_layers"]
 
 # By the block's name for a parameter: the module that owns its counterpart, its name there, and which of its rows.
 Readings: TypeAlias = Mapping[str, tuple[nn.Module, str, tuple[int, int] | None]]
@@ -47,6 +48,7 @@ class FusionLayer(nn.Module):
         replaced: the block that this layer replaces, for its simple attributes (a model may ask a block for
             its `shift_size`) and for its structure, if the operator has not kept that; its weights are not kept.
         neighbours: the kept block before and the one after.
+        places: where these were in the model, for messages.
 
     Attributes:
         neighbours: the kept block before and the one after; empty if the operator needs none.
@@ -63,12 +65,15 @@ class FusionLayer(nn.Module):
         neighbour_gradient: float = 1.0,
         replaced: nn.Module,
         neighbours: tuple[nn.Module, ...] = (),
+        places: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.operator = operator
         self.fusion = fusion
         self._readings = readings
         self.neighbours = neighbours  # in a tuple, so that they are no submodules
+        self.places = places
+        self._checked = 0  # the id of the layer that was seen with its neighbours: a copy is another one
         skeleton = None if operator.unrolls else structural_copy(replaced, _without_values)
         self._skeleton = (skeleton,)  # in a tuple, so that it is no submodule
         self.names: Mapping[str, str] = {}
@@ -198,8 +203,22 @@ class FusionLayer(nn.Module):
             for name, reading in readings.items()
         }
 
+    @staticmethod
+    def parted(path: str, neighbour: str, why: str) -> str:
+        """What to say of a fusion layer at `path` that is parted from its neighbour."""
+        return (
+            f"`{path}` is a fusion layer, and it reads the weights of its neighbour `{neighbour}`: {why}, so it would "
+            "read a copy that nothing trains along. Transform with split_at= the modules with which your pipeline "
+            "stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
+            "replfx.materialize first"
+        )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the replaced block would have been called with, and what it would have given."""
+        if not torch.compiler.is_compiling() and self._checked != id(self) and (stage := running_stage()) is not None:
+            check_neighbours(stage)
+            for layer in fusion_layers(stage).values():
+                layer._checked = id(layer)
         parallel, inside = self.tensor_parallel, (args, kwargs)
         if parallel is not None:
             inside = parallel.enter(self.operator.interface, args, kwargs)
@@ -211,6 +230,27 @@ class FusionLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"
+
+
+def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
+    """The fusion layers of a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FusionLayer)}
+
+
+def check_neighbours(model: nn.Module) -> None:
+    """Make sure that what the fusion layers of a model, or of a part of one, read is in it.
+
+    Raises:
+        FusionError: a neighbour is not there.
+    """
+    # Parameters too: a batch norm that was converted is another module with the parameters of the one before.
+    present = {id(part) for part in (*model.modules(), *model.parameters())}
+    for path, layer in fusion_layers(model).items():
+        for owner, leaf, _ in (reading for side in layer._readings or () for reading in side.values()):
+            if id(owner) not in present and id(getattr(owner, leaf)) not in present:
+                sides = zip(layer.places, layer.neighbours, strict=False)
+                found = (place for place, side in sides if owner in side.modules())
+                raise FusionError(layer.parted(path, next(found, leaf), "that is not in the model or stage that runs"))
 
 
 def _read_parameter(owner: nn.Module, leaf: str, rows: tuple[int, int] | None) -> Tensor:

@@ -1,0 +1,66 @@
+"""Pipeline stages: what a fusion layer reads has to be in the stage in which it runs."""
+
+from torch import nn
+
+from replfx.errors import FusionError
+from replfx.fusion.layer import check_neighbours, fusion_layers
+
+__all__ = ["check_stage", "refuse_split_points"]
+
+
+def check_stage(stage: nn.Module) -> None:
+    """Make sure that each fusion layer of a part of a model has its neighbours in that part.
+
+    A fusion layer reads the weights of the kept blocks beside it, and keeps them alive though the model is cut apart.
+    In another pipeline stage than they it would go on reading a copy that no optimizer trains. A plan made with
+    `split_at=` does not come to that. A stage that runs under `torch.distributed.pipelining`, and a transformed model
+    from which blocks were taken away, check themselves in their first forward pass; parts that are compiled, or run by
+    other tools, are checked by this.
+
+    Args:
+        stage: what one rank runs: a copy of the model without the other ranks' blocks, `nn.Sequential(*blocks[4:])`.
+
+    Raises:
+        FusionError: a fusion layer whose neighbour is not in the stage, by their names.
+
+    Example:
+        >>> model = replfx.transform(model, split_at=["blocks.6"])
+        >>> stage = nn.Sequential(*model.blocks[:6]) if rank == 0 else nn.Sequential(*model.blocks[6:])
+        >>> replfx.check_stage(stage)
+    """
+    if not isinstance(stage, nn.Module):
+        raise FusionError(f"a stage is a torch.nn.Module, not {type(stage).__name__}")
+    check_neighbours(stage)
+
+
+def refuse_split_points(model: nn.Module) -> None:
+    """Refuse what `torch.distributed.pipelining.pipeline` would part.
+
+    It gives each stage that reads a weight a copy of its own, and these are trained apart. Where it is to split it has
+    marked the modules; the order of registration stands for the order in which they run.
+
+    Raises:
+        FusionError: a marked module lies between a fusion layer and its neighbour.
+    """
+    modules = dict(model.named_modules())
+    marks = {path: _mark(module) for path, module in modules.items() if "_orig_forward" in vars(module)}
+    if not marks:
+        return
+    order = {path: number for number, path in enumerate(modules)}
+    for path, layer in fusion_layers(model).items():
+        for place, side in zip(layer.places, layer.neighbours, strict=False):
+            inner = {id(part) for part in side.modules()}
+            within = [name for name, module in modules.items() if id(module) in inner]
+            if not within:
+                continue
+            one, other = sorted([(path, path), (within[0], within[-1])], key=lambda span: order[span[0]])
+            for marked, begins in marks.items():
+                after_one = order[marked] > order[one[0]] or (not begins and order[marked] >= order[one[0]])
+                before_other = order[marked] < order[other[0]] or (begins and order[marked] <= order[other[0]])
+                if after_one and before_other:
+                    raise FusionError(layer.parted(path, place, f"pipeline() would split at `{marked}`"))
+
+
+def _mark(module: nn.Module) -> bool:
+    """Whether a stage begins with the marked module, and does not end with it."""
+    return getattr(module.forward, "__name__", "") == "_split_before_forward"

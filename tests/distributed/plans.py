@@ -1,0 +1,69 @@
+"""What each process of test_plans_of_ranks.py does: one group of processes goes through all differences."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import replfx
+from tests.models import tower
+
+
+def work(rank: int, world: int, port: int, folder: str) -> None:
+    """Write what `check_ranks` said here in each situation, None where it was content."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    found = {name: said(model) for name, model in models(rank, world).items()}
+    every_second = dist.new_group(list(range(0, world, 2)))
+    found["a group that agrees"] = said(replfx.transform(tower(7), every=2 + rank % 2), every_second)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def said(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> str | None:
+    """What `check_ranks` raises."""
+    try:
+        replfx.check_ranks(model, group)
+    except replfx.PlanError as error:
+        return str(error)
+    return None
+
+
+def models(rank: int, world: int) -> dict[str, nn.Module]:
+    """By what differs between the ranks, this rank's model."""
+    last = rank == world - 1
+    alike = replfx.transform(tower(7))
+    wrapped = nn.ModuleDict({"backbone": replfx.transform(tower(7), every=3 if last else 2)})
+    gradient = {"neighbour_gradient": 0.5} if last else {}
+    return {
+        "nothing": alike,
+        "nothing, wrapped": DistributedDataParallel(replfx.transform(tower(7))),
+        "nothing, wrapped on one rank": torch.compile(alike) if last else alike,  # type: ignore[dict-item]
+        "nothing, untransformed": tower(7),
+        "blocks of one shape": replfx.transform(tower(7), select="blocks.3" if last else "blocks.1"),
+        "how many": replfx.transform(tower(7), select=["blocks.1"] if last else ["blocks.1", "blocks.5"]),
+        "fusion": replfx.transform(tower(7), fusion="channel" if last else "scalar"),
+        "option": replfx.transform(tower(7), **gradient),  # type: ignore[arg-type]
+        "one untransformed": tower(7) if last else alike,
+        "all but one untransformed": alike if last else tower(7),
+        "one materialized": replfx.materialize(alike) if last else alike,
+        "within": wrapped,
+        "no module": "model" if last else alike,  # type: ignore[dict-item]
+        "several": replfx.transform(tower(7), every=2 if rank == 0 else 3),
+    }
+
+
+def without_the_check(rank: int, world: int, port: int) -> None:
+    """Two ranks that deleted different blocks of one shape: DDP has no objection."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = replfx.transform(tower(7), select=f"blocks.{1 + 2 * rank}", operator="identity")
+    DistributedDataParallel(model)(torch.rand(2, 4)).sum().backward()
+    with pytest.raises(replfx.PlanError, match=re.escape("rank 1 replaces `blocks.3`, rank 0 `blocks.1`")):
+        replfx.check_ranks(model)
+    dist.destroy_process_group()

@@ -1,0 +1,169 @@
+"""Pipeline stages: planned with split_at they train as one process; without it a fusion layer says what is missing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
+
+import replfx
+from tests.distributed.pipelines import STAGES, Case, work
+from tests.models import ConvNet, Tower, tower
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+
+TRANSFORMER = Case("transformer", "blocks.4", "block", "scalar")
+JOBS = [
+    ("transformer-sequence", TRANSFORMER, "sequence"),
+    ("transformer-pruned", Case("transformer", "blocks.4", "block", "channel", 0.5), "pruned"),
+    ("transformer-traced", TRANSFORMER, "traced"),
+    ("transformer-light", Case("transformer", "blocks.3", "light", "scalar_layer"), "sequence"),
+    ("cnn-pruned", Case("cnn", "stages.0.3", "block", "scalar"), "pruned"),
+    ("cnn-traced", Case("cnn", "stages.0.3", "light", "scalar"), "traced"),
+]
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    """What each process found, from one run of all."""
+    folder: Path = tmp_path_factory.mktemp("stages")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(port, JOBS, str(folder)), nprocs=STAGES, join=True)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(STAGES)]
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in JOBS])
+def test_two_stages_train_as_one_process(findings: list[dict[str, str | None]], name: str) -> None:
+    for rank, found in enumerate(findings):
+        assert found[name] is None, f"process {rank}:\n{found[name]}"
+
+
+# ---- what is parted
+
+
+def transformed() -> Tower:
+    """Six blocks, of which 1 and 3 are replaced: 3 reads 2 and 4."""
+    made = replfx.transform(tower(6))
+    assert isinstance(made, Tower)
+    return made
+
+
+def pruned(model: Tower, first: int) -> Tower:
+    """A copy that begins with a block."""
+    part = copy.deepcopy(model)
+    part.stem = nn.Identity()  # type: ignore[assignment]
+    for number in range(first):
+        setattr(part.blocks, str(number), nn.Identity())
+    return part
+
+
+PARTED = r"`{layer}` is a fusion layer, .* of its neighbour `{neighbour}`: .* split_at="
+
+
+def test_a_copy_without_a_neighbour_is_refused_in_its_first_forward_pass() -> None:
+    model = transformed()
+    model(torch.rand(2, 4))  # that it was whole before says nothing of a copy
+    x = torch.rand(2, 8)
+    for part in (pruned(model, 3), pickle.loads(pickle.dumps(pruned(model, 3)))):
+        with pytest.raises(replfx.FusionError, match=PARTED.format(layer="blocks.3", neighbour="blocks.2")):
+            part(x)
+    pruned(model, 2)(x)
+    pruned(model, 4)(x)
+    before = copy.deepcopy(model)
+    del before.blocks[4:]
+    with pytest.raises(replfx.FusionError, match=PARTED.format(layer="blocks.3", neighbour="blocks.4")):
+        before(torch.rand(2, 4))
+    replfx.materialize(model)(torch.rand(2, 4))
+    pruned(replfx.materialize(model), 3)(x)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """One process that is a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_modules_themselves_are_refused_in_a_stage_that_runs(group: None) -> None:
+    model = transformed()
+    model(torch.rand(4, 4))
+    part = nn.Sequential(*model.blocks[3:])
+    part(torch.rand(4, 8))  # no stage, but a part that somebody runs
+    stage = PipelineStage(part, 0, 1, torch.device("cpu"))
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - what torch lets through of it is its affair
+        ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss).step(torch.rand(4, 8), target=torch.rand(4, 8))
+    assert any(isinstance(error, replfx.FusionError) for error in _chain(raised.value)), raised.value
+    with pytest.raises(replfx.FusionError, match=PARTED.format(layer="0", neighbour="blocks.2")):
+        replfx.check_stage(part)
+    whole = nn.Sequential(*model.blocks[2:])
+    replfx.check_stage(whole)
+    stage = PipelineStage(whole, 0, 1, torch.device("cpu"))
+    ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss).step(torch.rand(4, 8), target=torch.rand(4, 8))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    ("split_spec", "layer", "neighbour"),
+    [
+        ({"blocks.2": SplitPoint.BEGINNING}, "blocks.1", "blocks.2"),
+        ({"blocks.2": SplitPoint.END}, "blocks.3", "blocks.2"),
+        ({"blocks.3": SplitPoint.BEGINNING}, "blocks.3", "blocks.2"),
+        ({"blocks.3": SplitPoint.END}, "blocks.3", "blocks.4"),
+        ({"blocks.5": SplitPoint.BEGINNING, "blocks.4": SplitPoint.BEGINNING}, "blocks.3", "blocks.4"),
+        ({"blocks.4": SplitPoint.END}, None, None),
+        ({"blocks.5": SplitPoint.BEGINNING}, None, None),
+        ({"stem": SplitPoint.END, "head": SplitPoint.BEGINNING}, None, None),
+    ],
+)
+def test_pipeline_refuses_to_part_them(
+    split_spec: dict[str, SplitPoint], layer: str | None, neighbour: str | None
+) -> None:
+    model, x = transformed(), torch.rand(2, 4)
+    model(x)
+    if layer is None:
+        pipe = pipeline(model, (x,), split_spec=split_spec)
+        names = [n for i in range(pipe.num_stages) for n, _ in pipe.get_stage_module(i).named_parameters()]
+        assert sorted(names) == sorted(n for n, _ in model.named_parameters())  # none is in two stages
+        return
+    with pytest.raises(RuntimeError, match="cannot capture your model") as raised:
+        pipeline(model, (x,), split_spec=split_spec)
+    assert isinstance(raised.value.__cause__, replfx.FusionError)
+    with pytest.raises(replfx.FusionError, match=PARTED.format(layer=layer, neighbour=neighbour)):
+        raise raised.value.__cause__
+
+
+def test_what_is_no_stage_goes_on_working() -> None:
+    model, x = transformed(), torch.rand(2, 8)
+    model.blocks[3](x)
+    torch.utils.checkpoint.checkpoint(model.blocks[3], x, use_reentrant=False).sum().backward()  # type: ignore[no-untyped-call]
+    torch.compile(model, fullgraph=True, backend="eager")(torch.rand(2, 4))
+    torch.compile(copy.deepcopy(model.blocks), fullgraph=True, backend="eager")(x)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    torch.func.functional_call(model, weights, (torch.rand(2, 4),))
+    torch.func.vmap(lambda one: torch.func.functional_call(model, weights, (one,)))(torch.rand(3, 2, 4))
+    torch.export.export(pickle.loads(pickle.dumps(model)), (torch.rand(2, 4),))
+    norms = nn.SyncBatchNorm.convert_sync_batchnorm(replfx.transform(ConvNet(), torch.rand(2, 3, 8, 8)))
+    replfx.check_stage(norms)  # other modules, and the same parameters
+
+
+def test_a_stage_is_a_module() -> None:
+    with pytest.raises(replfx.FusionError, match=r"a stage is a torch\.nn\.Module, not list"):
+        replfx.check_stage([nn.Linear(2, 2)])  # type: ignore[arg-type]
