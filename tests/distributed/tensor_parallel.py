@@ -4,7 +4,7 @@ import copy
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -99,11 +99,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A model as it runs here, and which part of a batch it is given: `take` of the whole, the loss times `scale`."""
+    """A model as it runs here, and which part of a batch it is given: `take` of the whole, the loss times `scale`.
+
+    `evaluated`: whether a forward pass without a backward comes before each step.
+    """
 
     model: nn.Module
     take: Callable[[Tensor], Tensor]
     scale: float = 1.0
+    evaluated: bool = False
 
 
 def _tensor(model: nn.Module) -> Wrapped:
@@ -147,12 +151,12 @@ def _prepared(model: nn.Module) -> Wrapped:
     return Wrapped(model, lambda x: x.chunk(world, 1)[rank])
 
 
-def _sharded_tensor(model: nn.Module) -> Wrapped:
+def _sharded_tensor(model: nn.Module, **options: bool) -> Wrapped:
     """Tensor parallelism within pairs of processes, FSDP2 across them."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     replfx.parallelize_module(model, mesh["tensor"], _everything_shared())
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh["data"])
+        fully_shard(block, mesh=mesh["data"], **options)
     fully_shard(model, mesh=mesh["data"])
     rank, parts = mesh.get_local_rank("data"), mesh.size(0)
     return Wrapped(model, lambda x: x.chunk(parts)[rank], parts)
@@ -168,12 +172,10 @@ def _sharded_sequence(model: nn.Module) -> Wrapped:
     return Wrapped(model, lambda x: x.chunk(parts)[rank].chunk(2, 1)[inner], parts)
 
 
-def _sharded_kept(model: nn.Module) -> Wrapped:
-    """And what FSDP has gathered for a backward pass stays whole until the next forward pass is through."""
-    wrapped = _sharded_tensor(model)
-    assert isinstance(wrapped.model, FSDPModule)
-    wrapped.model.set_reshard_after_backward(False)
-    return wrapped
+def _sharded_evaluated(model: nn.Module) -> Wrapped:
+    """A forward pass without a backward comes before each step, and leaves all blocks whole for FSDP."""
+    wrapped = _sharded_tensor(model, reshard_after_forward=False)
+    return replace(wrapped, evaluated=True)
 
 
 def _distributed(model: nn.Module) -> Wrapped:
@@ -197,7 +199,7 @@ MODES: dict[str, Callable[[nn.Module], Wrapped]] = {
     "prepared": _prepared,
     "sharded_tensor": _sharded_tensor,
     "sharded_sequence": _sharded_sequence,
-    "sharded_kept": _sharded_kept,
+    "sharded_evaluated": _sharded_evaluated,
     "distributed": _distributed,
 }
 
@@ -242,6 +244,9 @@ def _train(wrapped: Wrapped, case: Case) -> Iterator[tuple[Snapshot, Snapshot]]:
         x = case.inputs(step)
         weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
         optimizer.zero_grad()
+        if wrapped.evaluated:
+            with torch.no_grad():
+                wrapped.model(wrapped.take(x))
         loss = (wrapped.model(wrapped.take(x)) * wrapped.take(weight)).sum() * wrapped.scale
         loss.backward()
         gradients = {name: _whole(p.grad) for name, p in wrapped.model.named_parameters() if p.grad is not None}

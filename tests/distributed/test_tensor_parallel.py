@@ -31,7 +31,7 @@ ON_TWO = _jobs(
     }
 )
 ON_FOUR = _jobs(
-    {"transformer": ("tensor", "sharded_tensor", "sharded_sequence", "sharded_kept"), "cnn": ("distributed",)}
+    {"transformer": ("tensor", "sharded_tensor", "sharded_sequence", "sharded_evaluated"), "cnn": ("distributed",)}
 )
 
 
