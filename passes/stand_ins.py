@@ -42,13 +42,18 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
             path = paths.setdefault(key.partition("@")[0], path)  # a module with two names goes by the first
             kinds.setdefault(path, kind)
             places[path, key].append(position)
-    for path, kind in kinds.items():
+    for path, kind in list(kinds.items()):
         module = _at(root, path)
+        if module is None:
+            del kinds[path]
+            continue
         stand_for(module, kind, _of_linear(module) if "in_features" in getattr(kind, "__constants__", ()) else None)
+    paths = {key: path for key, path in paths.items() if path in kinds}
     for node in spans.computing:
         _note_settings(node, root, paths)
     _put_in_order(root, kinds.keys())
-    whole = [(path, at[0], at[-1] + 1) for (path, _), at in places.items() if path and at[-1] - at[0] == len(at) - 1]
+    side_by_side = {each: at for each, at in places.items() if at[-1] - at[0] == len(at) - 1}
+    whole = [(path, at[0], at[-1] + 1) for (path, _), at in side_by_side.items() if path and path in kinds]
     return [spans.call(*each) for each in sorted(whole, key=lambda each: (each[2], -each[1], -each[0].count(".")))]
 
 
@@ -60,13 +65,16 @@ def _stack(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
             yield key, path_in_model(name), kind
 
 
-def _at(root: nn.Module, path: str) -> nn.Module:
-    """The module at `path`, made if there is none."""
+def _at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path`, made if there is none; None where a name of it, a key of some dict, is no module's."""
+    at: nn.Module | None = root
     for name in path.split(".") if path else ():
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
+        if at is not None and name not in at._modules:
+            if hasattr(at, name):
+                return None
+            at.add_module(name, nn.Module())
+        at = None if at is None else at._modules[name]
+    return at
 
 
 # ---- what the graph tells of a module's settings
@@ -88,7 +96,7 @@ def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> Non
         return
     owner = str(weight.target).rpartition(".")[0]
     if weight.op != "get_attr":  # standardised, or made otherwise
-        owner = next((paths[key.partition("@")[0]] for key, _, _ in reversed(list(_stack(node)))), "")
+        owner = next((paths.get(key.partition("@")[0], "") for key, _, _ in reversed(list(_stack(node)))), "")
     settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and _is_plain(values[key])}
     module = root.get_submodule(owner)
     shape = {"kernel_size": weight.meta["shape"][2:]}

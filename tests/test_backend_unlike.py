@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import replfx
 from tests.models import ConvNet, Mlp, Tower
@@ -130,6 +131,27 @@ def test_gains_are_saved_and_restored() -> None:
     compiled, backend = replacing(twin, every=2)
     backend.load_state_dict(coefficients)
     assert torch.equal(compiled(x), expected)
+
+
+def test_other_values_at_each_call() -> None:
+    """`functional_call` puts other tensors in the parameters' places: neighbours' are read anew, and get gradients."""
+    model, x = units().eval(), torch.randn(2, 3, 8, 8)
+    compiled, _ = replacing(model, "eager", every=2)
+    compiled(x)
+    for factor in (2.0, 3.0):
+        values = {name: (factor * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        found = functional_call(compiled, {f"_orig_mod.{name}": value for name, value in values.items()}, (x,))
+        reference = replfx.transform(copy.deepcopy(model), x, every=2)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                if ".fusion." not in name:
+                    parameter.copy_(values[name.replace(".operator.block", "")])
+        expected = reference(x)
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for name in ("stages.0.0.conv1.weight", "stages.1.0.conv1.weight", "stages.2.0.conv2.weight"):
+            torch.testing.assert_close(values[name].grad, reference.get_parameter(name).grad)
 
 
 def test_training_evaluation_and_other_shapes_share_the_coefficients() -> None:
