@@ -1,9 +1,10 @@
 """What each process of test_pipeline.py does: one group of processes goes through all ways of splitting a model."""
 
 import copy
+import datetime
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.models import CausalBlock, ConvNet, Tower
 from tests.strategies import randomize
 
 STAGES, BATCH, MICROBATCHES, STEPS = 2, 8, 4, 3
+TIMEOUT = datetime.timedelta(seconds=120)  # for a process whose peer has failed
 
 # Of the largest entry, as in ranks.py: float64, summed over microbatches in another order.
 TOLERANCE = 1e-10
@@ -106,12 +108,13 @@ SCHEDULES: dict[str, Any] = {"sequence": ScheduleGPipe, "pruned": Schedule1F1B, 
 def work(rank: int, port: int, jobs: list[tuple[str, Case, str]], folder: str) -> None:
     """Run every case split its way; write what went wrong as JSON."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=STAGES)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=STAGES, timeout=TIMEOUT
+    )
     found: dict[str, str | None] = {}
     for name, case, way in jobs:
         try:
-            _check(case, way, rank)
-            found[name] = None
+            found[name] = "\n".join(_differences(case, way, rank)) or None
         except Exception:
             found[name] = traceback.format_exc()
         dist.barrier()
@@ -119,10 +122,12 @@ def work(rank: int, port: int, jobs: list[tuple[str, Case, str]], folder: str) -
     dist.destroy_process_group()
 
 
-def _check(case: Case, way: str, rank: int) -> None:
+def _differences(case: Case, way: str, rank: int) -> Iterator[str]:
+    """Where training in stages differs; all steps are done in any case, because the other process waits for them."""
     single = case.model()
     stage, names = SPLITS[way](case.model(), case.split_at, rank, case.input())
-    assert any(".fusion." in name for name in names.values()), "no stage without a fusion layer"
+    if not any(".fusion." in name for name in names.values()):
+        yield "there is no fusion layer in this stage"
     schedule = SCHEDULES[way](stage, MICROBATCHES, loss_fn=F.mse_loss)
     one = torch.optim.AdamW(single.parameters(), lr=0.01)
     mine = torch.optim.AdamW(stage.submod.parameters(), lr=0.01)
@@ -135,18 +140,22 @@ def _check(case: Case, way: str, rank: int) -> None:
         schedule.step(x) if rank == 0 else schedule.step(target=target)
         for name, parameter in stage.submod.named_parameters():
             theirs = single.get_parameter(names[name])
-            _compare(parameter.grad, theirs.grad, f"gradient {step} of {names[name]}")
+            yield from _difference(parameter.grad, theirs.grad, f"gradient {step} of {names[name]}")
         one.step()
         mine.step()
     for name, parameter in stage.submod.named_parameters():
-        _compare(parameter, single.get_parameter(names[name]), names[name])
+        yield from _difference(parameter, single.get_parameter(names[name]), names[name])
     everywhere: list[Any] = [None] * STAGES
     dist.all_gather_object(everywhere, sorted(names.values()))
-    assert sorted(name for part in everywhere for name in part) == sorted(n for n, _ in single.named_parameters())
+    if sorted(name for part in everywhere for name in part) != sorted(name for name, _ in single.named_parameters()):
+        yield f"the stages have other parameters than the model: {everywhere}"
 
 
-def _compare(one: Tensor | None, other: Tensor | None, what: str) -> None:
-    assert (one is None) == (other is None), f"{what}: {one is None} here, {other is None} in one process"
-    if one is not None and other is not None:
-        error, scale = (one - other).abs().max().item(), max(other.abs().max().item(), 1e-3)
-        assert error <= TOLERANCE * scale, f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+def _difference(one: Tensor | None, other: Tensor | None, what: str) -> Iterator[str]:
+    if one is None or other is None:
+        if one is not other:
+            yield f"{what}: {one is None} here, {other is None} in one process"
+        return
+    error, scale = (one - other).abs().max().item(), max(other.abs().max().item(), 1e-3)
+    if not error <= TOLERANCE * scale:
+        yield f"{what}: off by {error:.2e} at a scale of {scale:.2e}"

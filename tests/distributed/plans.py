@@ -1,5 +1,6 @@
 """What each process of test_plans_of_ranks.py does: one group of processes goes through all differences."""
 
+import datetime
 import json
 import re
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 import replfx
 from tests.models import tower
 
+TIMEOUT = datetime.timedelta(seconds=120)  # a process that waited for one that raised fails
+
 
 def work(rank: int, world: int, port: int, folder: str) -> None:
     """Write what `check_ranks` said here in each situation, None where it was content."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=TIMEOUT)
     found = {name: said(model) for name, model in models(rank, world).items()}
     every_second = dist.new_group(list(range(0, world, 2)))
     found["a group that agrees"] = said(replfx.transform(tower(7), every=2 + rank % 2), every_second)

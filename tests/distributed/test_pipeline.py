@@ -44,6 +44,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | N
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(STAGES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _, _ in JOBS])
 def test_two_stages_train_as_one_process(findings: list[dict[str, str | None]], name: str) -> None:
     for rank, found in enumerate(findings):

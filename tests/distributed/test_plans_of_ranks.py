@@ -41,7 +41,7 @@ def _spawn(worker: object, world: int, *args: object) -> None:
     mp.spawn(worker, args=(world, port, *args), nprocs=world, join=True)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_says_which_ranks_differ_and_where(world: int, tmp_path: Path) -> None:
     _spawn(work, world, str(tmp_path))
     for rank in range(world):

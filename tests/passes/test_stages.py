@@ -26,7 +26,7 @@ def replaced(model: nn.Module, **options: object) -> list[int]:
     return [int(r.path.removeprefix("blocks.")) for r in plan.replacements]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), depth=st.integers(3, 11))
 def test_a_replaced_block_and_its_neighbours_are_in_one_stage(data: st.DataObject, depth: int) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(0, depth - 1), max_size=3)))
@@ -47,7 +47,7 @@ def test_a_replaced_block_and_its_neighbours_are_in_one_stage(data: st.DataObjec
         assert len({bisect_right(cuts, int(str(name).removeprefix("blocks."))) for name in names}) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), depth=st.integers(3, 11), every=st.integers(2, 4))
 def test_each_stage_is_planned_as_a_model_of_its_own(data: st.DataObject, depth: int, every: int) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, depth - 1), max_size=3)))
@@ -63,7 +63,7 @@ def test_each_stage_is_planned_as_a_model_of_its_own(data: st.DataObject, depth:
         assert len(alone) == sum((last - first - 1) // 2 for first, last in itertools.pairwise(ends))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), depth=st.integers(3, 8))
 def test_a_cut_outside_of_the_chain_changes_nothing(data: st.DataObject, depth: int) -> None:
     choice = data.draw(policies(depth, ("block",))).choice
