@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
+_NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")  # the same
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
 
 
@@ -96,7 +97,10 @@ def dissect(site: Site) -> Anatomy | str:
     depthwise = _depthwise(site, width)
     if pair is None and depthwise is None:
         return f"it has no map from its {width} channels and back to them"
-    return Anatomy(width, linear, depthwise, pair, _norm(site, width, linear), residual[0])
+    norm = _norm(site, width, linear)
+    if norm is None and (hidden := _norm_without_parameters(site)):
+        return f"it normalises by `{hidden}`, which has no parameters of its own to take over"
+    return Anatomy(width, linear, depthwise, pair, norm, residual[0])
 
 
 # ---- the sum
@@ -290,6 +294,17 @@ def is_norm(module: nn.Module, width: int) -> bool:
     """Whether it is a normalisation of so many channels: an `eps`, and one value a channel."""
     parameters = list(module.parameters())
     return hasattr(module, "eps") and bool(parameters) and all(p.shape == (width,) for p in parameters)
+
+
+def _norm_without_parameters(site: Site) -> str | None:
+    """A normalisation that is a function, or a module with none: without it the block would be another one."""
+    for node in site.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name in _NORMS:
+            return name
+        if node.op == "call_module" and hasattr(module := _module(site, node), "eps") and not [*module.parameters()]:
+            return type(module).__name__
+    return None
 
 
 def _takes_channels_second(norm: nn.Module, width: int, dims: int) -> bool:
