@@ -153,6 +153,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights, Weig
     return folder, halfway, ended
 
 
+@pytest.mark.slow
 def test_saved_on_two_it_goes_on_in_one_and_in_four(saved: tuple[Path, Weights, Weights], tmp_path: Path) -> None:
     folder, halfway, ended = saved
     for ranks in (1, 4):
@@ -173,6 +174,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(saved: tuple[Path, Wei
         assert "__1_0.distcp" in of_lacking
 
 
+@pytest.mark.slow
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(
     saved: tuple[Path, Weights, Weights], tmp_path: Path
 ) -> None:

@@ -91,11 +91,12 @@ def check(ranks: int, jobs: list[Job], folder: Path) -> None:
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("family", [*BOTH, ""])
+@pytest.mark.parametrize("family", [*BOTH, pytest.param("", marks=pytest.mark.slow, id="others")])
 def test_two_processes_train_as_one(tmp_path: Path, family: str) -> None:
     check(2, [job for job in TWO if _family(job) == family], tmp_path)
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one(tmp_path: Path) -> None:
     check(4, FOUR, tmp_path)
 
