@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import replfx
 from replfx.compile.synthesis import SYNTHESIZE
 from replfx.passes.batch_synthesis import BatchSynthesis
+from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.merge_syntheses import MergeSyntheses
 from replfx.passes.reassociate_products import ReassociateProducts
 from replfx.passes.synthesis import syntheses_in
@@ -79,6 +80,71 @@ def test_a_product_is_formed_where_that_takes_fewer_flops(tokens: int) -> None:
     torch.testing.assert_close(found, expected)
     saved = 2 * 2 * (16 * 40 * 16 + tokens * 16 * 16 - tokens * 40 * 32)
     assert before.get_total_flops() - after.get_total_flops() == max(saved, 0)
+
+
+class Normed(nn.Module):
+    """A pre-norm MLP block."""
+
+    def __init__(self, norm: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = norm, nn.Linear(16, hidden), nn.Linear(hidden, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
+        return y
+
+
+def normed(kind: type[nn.Module], hidden: int = 40) -> nn.Module:
+    """Replaced blocks 1 and 3 of five, with drawn weights of all norms."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Normed(kind(16), hidden) for _ in range(5)))
+    made = replfx.transform(model, torch.randn(2, 16), operator="light").double()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, 0.5, 0.3)
+    return made
+
+
+def affines(graph_module: fx.GraphModule) -> int:
+    """Norms that still have a weight."""
+    norms = [n for n in graph_module.graph.nodes if getattr(n.target, "__name__", "") in ("layer_norm", "rms_norm")]
+    assert len(norms) == 5
+    return sum(any(arg is not None for arg in (*node.args[2:4], node.kwargs.get("weight"))[:1]) for node in norms)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("tokens", [1, 26, 27, 60])
+def test_an_affine_is_folded_where_that_takes_fewer_flops(kind: type[nn.Module], tokens: int) -> None:
+    """3·T > 5·16: from 27 tokens on, where the product of 16 rows is formed."""
+    model, x = normed(kind), torch.randn(tokens, 16, dtype=torch.float64)
+    graph_module, inputs = captured(model, x)
+    (expected,) = graph_module(*inputs)
+    assert FoldAffines()(graph_module).modified == (tokens > 26)
+    graph_module.graph.lint()
+    assert affines(graph_module) == (3 if tokens > 26 else 5)
+    torch.testing.assert_close(graph_module(*inputs)[0], expected, rtol=1e-12, atol=1e-12)  # float64, in another order
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("hidden", [4, 40])  # two matrices, and their product
+def test_with_folded_affines_outputs_and_gradients_stay(kind: type[nn.Module], hidden: int) -> None:
+    model, x = normed(kind, hidden), torch.randn(60, 16, dtype=torch.float64)
+    compiled = Compiled(model, "aot_eager")
+    found = []
+    for run in (compiled, model):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        found.append((y, [p.grad for p in model.parameters()]))
+    assert affines(compiled.graphs[0]) == 3
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
+
+
+def test_affines_stay_under_autocast_and_are_folded_without_gradients() -> None:
+    model, x = normed(nn.LayerNorm).float(), torch.randn(3, 16)
+    with torch.no_grad():
+        assert FoldAffines()(graph_of(model, x)).modified
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not FoldAffines()(graph_of(model, torch.randn(60, 16))).modified
 
 
 def test_without_gradients_and_with_symbolic_sizes_products_stay() -> None:

@@ -16,6 +16,7 @@ from replfx.errors import CompileError
 from replfx.passes import run_passes
 from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.dynamo import in_fusion_layer, value_of
+from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.hoist_syntheses import HoistSyntheses, hoisted_of
 from replfx.passes.merge_syntheses import MergeSyntheses
 from replfx.passes.reassociate_products import ReassociateProducts
@@ -92,7 +93,7 @@ class Backend:
         return with_cached(main, Cached(compute), hoisted.inputs)
 
     def _rewrite(self, graph_module: fx.GraphModule, cuda_graphs: bool) -> None:
-        passes: list[Any] = [MergeSyntheses(), ReassociateProducts()]
+        passes: list[Any] = [MergeSyntheses(), ReassociateProducts(), FoldAffines()]
         if self.max_bytes:
             passes.append(BatchSynthesis(SYNTHESIZE, self.max_bytes))
         if self.cache and not cuda_graphs:  # those would copy the kept values into their own memory at each call
