@@ -41,15 +41,19 @@ def write_files(
 
 
 def plot_ratios(groups: Mapping[str, Sequence[Compared]], label: str, path: Path) -> None:
-    """Plot medians and quartiles of the ratios, one axis a group."""
+    """Plot medians and quartiles of the ratios, one axis a group, four in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.variant for rows in groups.values() for row in rows))
-    figure = Figure(figsize=(max(6.5, 3.6 * len(groups)), max(3.4, 0.35 * len(names))), layout="constrained")
+    columns, lines = min(4, len(groups)), -(-len(groups) // 4)
+    size = (max(6.5, 3.6 * columns), lines * max(3.4, 0.35 * len(names)))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for ax, (title, rows) in zip(axes, groups.items(), strict=True):
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for ax in list(axes)[len(groups) :]:
+        ax.remove()
+    for ax, (title, rows) in zip(axes, groups.items(), strict=False):
         for row in rows:
             place = names.index(row.variant)
             if row.ratio is None:
