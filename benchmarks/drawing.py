@@ -50,8 +50,8 @@ def plot_ratios(groups: Mapping[str, Sequence[Compared]], label: str, path: Path
     size = (max(6.5, 3.6 * columns), lines * max(3.4, 0.35 * len(names)))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for ax in list(axes)[len(groups) :]:
+    axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for ax in axes[len(groups) :]:
         ax.remove()
     for ax, (title, rows) in zip(axes, groups.items(), strict=False):
         for row in rows:
