@@ -35,9 +35,14 @@ def evaluated(transformed: nn.Module, **options: Any) -> Compiled:
     return compiled
 
 
+# Single precision: a norm's weight that is folded into a matrix multiplies in another order. Where weights changed and
+# were not made anew, results are off by more than a hundredth.
+ROUNDED = {"rtol": 1e-5, "atol": 1e-5}
+
+
 def check(compiled: Compiled, x: Tensor = X) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), compiled.model(x), rtol=0, atol=0)
+        torch.testing.assert_close(compiled(x), compiled.model(x), **ROUNDED)
 
 
 def test_it_synthesises_once(transformed: nn.Module) -> None:
@@ -169,7 +174,8 @@ def test_two_models_that_share_a_graph_do_not_share_values(transformed: nn.Modul
         found = torch.func.functional_call(compiled.compiled._orig_mod, dict(other.named_parameters()), (X,))
         assert torch.equal(found, other(X))
         weights = {f"_orig_mod.{name}": p for name, p in other.named_parameters()}
-        assert torch.equal(torch.func.functional_call(compiled.compiled, weights, (X,)), other(X))
+        found = torch.func.functional_call(compiled.compiled, weights, (X,))
+        torch.testing.assert_close(found, other(X), **ROUNDED)
     check(compiled)
 
 

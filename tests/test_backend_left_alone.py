@@ -148,8 +148,9 @@ def test_a_synthesis_of_a_synthesis_is_no_part_of_its_batch(outer: int, inner: i
             theta: Tensor = read.synthesized()["fc1.weight"]
             return theta
 
+    model.source = Synthesised()  # what a fusion layer reads has to be in the model
     readings = [dict(side) for side in reader._readings]
-    readings[0]["fc1.weight"] = (Synthesised(), "weight", None)
+    readings[0]["fc1.weight"] = (model.source, "weight", None)
     reader._readings = tuple(readings)
     compiled = Compiled(model, "aot_eager")
     torch.testing.assert_close(compiled(X), model(X))
