@@ -26,7 +26,10 @@ from tests.distributed.ranks import BATCH, whole_tensor
 from tests.reference import Options
 from tests.strategies import Case, Policy
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
+    pytest.mark.timeout(1800),  # many cases in one group of processes
+]
 
 STEPS = 3  # before the checkpoint, and after
 TOLERANCE = 1e-9  # float64 sums in another order, through some steps of AdamW

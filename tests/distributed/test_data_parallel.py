@@ -15,7 +15,10 @@ from tests.strategies import FUSIONS, Case, Policy, fits
 from tests.test_property_functional import Regions, spec_of
 from tests.test_property_heterogeneous import Drawn
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
+    pytest.mark.timeout(1800),  # many cases in one group of processes
+]
 
 BOTH = ("transformer", "basic")
 HYBRID = tuple(mode for mode in MORE_MODES if mode.startswith("hsdp"))

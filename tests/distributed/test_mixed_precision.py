@@ -24,7 +24,10 @@ from tests.distributed.ranks import BATCH, STEPS, whole_tensor
 from tests.reference import Options, Stack
 from tests.strategies import FUSIONS, Case, Policy, fits
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
+    pytest.mark.timeout(1800),  # many cases in one group of processes
+]
 
 LOW = torch.bfloat16
 

@@ -20,7 +20,10 @@ import replfx
 from tests.distributed.pipelines import STAGES, Case, work
 from tests.models import ConvNet, Tower, tower
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
+    pytest.mark.timeout(1800),  # many cases in one group of processes
+]
 
 TRANSFORMER = Case("transformer", "blocks.4", "block", "scalar")
 JOBS = [

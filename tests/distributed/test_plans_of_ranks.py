@@ -12,7 +12,10 @@ import replfx
 from tests.distributed.plans import without_the_check, work
 from tests.models import tower
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
+    pytest.mark.timeout(1800),  # many cases in one group of processes
+]
 
 # What differs → the words for it, with the last rank as {last}.
 SAID = {

@@ -9,7 +9,10 @@ from tests.distributed.processes import on_ranks
 from tests.distributed.tensor_parallel import Case, Jobs, refusals, work
 from tests.strategies import FUSIONS
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
+    pytest.mark.timeout(1800),  # many cases in one group of processes
+]
 
 
 def _jobs(block: str, modes: tuple[str, ...], fusions: tuple[str, ...] = FUSIONS) -> Jobs:
