@@ -25,6 +25,7 @@ __all__ = [
     "is_plain",
     "is_pure",
     "is_untouched",
+    "made_beside",
     "path_in_model",
     "tensors_of",
     "value_of",
@@ -77,6 +78,14 @@ _METHODS = frozenset(
 def value_of(node: fx.Node) -> Any:
     """The fake tensor that stands for what the node gives; None where Dynamo noted none."""
     return node.meta.get("example_value")
+
+
+def made_beside(like: fx.Node, function: Any, *args: fx.Node | None) -> fx.Node:
+    """A call of `function` before the node `like`, in the same module, with the value that it gives noted."""
+    with like.graph.inserting_before(like):
+        made = like.graph.call_function(function, args)
+    made.meta = {**like.meta, "example_value": function(*(None if arg is None else value_of(arg) for arg in args))}
+    return made
 
 
 def tensors_of(node: fx.Node) -> Iterator[Tensor]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, value_of
+from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, made_beside, value_of
 
 __all__ = ["FoldAffines"]
 
@@ -33,13 +33,13 @@ class FoldAffines(PassBase):
         changed = False
         for node in list(graph_module.graph.nodes):
             if node.target in _NORMS and node.op == "call_function" and in_fusion_layer(node):
-                changed |= _fold(graph_module.graph, node)
+                changed |= _fold(node)
         if changed:
             graph_module.recompile()
         return PassResult(graph_module, changed)
 
 
-def _fold(graph: fx.Graph, norm: fx.Node) -> bool:
+def _fold(norm: fx.Node) -> bool:
     given: dict[str, Any] = dict(zip(_NORMS[norm.target], norm.args, strict=False)) | norm.kwargs
     weight, shift = given.get("weight"), given.get("bias")
     (linear, *others) = norm.users
@@ -50,9 +50,8 @@ def _fold(graph: fx.Graph, norm: fx.Node) -> bool:
     nodes = [node for node in (norm, matrix, weight, shift, bias) if node is not None]
     if not isinstance(weight, fx.Node) or not _is_worth_it(norm, linear, nodes):
         return False
-    with graph.inserting_before(linear):
-        scaled = _made(graph, linear, operator.mul, matrix, weight)
-        moved = bias if shift is None else _made(graph, linear, F.linear, shift, matrix, bias)
+    scaled = made_beside(linear, operator.mul, matrix, weight)
+    moved = bias if shift is None else made_beside(linear, F.linear, shift, matrix, bias)
     norm.args, norm.kwargs = (
         (given["input"], given["normalized_shape"]),
         {"eps": given["eps"]} if "eps" in given else {},
@@ -74,11 +73,3 @@ def _is_worth_it(norm: fx.Node, linear: fx.Node, nodes: list[Any]) -> bool:
         return False  # who knows how many tokens there will be
     tokens = x.numel() // x.shape[-1]
     return bool(not matrix.requires_grad or 3 * tokens > 5 * matrix.shape[0])
-
-
-def _made(graph: fx.Graph, like: fx.Node, function: Any, *args: fx.Node | None) -> fx.Node:
-    """A node beside `like`, in the same module, with the value that it gives."""
-    made = graph.call_function(function, args)
-    values: list[Tensor | None] = [None if arg is None else value_of(arg) for arg in args]
-    made.meta = {**like.meta, "example_value": function(*values)}
-    return made

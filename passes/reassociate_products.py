@@ -4,11 +4,11 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, value_of
+from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, made_beside, value_of
 
 __all__ = ["ReassociateProducts"]
 
@@ -29,7 +29,7 @@ class ReassociateProducts(PassBase):
         for node in list(graph_module.graph.nodes):
             if node.target in _PRODUCTS and in_fusion_layer(node) and _is_worth_it(node):
                 for user in list(node.users):
-                    _rewrite(graph_module.graph, user, *node.args)
+                    _rewrite(user, *node.args)
                 graph_module.graph.erase_node(node)
                 changed = True
         if changed:
@@ -55,13 +55,8 @@ def _is_worth_it(product: fx.Node) -> bool:
     return bool(tokens * between * (inputs + outputs) < outputs * between * inputs + tokens * inputs * outputs)
 
 
-def _rewrite(graph: fx.Graph, user: fx.Node, outward: fx.Node, inward: fx.Node) -> None:
+def _rewrite(user: fx.Node, outward: fx.Node, inward: fx.Node) -> None:
     """linear(x, outward @ inward, bias) as linear(linear(x, inward), outward, bias)."""
     x, _, *bias = user.args
     assert isinstance(x, fx.Node)
-    given, matrix = value_of(x), value_of(inward)
-    assert isinstance(given, Tensor)
-    with graph.inserting_before(user):
-        inner = graph.call_function(F.linear, (x, inward))
-    inner.meta = {**user.meta, "example_value": F.linear(given, matrix)}
-    user.args = (inner, outward, *bias)
+    user.args = (made_beside(user, F.linear, x, inward), outward, *bias)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from replfx.errors import PlanError
+from replfx.fusion.sharded import is_distributed
 from replfx.plans import Plan, Replacement
 from replfx.state import plans_in
 
@@ -34,7 +35,7 @@ def check_ranks(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> N
         >>> replfx.check_ranks(model)
         >>> model = DistributedDataParallel(model)
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not is_distributed():
         return
     if dist.get_rank(group) < 0:
         return
