@@ -13,7 +13,7 @@ from replfx.passes.regions import Region, RegionChain, Regions
 from replfx.passes.repeats import Run, runs
 from replfx.passes.stream import Stream
 
-__all__ = ["find_regions", "is_taken", "region_of", "take"]
+__all__ = ["find_regions"]
 
 MULTIPLES = 3  # how many times the tokens' period the layers' may be, where the arguments alternate
 
@@ -36,7 +36,7 @@ def find_regions(graph_module: fx.GraphModule, *, same_shapes: bool = False) -> 
     chains = _without_overlaps(stream, [(chain, layers.period) for layers in found for chain in layers.chains])
     taken = {path for chain in chains for piece in chain for path in piece.parameters.values()}
     refused = {path: why for layers in found for path, why in layers.refused.items() if path not in taken}
-    return Regions([RegionChain(tuple(region_of(stream, piece) for piece in chain)) for chain in chains], refused)
+    return Regions([RegionChain(tuple(_region_of(stream, piece) for piece in chain)) for chain in chains], refused)
 
 
 def _layers(stream: Stream, run: Run) -> Layers | None:
@@ -54,7 +54,7 @@ def _layers(stream: Stream, run: Run) -> Layers | None:
     return first
 
 
-def region_of(stream: Stream, piece: Piece, module: str | None = None) -> Region:
+def _region_of(stream: Stream, piece: Piece) -> Region:
     """A piece of a stream as a region of its graph."""
     nodes = stream.nodes[piece.start : piece.stop]
     own = {*piece.parameters.values(), *piece.buffers.values()}
@@ -68,7 +68,6 @@ def region_of(stream: Stream, piece: Piece, module: str | None = None) -> Region
         parameters=piece.parameters,
         buffers=piece.buffers,
         modules=piece.modules,
-        module=module,
     )
 
 
@@ -87,17 +86,17 @@ def _without_overlaps(stream: Stream, chains: list[tuple[list[Piece], int]]) -> 
     for chain, _ in ranked:
         wanted = alike(chain)
         wanted = wanted if _stretches(wanted) else [True] * len(chain)
-        free = [want and not is_taken(taken, piece) for want, piece in zip(wanted, chain, strict=True)]
+        free = [want and not _is_taken(taken, piece) for want, piece in zip(wanted, chain, strict=True)]
         for first, last in _stretches(free):
             kept.append((chain, first, last))
-            take(taken, chain[first:last])
+            _take(taken, chain[first:last])
     result = []
     for chain, first, last in kept:
-        while first and not is_taken(taken, chain[first - 1]):
+        while first and not _is_taken(taken, chain[first - 1]):
             first -= 1
-            take(taken, chain[first : first + 1])
-        while last < len(chain) and not is_taken(taken, chain[last]):
-            take(taken, chain[last : last + 1])
+            _take(taken, chain[first : first + 1])
+        while last < len(chain) and not _is_taken(taken, chain[last]):
+            _take(taken, chain[last : last + 1])
             last += 1
         result.append(chain[first:last])
     return sorted(result, key=lambda chain: (-_size(stream, chain), chain[0].start))
@@ -119,12 +118,12 @@ def _size(stream: Stream, chain: list[Piece]) -> int:
     return sum(stream.root.get_parameter(path).numel() for path in paths)
 
 
-def is_taken(taken: bytearray, piece: Piece) -> bool:
+def _is_taken(taken: bytearray, piece: Piece) -> bool:
     """Whether another piece has one of its nodes; `taken` has a byte for each node of the stream."""
     return taken.find(1, piece.start, piece.stop) >= 0
 
 
-def take(taken: bytearray, pieces: list[Piece]) -> None:
+def _take(taken: bytearray, pieces: list[Piece]) -> None:
     """Note that these pieces have their nodes."""
     for piece in pieces:
         taken[piece.start : piece.stop] = b"\1" * (piece.stop - piece.start)
