@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from replfx import ReplfxError
+
+Schedule = Literal["one-cycle", "decay", "plateau"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Recipe:
         optimizer: SGD with momentum 0.9, or AdamW.
         learning_rate: the highest of the schedule.
         schedule: "one-cycle" goes up and down again over all steps; "decay" divides by 10 after a half and after
-            three quarters of them, as He et al. do.
+            three quarters of them, as He et al. do; "plateau" goes up over a tenth of them, stays, and falls to zero
+            over the last fifth (warmup-stable-decay, arXiv 2404.06395), so that what a model gains on the way is
+            still trained at the highest rate.
         weight_decay: of all parameters.
         clip: norm that gradients are cut to; None leaves them.
         evaluations: how often the metric is taken, the last time at the end.
@@ -34,7 +38,7 @@ class Recipe:
     batch: int
     optimizer: Literal["sgd", "adamw"]
     learning_rate: float
-    schedule: Literal["one-cycle", "decay"] = "one-cycle"
+    schedule: Schedule = "one-cycle"
     weight_decay: float = 0.0
     clip: float | None = None
     evaluations: int = 10
@@ -50,6 +54,8 @@ class Recipe:
         """Make the schedule, which is advanced once a step."""
         if self.schedule == "decay":
             return MultiStepLR(optimizer, [self.steps // 2, self.steps * 3 // 4])
+        if self.schedule == "plateau":
+            return LambdaLR(optimizer, lambda step: min(1, 10 * (step + 1) / self.steps, 5 * (1 - step / self.steps)))
         return OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
 
     def changed(self, settings: Iterable[str]) -> Recipe:
@@ -60,7 +66,14 @@ class Recipe:
 
         """
         changes: dict[str, object] = {}
-        kinds = {"steps": int, "batch": int, "evaluations": int, "learning_rate": float, "weight_decay": float}
+        kinds: dict[str, Callable[[str], object]] = {
+            "steps": int,
+            "batch": int,
+            "evaluations": int,
+            "learning_rate": float,
+            "weight_decay": float,
+            "schedule": _schedule,
+        }
         for setting in settings:
             name, _, value = setting.partition("=")
             kind = kinds.get(name)
@@ -69,9 +82,16 @@ class Recipe:
             try:
                 changes[name] = kind(value)
             except ValueError:
-                raise ReplfxError(f"--set {setting}: {name} takes {kind.__name__}, not {value!r}") from None
+                takes = " or ".join(get_args(Schedule)) if kind is _schedule else kind.__name__
+                raise ReplfxError(f"--set {setting}: {name} takes {takes}, not {value!r}") from None
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def to_dict(self) -> Mapping[str, object]:
         """All fields, ready for JSON."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _schedule(text: str) -> str:
+    if text not in get_args(Schedule):
+        raise ValueError(text)
+    return text

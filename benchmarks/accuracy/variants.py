@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import replfx
 from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
-from benchmarks.accuracy.prototypes import register_trial
+from benchmarks.accuracy.prototypes import connect_trials, register_trial
 from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError
 from replfx.tracing import ExampleInputs
@@ -163,8 +163,10 @@ def _replfx(name: str, options: Options) -> Variant:
     policy = policy_of(rest)
 
     def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
-        return replfx.transform(
-            model, example, operator=operator, fusion=fusion, neighbour_gradient=gradient, inplace=True, **policy
+        return connect_trials(
+            replfx.transform(
+                model, example, operator=operator, fusion=fusion, neighbour_gradient=gradient, inplace=True, **policy
+            )
         )
 
     if unrolled is None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from benchmarks.accuracy import command
 from benchmarks.accuracy.recipes import Recipe
@@ -132,6 +133,24 @@ def test_recipes_are_changed_by_name() -> None:
         recipe.changed(["stps=5"])
     with pytest.raises(ReplfxError, match="steps takes int, not '5x'"):
         recipe.changed(["steps=5x"])
+    assert recipe.changed(["schedule=plateau"]) == replace(recipe, schedule="plateau")
+    with pytest.raises(ReplfxError, match="schedule takes one-cycle or decay or plateau, not 'flat'"):
+        recipe.changed(["schedule=flat"])
+
+
+def test_the_plateau_is_as_high_as_long_as_it_says() -> None:
+    recipe = Recipe(100, 4, "sgd", 0.5, "plateau")
+    optimizer = recipe.optimizer_for(nn.Linear(1, 1))
+    schedule = recipe.schedule_for(optimizer)
+    rates = []
+    for _ in range(recipe.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    rising, level, falling = rates[:10], rates[10:80], rates[80:]
+    assert rising == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert level == [0.5] * 70
+    assert falling == pytest.approx([0.5 * (20 - step) / 20 for step in range(20)])
 
 
 # ---- the command
