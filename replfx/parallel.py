@@ -107,7 +107,9 @@ def _has(target: nn.Module, rest: str) -> bool:
     """Whether the block that a fusion layer replaced has what the rest of a path names."""
     if not isinstance(target, FusionLayer):
         return True
-    (block,) = (target.operator.block,) if isinstance(target.operator, BlockOperator) else target._skeleton
+    (block,) = target._skeleton
+    if isinstance(target.operator, BlockOperator) and block is None:
+        block = target.operator.block
     return block is None or any(True for _ in _named(block, rest))
 
 

@@ -5,6 +5,7 @@ from replfx.fusion.identity import IdentityOperator
 from replfx.fusion.interface import Interface
 from replfx.fusion.layer import FusionLayer
 from replfx.fusion.light import LightOperator
+from replfx.fusion.mixer import MixerOperator
 from replfx.fusion.operators import Match, Operator, Site, Source, operators, register_operator
 from replfx.fusion.registry import Choice
 
@@ -16,6 +17,7 @@ __all__ = [
     "Interface",
     "LightOperator",
     "Match",
+    "MixerOperator",
     "Operator",
     "Site",
     "Source",

@@ -29,7 +29,7 @@ from replfx.errors import FusionError
 from replfx.fusion.anatomy import is_norm, is_residual, is_sum, name_of
 from replfx.fusion.operators import Site
 
-__all__ = ["Fold", "fold_of", "set_linear", "silence"]
+__all__ = ["Branch", "Fold", "branches", "fold_of", "is_layout", "is_product", "is_scale", "set_linear", "silence"]
 
 _LAYOUT = ("reshape", "view", "flatten", "contiguous", "permute", "transpose", "unflatten")
 _PRODUCTS = ("mul", "mul_", "imul")
@@ -87,16 +87,15 @@ def fold_of(site: Site, carrier: str | None) -> Fold | str:
     """
     if not is_residual(site):
         return "it is not residual"
-    silenced, carrying, main = [], None, _main_path(site)
-    for end in _branch_ends(site, main):
-        branch = _Branch(site, end, main)
+    silenced, carrying = [], None
+    for branch in branches(site):
         if carrier is not None and carrying is None:
             carrying = branch.as_mlp() if carrier == "mlp" else branch.as_convolutions()
             if carrying is not None:
                 continue
         last = branch.last_layer()
         if last is None:
-            return f"nothing with a weight ends its branch at `{end.name}`"
+            return f"nothing with a weight ends its branch at `{branch.end.name}`"
         silenced.append(last)
     if carrier is None:
         return Fold(tuple(silenced))
@@ -109,6 +108,12 @@ _WANTED = {
     "mlp": "a normalisation and two linear layers with ReLU, GELU, SiLU or hard swish between them",
     "convolutions": "two convolutions with batch normalisations and a ReLU between them",
 }
+
+
+def branches(site: Site) -> "list[Branch]":
+    """The branches of a residual block, the last first."""
+    main = _main_path(site)
+    return [Branch(site, end, main) for end in _branch_ends(site, main)]
 
 
 def _branch_ends(site: Site, main: Set[fx.Node]) -> list[fx.Node]:
@@ -131,7 +136,7 @@ def _main_path(site: Site) -> set[fx.Node]:
         if inputs and (any(term in found for term in inputs) if is_sum(node) else inputs[0] in found):
             module = _module(site, node)
             bare = module is not None and next(module.parameters(), None) is None
-            if is_sum(node) or _is_layout(node) or bare or _is_elementwise(node):
+            if is_sum(node) or is_layout(node) or bare or _is_elementwise(node):
                 found.add(node)
     return found
 
@@ -140,12 +145,18 @@ def _module(site: Site, node: fx.Node) -> nn.Module | None:
     return site.block.get_submodule(site.inside(node)) if node.op == "call_module" else None
 
 
-def _is_layout(node: fx.Node) -> bool:
+def is_layout(node: fx.Node) -> bool:
+    """Whether it only reshapes."""
     return node.op in ("call_method", "call_function") and name_of(node) in _LAYOUT
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether it multiplies."""
+    return name_of(node) in _PRODUCTS
+
+
 def _keeps_zero(node: fx.Node) -> bool:
-    return _is_layout(node) or name_of(node) in ("getitem", "roll", "dropout", *_PRODUCTS)
+    return is_layout(node) or name_of(node) in ("getitem", "roll", "dropout", *_PRODUCTS)
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -181,7 +192,7 @@ def _gives(call: Callable[[], Tensor], wanted: Tensor) -> bool:
     return isinstance(made, Tensor) and made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-12)
 
 
-class _Branch:
+class Branch:
     """A branch of a residual block, read backwards from its end."""
 
     def __init__(self, site: Site, end: fx.Node, main: Set[fx.Node]) -> None:
@@ -196,13 +207,13 @@ class _Branch:
         while node is not None and node not in self.main:
             module = _module(self.site, node)
             names = [name for term in node.all_input_nodes if (name := self._parameter(term))]
-            if module is not None and next(module.parameters(), None) is not None and not _is_scale(module):
+            if module is not None and next(module.parameters(), None) is not None and not is_scale(module):
                 weights = [n for n, _ in module.named_parameters() if n.rpartition(".")[2] == "weight"]
                 path = weights[-1].rpartition(".")[0] if weights else None
                 return None if path is None else ".".join(filter(None, (self.site.inside(node), path)))
             if module is None and node.target is F.linear and names:
                 return names[0].rpartition(".")[0]
-            if not (_keeps_zero(node) or (module is not None and (_is_scale(module) or _passes(module)))):
+            if not (_keeps_zero(node) or (module is not None and (is_scale(module) or _passes(module)))):
                 return None
             node = self._before(node)
         return None
@@ -214,7 +225,7 @@ class _Branch:
 
     def _parameter(self, node: fx.Node) -> str | None:
         """The block's parameter that a node reads, perhaps in another layout."""
-        while _is_layout(node) and node.all_input_nodes:
+        while is_layout(node) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return self.site.inside(node) if node.op == "get_attr" else None
 
@@ -261,11 +272,11 @@ class _Branch:
         while node is not None and node not in self.main:
             module = _module(self.site, node)
             factors = [name for term in node.all_input_nodes if (name := self._parameter(term))]
-            if module is not None and _is_scale(module):
+            if module is not None and is_scale(module):
                 scales += [f"{self.site.inside(node)}.{name}" for name, _ in module.named_parameters()]
             elif len(factors) == 1 and name_of(node) in _PRODUCTS:
                 scales += factors
-            elif not (_is_layout(node) or (module is not None and _passes(module))):
+            elif not (is_layout(node) or (module is not None and _passes(module))):
                 break
             node = self._before(node)
         return node, scales
@@ -286,7 +297,7 @@ class _Branch:
         return _folds(module) if module is not None else _is_elementwise(node)
 
 
-def _is_scale(module: nn.Module) -> bool:
+def is_scale(module: nn.Module) -> bool:
     """LayerScale: one value a channel and nothing else."""
     parameters = list(module.parameters())
     return len(parameters) == 1 and parameters[0].dim() <= 3 and not hasattr(module, "eps") and _scales(module)

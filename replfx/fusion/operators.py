@@ -70,11 +70,18 @@ class Site:
 
     def inside(self, node: fx.Node) -> str:
         """The name in `block` of the module that a node of it calls."""
-        target = str(node.target)
+        return self.name(str(node.target))
+
+    def name(self, target: str) -> str:
+        """The name in `block` of what is at a path in the model; a path outside of the block stays."""
         for path, name in self.names.items():
             if target == path or target.startswith(f"{path}."):
                 return f"{name}.{target[len(path) + 1 :]}".strip(".")
         return target
+
+    def holds(self, target: str) -> bool:
+        """Whether a path in the model is in the block."""
+        return any(target == path or target.startswith(f"{path}.") for path in self.names)
 
     def without_counterpart(self) -> list[str]:
         """Parameters of two dimensions and up that neither neighbour has the like of."""

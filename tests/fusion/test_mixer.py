@@ -1,0 +1,283 @@
+"""The mixer operator against blocks without their MLP, written out; what it fits, and what it does not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import replfx
+from replfx.fusion import MixerOperator
+
+WIDTH, TOKENS = 8, 5
+
+
+class Mixing(nn.Module):
+    """A transformer block as it is taught; the others are variations of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.build()
+
+    def build(self) -> None:
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """What is left of `forward` without the MLP."""
+        return x + self.attend(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return x + self.mlp(self.norm2(x))
+
+
+class Scaled(Mixing):
+    """With LayerScale: a module's for one branch, the block's own parameter for the other, and dropout."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.rand(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gamma
+
+    def build(self) -> None:
+        super().build()
+        self.scale, self.gamma, self.drop = self.Scale(), nn.Parameter(torch.rand(WIDTH)), nn.Dropout(0.0)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.scale(self.attend(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.scale(self.attend(x)))
+        return x + self.drop(self.gamma * self.mlp(self.norm2(x)))
+
+
+class Gated(Mixing):
+    """A gated MLP whose layers are the block's own."""
+
+    def build(self) -> None:
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Parallel(Mixing):
+    """Both branches read one normalisation."""
+
+    def build(self) -> None:
+        super().build()
+        del self.norm2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attend(x) + self.mlp(self.norm1(x))
+
+
+class First(Mixing):
+    """The MLP comes first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(self.norm2(x))
+        return x + self.attend(x)
+
+
+class Tokens(Mixing):
+    """An MLP-Mixer's."""
+
+    def build(self) -> None:
+        super().build()
+        del self.qkv
+        self.tokens = nn.Linear(TOKENS, TOKENS)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.proj(self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
+
+
+class Inside(Mixing):
+    """The sum is within a submodule, as in T5."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.dense = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+            self.out = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.dropout(self.out(self.dense(self.norm(x))), 0.0, self.training)
+
+    def build(self) -> None:
+        del self.norm2
+        self.ff = self.Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x + self.attend(x))
+
+
+BLOCKS = (Mixing, Scaled, Gated, Parallel, First, Tokens, Inside)
+
+
+def stack(kind: type[nn.Module], depth: int = 5) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(kind() for _ in range(depth))).double()
+
+
+def reference(model: nn.Sequential) -> nn.ModuleList:
+    """Every second block with the mean of its neighbours' matrices, as plain PyTorch."""
+    return nn.ModuleList(copy.deepcopy(list(model)))
+
+
+def run_reference(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for position, block in enumerate(blocks):
+        if position % 2 == 0:
+            x = block(x)
+            continue
+        before, after = (dict(blocks[position + step].named_parameters()) for step in (-1, 1))
+        theta = {n: (before[n] + after[n]) / 2 for n, p in block.named_parameters() if p.dim() > 1}
+        call = _Mixed(block)
+        x = torch.func.functional_call(call, {f"block.{name}": value for name, value in theta.items()}, x)
+    return x
+
+
+class _Mixed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.block.mixed(x)
+        return mixed
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_it_is_the_block_without_its_mlp(kind: type[nn.Module], with_inputs: bool) -> None:
+    model = stack(kind)
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    made = replfx.transform(model, x if with_inputs else None, operator="mixer", fusion="scalar")
+    assert list(replfx.report(made).replaced) == ["1", "3"]
+    wanted = reference(model)
+    y, expected = made(x), run_reference(wanted, x)
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    grads = dict(wanted.named_parameters())
+    for name, parameter in made.named_parameters():
+        if not parameter.requires_grad or "fusion" in name:
+            continue
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, grads[name.replace("operator.block.", "")].grad)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
+    fewer = [name for name, p in made[1].named_parameters() if p.requires_grad and "fusion" not in name]
+    assert {name.split(".")[2] for name in fewer} <= {"norm1", "qkv", "proj", "scale", "tokens"}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_it_goes_the_ways_that_other_operators_go(kind: type[nn.Module]) -> None:
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    made = replfx.transform(stack(kind), x, operator="mixer").eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) / 8)
+    y = made(x)
+    plain = replfx.materialize(made)
+    torch.testing.assert_close(plain(x), y)
+    assert not any("replfx" in type(module).__module__ for module in plain.modules())
+    again = replfx.apply(stack(kind), replfx.Plan.from_json(replfx.plan_of(made).to_json()), x).eval()
+    again.load_state_dict(made.state_dict())
+    for other in (again, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(other(x), y)
+    exported = torch.export.export(made, (x,)).module()
+    torch.testing.assert_close(exported(x), y)
+    torch._dynamo.reset()  # all of these are one nn.Sequential to Dynamo
+    compiled = torch.compile(made, backend=replfx.backend(inner="aot_eager"), fullgraph=True)
+    torch.testing.assert_close(compiled(x), y)
+    assert compiled(x[:1].bfloat16().double()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_it_is_unrolled_into_a_block_whose_mlp_gives_nothing(kind: type[nn.Module]) -> None:
+    model = stack(kind)
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    made = replfx.transform(model, x, operator="mixer").eval()
+    y = made(x)
+    optimizer = torch.optim.AdamW(made.parameters())
+    full = replfx.unroll(made, optimizer).train()
+    assert [type(block) for block in full] == [kind] * 5
+    assert full.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(full(x), y)
+    full(x).sum().backward()
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(full.parameters())
+    optimizer.step()
+    assert not torch.allclose(full(x), y)
+
+
+class Attentive(Mixing):
+    """Two branches that mix tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return x + self.attend(x)
+
+
+class Shaped(Mixing):
+    """The block itself reshapes what its MLP gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return x + self.mlp(self.norm2(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Alone(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+
+class After(Mixing):
+    """Normalised after the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attend(x))
+        return self.norm2(x + self.mlp(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Attentive, "`scaled_dot_product_attention` of its branch at `[_a-z0-9]*` may mix tokens"),
+        (Shaped, "its MLP is not made of modules alone"),
+        (Alone, "it has one branch alone"),
+        (After, "it is not residual"),
+    ],
+)
+def test_blocks_that_it_does_not_fit_say_why(kind: type[nn.Module], reason: str) -> None:
+    model = stack(kind)
+    with pytest.raises(replfx.FusionError, match=f"operator 'mixer' does not fit it: .*{reason}"):
+        replfx.transform(
+            model, torch.randn(2, TOKENS, WIDTH, dtype=torch.float64), operator="mixer", select="1", fusion="scalar"
+        )
+
+
+def test_options_that_are_malformed_are_refused() -> None:
+    model = stack(Mixing)
+    made = replfx.transform(model, operator="mixer")
+    (layer,) = [module.operator for module in made.modules() if isinstance(module, replfx.FusionLayer)][:1]
+    assert isinstance(layer, MixerOperator)
+    text = replfx.plan_of(made).to_json()
+    for wrong in (text.replace('"mlp"', '"mpl"'), text.replace('"dropped"', '"drooped"')):
+        assert wrong != text
+        with pytest.raises(replfx.ReplfxError):
+            replfx.apply(stack(Mixing), replfx.Plan.from_json(wrong))
