@@ -93,6 +93,8 @@ class MixerOperator(BlockOperator):
             return Match(reason="what is left without its MLP has no parameter to synthesise")
         options = {"dropped": list(found.units), "scales": list(found.scales), "silenced": found.last}
         kept = [name for name in site.without_counterpart() if name in rest]
+        if len(kept) == len(rest):
+            return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
         return Match({**options, "keep": kept} if kept else options)
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
