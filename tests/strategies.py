@@ -126,7 +126,7 @@ def policies(
 def cases(
     draw: st.DrawFn,
     *,
-    operators: tuple[str, ...] = ("block", "light", "identity"),
+    operators: tuple[str, ...] = ("block", "light", "identity", "mixer"),
     families: tuple[str, ...] = tuple(FAMILIES),
     dtypes: tuple[torch.dtype, ...] = (torch.float64,),
     gradients: tuple[float, ...] = (1.0, 0.5, 0.0),
@@ -169,4 +169,6 @@ def fits(family: str, options: Options, operator: str) -> bool:
     if operator == "light":
         grouped = family in ("basic", "basic3d") and options.groups > 1
         return FAMILIES[family].light is not None and not grouped
+    if operator == "mixer":
+        return FAMILIES[family].mixer is not None
     return operator == "block" or family != "masked"

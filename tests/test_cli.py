@@ -85,7 +85,7 @@ def test_bad_options_are_errors_with_advice(capsys):
     assert main(["inspect", f"{__name__}:tower", "--every", "1"]) == 1
     assert "at least 2" in capsys.readouterr().err
     assert main(["inspect", f"{__name__}:tower", "--operator", "heavy"]) == 1
-    assert "block, identity, light" in capsys.readouterr().err
+    assert "block, identity, light, mixer" in capsys.readouterr().err
 
 
 def test_a_torchvision_model_by_name(capsys):

@@ -169,7 +169,7 @@ def test_a_transformed_model_is_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("operator", ["block", "light", "identity"])
+@pytest.mark.parametrize("operator", ["block", "light", "identity", "mixer"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_every_operator(family: str, operator: str, fusion: str) -> None:
     """So that no pairing depends on what is drawn."""
@@ -198,7 +198,7 @@ def test_in_low_precision_it_is_as_near_to_the_reference_as_low_precision_allows
         assert error <= 4 * allowed + 2 * torch.finfo(case.dtype).eps * exact.norm().item()
 
 
-@given(case=cases(operators=("block", "light")))
+@given(case=cases(operators=("block", "light", "mixer")))
 def test_synthesized_are_the_weights_as_they_stand(case: Case) -> None:
     model = case.transformed()
     for index in replaced_by(model):
@@ -351,12 +351,14 @@ def goes_back(case: Case) -> bool:
     if case.policy.operator == "identity":
         # ConvNeXt's scale is a bare parameter, which no layer initialises.
         return family not in ("grouped", "convnext")
+    if case.policy.operator == "mixer":
+        return True
     if family.startswith("transformer"):
         return o.hidden >= 2 * o.width and o.bias
     return family in ("basic", "basic3d") or (family == "convnext" and o.hidden >= 2 * o.width)
 
 
-@given(case=cases(operators=("light", "identity")), kind=st.sampled_from(("adamw", "sgd")))
+@given(case=cases(operators=("light", "identity", "mixer")), kind=st.sampled_from(("adamw", "sgd")))
 def test_unroll_puts_the_operator_into_the_full_block(case: Case, kind: str) -> None:
     assume(case.policy.operator != "block")
     model, inputs = case.transformed(), case.inputs()

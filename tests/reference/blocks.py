@@ -56,6 +56,8 @@ class Family:
         shape: an input's shape for a batch of this size.
         light: the light operator by hand; None if there is none for these blocks.
         light_maps: the parameters that it synthesises, in the order of the block's, with the rows it takes.
+        mixer: the mixer operator by hand, the block without its MLP; None if there is none. It synthesises what is
+            under `attn`.
         residual: whether the block is a sum with its own input, which tells that it keeps a shape.
         spatial: axes after the channels, or 0 where channels are last.
     """
@@ -65,6 +67,7 @@ class Family:
     shape: Callable[[Options, int], tuple[int, ...]]
     light: Callable[[Tensors, Tensors, Tensor, Options, bool], Tensor] | None = None
     light_maps: Callable[[Options], dict[str, slice]] | None = None
+    mixer: Callable[[Tensors, Tensor, Options, bool], Tensor] | None = None
     residual: bool = True
     spatial: int = 0
 
@@ -156,15 +159,23 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def _run_fused(p: Tensors, x: Tensor, o: Options, training: bool) -> Tensor:
+def _mix_fused(p: Tensors, x: Tensor, o: Options, training: bool) -> Tensor:
     q, k, v = _linear(p, "attn.qkv", _layer_norm(p, "norm1", x)).chunk(3, -1)
-    return _run_mlp_half(p, x + _linear(p, "attn.proj", _attend(q, k, v, o.heads)[0]))
+    return x + _linear(p, "attn.proj", _attend(q, k, v, o.heads)[0])
+
+
+def _mix_separate(p: Tensors, x: Tensor, o: Options, training: bool) -> Tensor:
+    q, k, v = (_linear(p, f"attn.{name}", _layer_norm(p, "norm1", x)) for name in "qkv")
+    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return x + _linear(p, "attn.o", _attend(q, k, v, o.heads, causal)[0])
+
+
+def _run_fused(p: Tensors, x: Tensor, o: Options, training: bool) -> Tensor:
+    return _run_mlp_half(p, _mix_fused(p, x, o, training))
 
 
 def _run_separate(p: Tensors, x: Tensor, o: Options, training: bool) -> Tensor:
-    q, k, v = (_linear(p, f"attn.{name}", _layer_norm(p, "norm1", x)) for name in "qkv")
-    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-    return _run_mlp_half(p, x + _linear(p, "attn.o", _attend(q, k, v, o.heads, causal)[0]))
+    return _run_mlp_half(p, _mix_separate(p, x, o, training))
 
 
 def _run_mlp_half(p: Tensors, x: Tensor) -> Tensor:
@@ -361,6 +372,7 @@ FAMILIES: dict[str, Family] = {
         _tokens,
         _light_normed_first,
         lambda o: _narrower(o, "attn.qkv.weight", "attn.proj.weight", slice(2 * o.width, 3 * o.width)),
+        _mix_fused,
     ),
     "transformer_separate": Family(
         lambda o: TransformerBlock(o, SeparateAttention),
@@ -368,6 +380,7 @@ FAMILIES: dict[str, Family] = {
         _tokens,
         _light_normed_first,
         lambda o: _narrower(o, "attn.v.weight", "attn.o.weight", ALL),
+        _mix_separate,
     ),
     "mlp": Family(
         MlpBlock,

@@ -3,7 +3,7 @@
 Parameters of the reference are named so:
     blocks.I.NAME          of a kept block
     blocks.I.a, blocks.I.b the coefficients of a replaced block, one vector each
-    blocks.I.own.NAME      what operator `block` leaves a replaced block of its own
+    blocks.I.own.NAME      what operators `block` and `mixer` leave a replaced block of its own
     blocks.I.gain, .shift, .norm.NAME, .map.bias   what operator `light` owns: g, c, N and a kernel's bias
 """
 
@@ -71,6 +71,9 @@ def reference_forward(
             theta = _fuse(own["a"], own["b"], before, after, parts, fusion, neighbour_gradient)
             if operator == "block":
                 y = kind.run({**theta, **_under(own, "own.")}, x, options, training, *extra)
+            elif operator == "mixer":
+                assert kind.mixer is not None
+                y = kind.mixer({**theta, **_under(own, "own.")}, x, options, training)
             else:
                 assert kind.light is not None
                 y = kind.light(theta, own, x, options, training)
@@ -90,6 +93,8 @@ def _parts(family: str, options: Options, operator: str, block: Tensors) -> dict
     """What is synthesised: name → rows."""
     if operator == "block":
         return {name: ALL for name, t in block.items() if t.dim() >= 2}
+    if operator == "mixer":
+        return {name: ALL for name, t in block.items() if t.dim() >= 2 and name.startswith("attn.")}
     chosen = FAMILIES[family].light_maps
     assert chosen is not None
     return chosen(options)
