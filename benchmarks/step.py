@@ -13,7 +13,7 @@ from benchmarks.output import Row, tables, write
 from replfx import ReplfxError
 from replfx.measure import Cost, Training, environment, pairwise_ratios, saving_kept, training_costs
 
-OPERATORS = ("block", "light")
+OPERATORS = ("block", "mixer", "light")
 FUSIONS = ("scalar", "scalar_layer", "channel")
 VARIANTS = (FULL, REMOVED, *(Variant(f"{o} {f}", o, f) for o in OPERATORS for f in FUSIONS))
 WARMUP = 3

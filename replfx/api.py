@@ -66,9 +66,10 @@ def transform(
             registered name, or a dict with its options, `{"name": "channel", "initial": 0.7}`. "auto" takes what
             our measurements speak for (docs/auto.md), which so far is "scalar".
         operator: what runs with them: "block" (the block's own computation: any block, saves parameters, no
-            time), "light" (one residual map: residual blocks, saves time and memory too), "identity" (the
-            block is gone), a registered name, or a dict with its options. "auto" takes what our measurements speak
-            for, which so far is "block".
+            time), "mixer" (the block without its MLP: pre-norm transformer blocks, saves time and memory too),
+            "light" (one residual map: residual blocks, saves most of both), "identity" (the block is gone), a
+            registered name, or a dict with its options. "auto" takes what our measurements speak for, which so far
+            is "block".
         neighbour_gradient: factor λ, 0 to 1, on the gradient through fusion layers into their neighbours.
         detach_neighbours: the same as `neighbour_gradient=0`.
         plan: a plan made before, instead of a policy.

@@ -141,6 +141,7 @@ def _parallelize_block(
 
     assert isinstance(layer.operator, BlockOperator)
     block, slots = layer.operator.block, layer.operator.vacant()
+    dropped = {block.get_submodule(path) for path in layer.operator.dropped}
     with torch.no_grad():
         theta = layer.synthesized()
     try:
@@ -148,7 +149,8 @@ def _parallelize_block(
             owner._parameters[leaf] = nn.Parameter(theta[name])
         for path, style in styles.items():
             for target, _ in _named(block, path):
-                parallel.parallelize_module(target, mesh, style, src_data_rank=src_data_rank)
+                if target not in dropped:
+                    parallel.parallelize_module(target, mesh, style, src_data_rank=src_data_rank)
         given: dict[str, object] = {name: owner._parameters[leaf] for name, (owner, leaf) in slots.items()}
     finally:
         for owner, leaf in slots.values():

@@ -123,21 +123,15 @@ class _NarrowMlp(_Tried):
         return x + F.linear(h, self.gain.unsqueeze(1) * last[:, : self.hidden], self.bias)
 
 
-class _Attention(_Tried):
-    """x + W_O attention(N(x)) + c: the attention of a causal block without its MLP.
-
-    Attributes:
-        reused: whether the previous block's queries and keys are taken instead of synthesised ones, and so its
-            attention map.
-    """
+class _Reused(_Tried):
+    """x + W_O (A · W_V N(x)) + c: attention without an MLP, and A the attention map of the block before."""
 
     fits = CausalBlock
-    reused: ClassVar[bool] = False
 
     def __init__(self, block: nn.Module, interface: Interface) -> None:
         assert isinstance(block, CausalBlock)
         self.heads, width = block.heads, len(block.proj.bias)
-        rows = (2 * width, 3 * width) if self.reused else (0, 3 * width)
+        rows = (2 * width, 3 * width)
         super().__init__(block, interface, first=Source("qkv.weight", rows), last=Source("proj.weight"))
         self.norm = nn.LayerNorm(width)
         self.inner = nn.Parameter(block.qkv.bias[rows[0] :].detach().clone())
@@ -145,20 +139,17 @@ class _Attention(_Tried):
         self.heard: list[Tensor] | None = None
 
     def listen(self, previous: nn.Module) -> None:
-        """Keep what the previous block projects, (batch, length, 3 width), until it is used."""
-        if self.reused:
-            self.heard = heard = list[Tensor]()
-            previous.get_submodule("qkv").register_forward_hook(lambda _module, _args, out: heard.append(out))
+        """Keep what the block before projects, (batch, length, 3 width), until it is used."""
+        self.heard = heard = list[Tensor]()
+        previous.get_submodule("qkv").register_forward_hook(lambda _module, _args, out: heard.append(out))
 
     def replace(self, x: Tensor, *theta: Tensor) -> Tensor:
         first, last = theta
         batch, length, width = x.shape
         h = F.linear(self.norm(x), first, self.inner)
-        if self.reused:
-            # Before it listens it is only rehearsed, for its shapes.
-            others = h.repeat(1, 1, 2) if self.heard is None else self.heard.pop()[..., : 2 * width]
-            h = torch.cat([others, h], dim=-1)
-        q, k, v = h.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Before it listens it is only rehearsed, for its shapes.
+        others = h.repeat(1, 1, 2) if self.heard is None else self.heard.pop()[..., : 2 * width]
+        q, k, v = torch.cat([others, h], dim=-1).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + F.linear(mixed.transpose(1, 2).reshape(batch, length, width), last, self.bias)
 
@@ -174,10 +165,7 @@ TRIALS = {
     "point": _trial("point", _OneMap, taps=False),
     "one-map-own": _trial("one-map-own", _OneMap, own=True),
     "narrow-mlp": _trial("narrow-mlp", _NarrowMlp),
-    "attention": _trial("attention", _Attention),
-    "attention-own": _trial("attention-own", _Attention, own=True),
-    "attention-reused": _trial("attention-reused", _Attention, reused=True),
-    "attention-reused-own": _trial("attention-reused-own", _Attention, reused=True, own=True),
+    "attention-reused": _trial("attention-reused", _Reused),
 }
 
 
@@ -190,6 +178,6 @@ def register_trial(name: str) -> None:
 def connect_trials(model: nn.Module) -> nn.Module:
     """Let trials hear what the blocks before them compute, where they use that; the model is given on."""
     for layer in fusion_layers(model).values():
-        if isinstance(layer.operator, _Attention):
+        if isinstance(layer.operator, _Reused):
             layer.operator.listen(layer.neighbours[0])
     return model

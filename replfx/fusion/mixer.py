@@ -80,6 +80,7 @@ class MixerOperator(BlockOperator):
         if not dropped or not names.issuperset(dropped):
             raise FusionError(f"the mixer operator's options are malformed: dropped={list(dropped)!r}")
         super().__init__(_without(block, dropped, scales), interface, keep=keep)
+        self.dropped = tuple(dropped)
         self.silenced = silenced
         self.scales = tuple(scales)
 

@@ -171,9 +171,13 @@ class BlockOperator(Operator):
         keep: parameters of two dimensions and up that stay the block's own too, because neither neighbour
             has their like (the shortcut convolution of a block that changes the shape), or because the model reads
             them itself.
+
+    Attributes:
+        dropped: paths in the block of modules that it is without, and that give nothing.
     """
 
     unrolls = True
+    dropped: tuple[str, ...] = ()
 
     def __init__(self, block: nn.Module, interface: Interface, *, keep: Sequence[str] = ()) -> None:
         super().__init__(block, interface)

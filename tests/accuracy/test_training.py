@@ -144,7 +144,7 @@ def test_variants_of_single_blocks_train(variant: str) -> None:
     assert run_of(toys.resnet(), variant).train()
 
 
-@pytest.mark.parametrize("variant", ["attention+scalar", "attention-own+scalar", "attention-reused+scalar"])
+@pytest.mark.parametrize("variant", ["mixer+scalar", "mixer+scalar:unroll=0.5", "attention-reused+scalar"])
 def test_variants_of_causal_blocks_train(variant: str) -> None:
     assert run_of(toys.gpt(schedule="plateau"), variant).train()
 
@@ -155,27 +155,21 @@ def test_trials_of_other_blocks_are_refused() -> None:
         run_of(toys.resnet(), "narrow-mlp+scalar")
 
 
-@pytest.mark.parametrize("variant", ["attention+scalar", "attention-reused+scalar", "attention-reused-own+scalar"])
-def test_attention_alone_is_a_block_without_its_mlp(variant: str) -> None:
-    model = prepared(toys.gpt(), variant_of(variant), 0, CPU).eval()
-    (layer,) = [layer for path, layer in fusion_layers(model).items() if path == "blocks.1"]
+def test_the_attention_map_of_the_block_before_is_used_again() -> None:
+    model = prepared(toys.gpt(), variant_of("attention-reused+scalar"), 0, CPU).eval()
+    layer = fusion_layers(model)["blocks.1"]
     before, after = model.get_submodule("blocks.0"), model.get_submodule("blocks.2")
-    operator = layer.operator
-    x = torch.randn(2, 5, 8)
-    previous = before.qkv(before.norm1(x))
+    operator, x = layer.operator, torch.randn(2, 5, 8)
+    queries, keys, _ = before.qkv(before.norm1(x)).chunk(3, dim=-1)
     x = before(x)
     y = layer(x)
 
-    weights = dict(zip(operator.sources, operator.weights, strict=True)) if operator.own else layer.synthesized()
-    if not operator.own:  # both scalars start at a half
-        assert torch.equal(weights["proj.weight"], (before.proj.weight + after.proj.weight) / 2)
-    projected = F.linear(operator.norm(x), weights["qkv.weight"], operator.inner)
-    if operator.reused:
-        projected = torch.cat([previous[..., :16], projected], dim=-1)
-    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+    theta = [(before.get_parameter(name) + after.get_parameter(name)) / 2 for name in ("qkv.weight", "proj.weight")]
+    values = F.linear(operator.norm(x), theta[0][16:], operator.inner)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (queries, keys, values))
     scores = (q @ k.mT / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(y, x + F.linear(mixed, weights["proj.weight"], operator.bias))
+    torch.testing.assert_close(y, x + F.linear(mixed, theta[1], operator.bias))
 
 
 def test_the_vision_transformer_takes_the_variants() -> None:

@@ -302,7 +302,7 @@ def _refusals(mesh: DeviceMesh) -> None:
 
 def _ways_out(mesh: DeviceMesh) -> None:
     """Copies, state_dicts and plain models of what is parallel give what the model gives on one process."""
-    for operator in ("block", "light"):
+    for operator in ("block", "mixer", "light"):
         case = Case("transformer", operator, "channel", 1.0)
         single, x = case.model(), case.inputs(1)
         model = replfx.parallelize_module(copy.deepcopy(single), mesh, _everything_shared())

@@ -58,7 +58,7 @@ def _jobs_of_two() -> list[Job]:
         Job("functional", Regions(spec_of("mlp", dropout=False), training=False), whole, "adamw"),
         Job("unlike_tokens", Drawn("tokens", tokens, fusion="scalar", training=False), ("fsdp_by_block",)),
     ]
-    for name, case, number in _uniform(("block", "light", "identity")):
+    for name, case, number in (*_uniform(("block", "light", "identity")), *_uniform(("mixer",))):
         some = tuple(sorted({"fsdp_by_block", modes[number % len(modes)]}))
         found.append(Job(name, case, modes if case.family in BOTH else some, ("sgd", "adamw")[number % 2]))
     return found

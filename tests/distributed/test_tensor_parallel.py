@@ -16,9 +16,9 @@ pytestmark = [
 
 
 def _jobs(block: str, modes: tuple[str, ...], fusions: tuple[str, ...] = FUSIONS) -> Jobs:
-    """Every operator with these fusions, in these modes."""
+    """Every operator that the block has with these fusions, in these modes."""
     found: Jobs = []
-    for operator in ("block", "light", "identity"):
+    for operator in ("block", "light", "identity", *(["mixer"] if block == "transformer" else [])):
         for fusion in fusions if operator != "identity" else fusions[-1:]:
             case = Case(block, operator, fusion, (1.0, 0.5, 0.0)[FUSIONS.index(fusion)])
             found.append((f"{block}-{operator}-{fusion}", case, modes))
