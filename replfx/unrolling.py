@@ -57,8 +57,9 @@ def unroll(
 ) -> nn.Module:
     """Give the replaced blocks back at full depth, starting from what their fusion layers learned.
 
-    Under operator `block` the blocks have the weights that were synthesised last. Under `light` and `identity` they
-    start as the means of their neighbours, save that each computes exactly what its operator computed
+    Under operator `block` the blocks have the weights that were synthesised last, and under `mixer` what it runs has
+    them, beside an MLP that begins as the mean of its neighbours' with a last layer of zero. Under `light` and
+    `identity` they start as the means of their neighbours, save that each computes exactly what its operator computed
     (`replfx.fusion.folding` says how; random dropping of branches and channels sets in).
 
     Args:
