@@ -157,11 +157,9 @@ def is_untouched(node: fx.Node) -> bool:
     """Whether nothing in the whole graph writes into what the node gives, or into a view of it.
 
     Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0. What `.data`
-    gives has a counter of its own, and an assignment to it is not counted.
+    gives has a counter of its own.
     """
     if any(tensor._version for tensor in tensors_of(node)):
-        return False
-    if any(getattr(user.target, "__name__", user.target) in ("set_", "shallow_copy_data_") for user in node.users):
         return False
     by_data = node.graph.find_nodes(op="call_function", target=_DATA, sort=False)
     written = [data for data in by_data if any(tensor._version for tensor in tensors_of(data))]

@@ -86,9 +86,6 @@ class Writes(nn.Module):
                 self.inner.blocks[2].fc1.weight.detach().mul_(0.5)
             if self.how == "write through .data" and index == 2:
                 self.inner.blocks[2].fc1.weight.view(-1).data.mul_(0.5)
-            if self.how == "other .data" and index == 2:
-                weight = self.inner.blocks[2].fc1.weight
-                weight.data = weight.detach() * 0.5
             with torch.set_grad_enabled(self.how != "grad" or index % 4 != self.first):
                 x = block(x)
         return x
@@ -100,7 +97,6 @@ class Writes(nn.Module):
         ("write", 1),
         ("write in the same mode", 1),
         ("write through .data", 1),
-        ("other .data", 1),
         ("grad", 1),
         ("grad", 3),
     ],
