@@ -6,7 +6,7 @@ tensor (`example_value`) and the modules that the node was traced in (`nn_module
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "is_untouched",
     "made_beside",
     "path_in_model",
+    "storages",
     "tensors_of",
     "value_of",
 ]
@@ -73,6 +74,9 @@ _METHODS = frozenset(
         "view",
     }
 )
+
+
+_DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 
 
 def value_of(node: fx.Node) -> Any:
@@ -152,9 +156,19 @@ def is_pure(node: fx.Node) -> bool:
 def is_untouched(node: fx.Node) -> bool:
     """Whether nothing in the whole graph writes into what the node gives, or into a view of it.
 
-    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0.
+    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0. What `.data`
+    gives has a counter of its own.
     """
-    return all(tensor._version == 0 for tensor in tensors_of(node))
+    if any(tensor._version for tensor in tensors_of(node)):
+        return False
+    by_data = node.graph.find_nodes(op="call_function", target=_DATA, sort=False)
+    written = [data for data in by_data if any(tensor._version for tensor in tensors_of(data))]
+    return not written or storages([node]).isdisjoint(storages(written))
+
+
+def storages(nodes: Iterable[fx.Node]) -> set[int]:
+    """The memory that the nodes' tensors are in."""
+    return {tensor.untyped_storage()._cdata for node in nodes for tensor in tensors_of(node)}
 
 
 def epochs(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, made_beside, value_of
+from replfx.passes.dynamo import epochs, in_fusion_layer, is_plain, is_untouched, made_beside, value_of
 
 __all__ = ["FoldAffines"]
 
@@ -30,23 +30,26 @@ class FoldAffines(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite all of them."""
-        changed = False
+        changed, stretch = False, epochs(graph_module.graph)
         for node in list(graph_module.graph.nodes):
             if node.target in _NORMS and node.op == "call_function" and in_fusion_layer(node):
-                changed |= _fold(node)
+                users = list(node.users)  # none, if its result is not needed in this mode
+                if len(users) == 1 and stretch[node] == stretch[users[0]]:
+                    changed |= _fold(node, users[0])
         if changed:
             graph_module.recompile()
         return PassResult(graph_module, changed)
 
 
-def _fold(norm: fx.Node) -> bool:
+def _fold(norm: fx.Node, linear: fx.Node) -> bool:
     given: dict[str, Any] = dict(zip(_NORMS[norm.target], norm.args, strict=False)) | norm.kwargs
     weight, shift = given.get("weight"), given.get("bias")
-    (linear, *others) = norm.users
-    if others or linear.target is not F.linear or linear.args[0] is not norm or not in_fusion_layer(linear):
+    if linear.target is not F.linear or linear.kwargs or not in_fusion_layer(linear):
         return False
-    matrix: Any = linear.args[1]
-    bias: Any = (*linear.args, None)[2]
+    operands: Any = (*linear.args, None)[:3]
+    x, matrix, bias = operands
+    if x is not norm or norm in (matrix, bias):
+        return False
     nodes = [node for node in (norm, matrix, weight, shift, bias) if node is not None]
     if not isinstance(weight, fx.Node) or not _is_worth_it(norm, linear, nodes):
         return False
@@ -61,15 +64,17 @@ def _fold(norm: fx.Node) -> bool:
 
 
 def _is_worth_it(norm: fx.Node, linear: fx.Node, nodes: list[Any]) -> bool:
-    if linear.kwargs or not all(isinstance(node, fx.Node) for node in nodes):
+    if not all(isinstance(node, fx.Node) for node in nodes):
         return False
     values = [value_of(node) for node in (linear, *nodes)]
     if not all(map(is_plain, values)) or not all(map(is_untouched, (linear, *nodes))):
         return False
     if len({value.dtype for value in values}) != 1:
         return False  # under autocast each result is rounded, and another order would show
-    x, matrix = value_of(norm), value_of(nodes[1])
-    if matrix.dim() != 2 or any(type(size) is not int for value in values for size in value.shape):
+    x, matrix, weight = map(value_of, nodes[:3])
+    if (matrix.dim(), weight.dim()) != (2, 1):
+        return False  # a norm over several dimensions has other weights for each token
+    if any(type(size) is not int for value in values for size in value.shape):
         return False  # who knows how many tokens there will be
     tokens = x.numel() // x.shape[-1]
     return bool(not matrix.requires_grad or 3 * tokens > 5 * matrix.shape[0])

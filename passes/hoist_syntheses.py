@@ -1,6 +1,6 @@
 """hoist_syntheses: split off what fusion layers compute from parameters alone, so that it can be kept."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from replfx.passes.dynamo import (
     is_plain,
     is_pure,
     is_untouched,
+    storages,
     tensors_of,
     value_of,
 )
@@ -64,8 +65,8 @@ class HoistSyntheses(PassBase):
         graph = graph_module.graph
         inner = self._constant(graph)
         taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
-        handed_out = _storages(graph.output_node().all_input_nodes)
-        taken = [node for node in taken if handed_out.isdisjoint(_storages([node]))]
+        handed_out = storages(graph.output_node().all_input_nodes)
+        taken = [node for node in taken if handed_out.isdisjoint(storages([node]))]
         if not taken:
             return PassResult(graph_module, False)
         graph_module.meta[_KEY] = _copy_out(graph, inner, taken)
@@ -100,11 +101,7 @@ def _leaves(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
 
 def _is_view_of_parameter(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
     """Whether there is nothing to compute."""
-    return not _storages([node]).isdisjoint(_storages(n for n in inner if n.op == "placeholder"))
-
-
-def _storages(nodes: Iterable[fx.Node]) -> set[int]:
-    return {tensor.untyped_storage()._cdata for node in nodes for tensor in tensors_of(node)}
+    return not storages([node]).isdisjoint(storages(n for n in inner if n.op == "placeholder"))
 
 
 def _copy_out(graph: fx.Graph, inner: dict[fx.Node, bool], taken: list[fx.Node]) -> Hoisted:

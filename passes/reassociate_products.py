@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import in_fusion_layer, is_plain, is_untouched, made_beside, value_of
+from replfx.passes.dynamo import epochs, in_fusion_layer, is_plain, is_untouched, made_beside, value_of
 
 __all__ = ["ReassociateProducts"]
 
@@ -25,9 +25,12 @@ class ReassociateProducts(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite all of them."""
-        changed = False
+        changed, stretch = False, epochs(graph_module.graph)
         for node in list(graph_module.graph.nodes):
-            if node.target in _PRODUCTS and in_fusion_layer(node) and _is_worth_it(node):
+            if node.target not in _PRODUCTS or not in_fusion_layer(node):
+                continue
+            fits = all(_is_matrix_of(node, user) and stretch[user] == stretch[node] for user in node.users)
+            if fits and _is_worth_it(node):
                 for user in list(node.users):
                     _rewrite(user, *node.args)
                 graph_module.graph.erase_node(node)
@@ -37,16 +40,20 @@ class ReassociateProducts(PassBase):
         return PassResult(graph_module, changed)
 
 
+def _is_matrix_of(product: fx.Node, user: fx.Node) -> bool:
+    """Whether the product is the matrix of linear(x, product, …) and nothing else in it."""
+    places = [place for place, arg in enumerate(user.args) if arg is product]
+    return user.target is F.linear and places == [1] and product not in user.kwargs.values()
+
+
 def _is_worth_it(product: fx.Node) -> bool:
     values = [value_of(node) for node in (product, *product.all_input_nodes)]
-    if len(values) != 3 or not all(is_plain(value) and value.dim() == 2 for value in values):
+    if len(values) != 3 or product.kwargs or not all(is_plain(value) and value.dim() == 2 for value in values):
         return False
     if not values[0].requires_grad or not all(map(is_untouched, product.all_input_nodes)):
         return False
     if len({value.dtype for value in values}) != 1:
         return False  # under autocast each result is rounded, and another order would show
-    if any(user.target is not F.linear or user.args[1] is not product for user in product.users):
-        return False
     given = [value_of(user.all_input_nodes[0]) for user in product.users]
     outputs, between, inputs = values[1].shape[0], values[1].shape[1], values[2].shape[1]
     if any(type(size) is not int for value in (*given, *values) for size in value.shape):

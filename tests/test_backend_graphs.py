@@ -139,6 +139,94 @@ def test_with_folded_affines_outputs_and_gradients_stay(kind: type[nn.Module], h
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
 
 
+class OverTokens(Normed):
+    """Normalises over 16 tokens and 16 channels at once: its weight has as many rows as fc1's."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm((16, 16)), 16)
+
+
+class ByName(Normed):
+    """Gives fc1's tensors by name."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(16), 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(input=self.norm(x), weight=self.fc1.weight, bias=self.fc1.bias)
+        y: Tensor = x + self.fc2(nn.functional.gelu(hidden))
+        return y
+
+
+class Unused(Normed):
+    """Calls a norm whose result it does not need."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(16), 40)
+        self.plain = nn.LayerNorm(16, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.plain(x)
+        return super().forward(x)
+
+
+class Squared(Normed):
+    """Holds what the norm gives against itself: it is the matrix, too."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(16), 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        scores = nn.functional.linear(h, h)
+        y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(x))) + scores.mean()
+        return y
+
+
+class InAFactor(nn.Module):
+    """A residual map whose matrix is a product, given as `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.outward, self.inward = nn.Parameter(torch.empty(16, 4)), nn.Parameter(torch.empty(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "by name":
+            return x + nn.functional.linear(x, weight=self.outward @ self.inward)
+        if self.how == "factor by name":
+            return x + nn.functional.linear(x, torch.matmul(self.outward, other=self.inward))
+        product = self.outward @ self.inward
+        return x + nn.functional.linear(x, product) + nn.functional.linear(product, product).mean()
+
+
+@pytest.mark.parametrize("block", [OverTokens, ByName, Unused, Squared])
+def test_what_is_no_norm_before_a_matrix_is_not_folded(block: type[nn.Module]) -> None:
+    as_in_eager_mode([block() for _ in range(5)], torch.randn(*(6, 16)[: 1 + (block is OverTokens)], 16).double())
+
+
+@pytest.mark.parametrize("how", ["by name", "factor by name", "twice"])
+def test_what_is_no_map_by_a_product_is_not_reassociated(how: str) -> None:
+    as_in_eager_mode([InAFactor(how) for _ in range(5)], torch.randn(2, 16).double())
+
+
+def as_in_eager_mode(blocks: list[nn.Module], x: Tensor) -> None:
+    """Outputs and gradients, with the replaced blocks' own computation."""
+    model = nn.Sequential(*blocks)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.1, 0.1)
+    made = replfx.transform(model.double(), x, operator="block")
+    compiled = Compiled(made, "aot_eager")
+    found = []
+    for run in (compiled, made):
+        made.zero_grad()
+        y = run(x)
+        y.square().mean().backward()
+        with torch.no_grad():
+            found.append((y, run(x), [p.grad for p in made.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
+
+
 def test_affines_stay_under_autocast_and_are_folded_without_gradients() -> None:
     model, x = normed(nn.LayerNorm).float(), torch.randn(3, 16)
     with torch.no_grad():

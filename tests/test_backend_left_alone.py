@@ -84,12 +84,23 @@ class Writes(nn.Module):
                     self.inner.blocks[2].fc1.weight.mul_(0.5)
             if self.how == "write in the same mode" and index == 2:
                 self.inner.blocks[2].fc1.weight.detach().mul_(0.5)
+            if self.how == "write through .data" and index == 2:
+                self.inner.blocks[2].fc1.weight.view(-1).data.mul_(0.5)
             with torch.set_grad_enabled(self.how != "grad" or index % 4 != self.first):
                 x = block(x)
         return x
 
 
-@pytest.mark.parametrize(("how", "first"), [("write", 1), ("write in the same mode", 1), ("grad", 1), ("grad", 3)])
+@pytest.mark.parametrize(
+    ("how", "first"),
+    [
+        ("write", 1),
+        ("write in the same mode", 1),
+        ("write through .data", 1),
+        ("grad", 1),
+        ("grad", 3),
+    ],
+)
 def test_nothing_moves_over_writes_and_modes(how: str, first: int) -> None:
     def results(compile: bool) -> list[Tensor]:
         torch.manual_seed(0)

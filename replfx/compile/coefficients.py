@@ -39,7 +39,8 @@ class Coefficients:
         with torch.no_grad():
             for name, parameter in self._made.items():
                 parameter.copy_(state[name])
-        self._saved = {name: value for name, value in state.items() if name not in self._made}
+        # Copies: the state may be that of a backend that goes on training before these are asked for.
+        self._saved = {name: value.detach().clone() for name, value in state.items() if name not in self._made}
 
     def share(self, path: str, layer: nn.Module, own: Set[int]) -> None:
         """Let the layer at `path` have the parameters that were made for it before, or keep its own for the next.
