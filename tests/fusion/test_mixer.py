@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -281,3 +282,53 @@ def test_options_that_are_malformed_are_refused() -> None:
         assert wrong != text
         with pytest.raises(replfx.ReplfxError):
             replfx.apply(stack(Mixing), replfx.Plan.from_json(wrong))
+
+
+def _timm(name: str, **options: object) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    model: nn.Module = timm.create_model(name, num_classes=10, **options)
+    return model
+
+
+def _mlp_mixer() -> nn.Module:
+    module = pytest.importorskip("timm.models.mlp_mixer")
+    model: nn.Module = module.MlpMixer(num_classes=10, img_size=64, patch_size=32, num_blocks=8, embed_dim=24)
+    return model
+
+
+def _torchvision_vit() -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    model: nn.Module = models.VisionTransformer(32, 16, num_layers=12, num_heads=2, hidden_dim=24, mlp_dim=48)
+    return model
+
+
+def _torchvision_swin() -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    model: nn.Module = models.SwinTransformer([4, 4], 12, [2, 2, 6, 2], [1, 2, 2, 2], window_size=[7, 7])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "count"),
+    [
+        (lambda: _timm("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.1), 32, 5),
+        (lambda: _timm("eva02_tiny_patch14_224", img_size=28), 28, 5),  # gated, with rotary positions
+        (lambda: _timm("beit_base_patch16_224", img_size=32, embed_dim=24, num_heads=2), 32, 5),  # a bare LayerScale
+        (_mlp_mixer, 64, 3),
+        (_torchvision_vit, 32, 5),
+        (_torchvision_swin, 64, 5),  # one drop-path for both branches
+    ],
+    ids=["vit", "eva02", "beit", "mlp-mixer", "torchvision-vit", "swin"],
+)
+def test_models_out_of_libraries(build: Callable[[], nn.Module], side: int, count: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, side, side)
+    made = replfx.transform(build().train(), x, operator="mixer")
+    assert len(replfx.report(made).replaced) == count
+    made(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
+    made.eval()
+    with torch.no_grad():
+        y = made(x)
+        torch.testing.assert_close(replfx.materialize(made)(x), y, rtol=0, atol=0)
+        torch.testing.assert_close(replfx.unroll(made).eval()(x), y, rtol=0, atol=0)  # a sum with zero is exact
