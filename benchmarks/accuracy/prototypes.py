@@ -19,7 +19,7 @@ from replfx import Interface, Match, Operator, Site, Source
 from replfx.fusion.interface import read_slot
 from replfx.fusion.layer import fusion_layers
 
-__all__ = ["TRIALS", "register_trial"]
+__all__ = ["TRIALS", "connect_trials", "register_trial"]
 
 
 class _Tried(Operator):

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
 from replfx.fusion.anatomy import is_norm, is_residual, name_of
-from replfx.fusion.folding import Branch, branches, is_layout, is_product, is_scale
+from replfx.fusion.folding import Branch, Fold, branches, is_layout, is_product, is_scale, silence
 from replfx.fusion.interface import Interface
 from replfx.fusion.operators import BlockOperator, Match, Site, operators
 from replfx.fusion.pairing import synthesizable
@@ -105,9 +105,7 @@ class MixerOperator(BlockOperator):
         full = dict((*block.named_parameters(), *block.named_buffers()))
         for name, value in {**own, **theta}.items():
             full[name].copy_(value)
-        for parameter in block.get_submodule(self.silenced)._parameters.values():
-            if parameter is not None:
-                parameter.zero_()
+        silence(block, Fold((self.silenced,)))
 
 
 def _without(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> nn.Module:
