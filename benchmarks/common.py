@@ -6,7 +6,7 @@ import argparse
 import subprocess
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +22,19 @@ from replfx.measure import Training
 
 @dataclass(frozen=True)
 class Variant:
-    """How the blocks are replaced; without an operator the model is left whole."""
+    """How the blocks are replaced; without an operator the model is left whole.
+
+    Attributes:
+        name: of the row.
+        operator: of the replaced blocks.
+        fusion: the same.
+        once: whether the micro-batches of a step share one synthesis.
+    """
 
     name: str
     operator: str | None = None
     fusion: str = "scalar"
+    once: bool = False
 
 
 FULL = Variant("full")
@@ -90,8 +98,26 @@ def batch_size(args: argparse.Namespace, name: str, device: torch.device) -> int
     return args.batch or (2 if args.quick else SUBJECTS[name].sizes[device.type])
 
 
-def training_of(name: str, variant: Variant, *, every: int, batch: int, device: torch.device, bf16: bool) -> Training:
+def training_of(
+    name: str,
+    variant: Variant,
+    *,
+    every: int,
+    batch: int,
+    device: torch.device,
+    bf16: bool,
+    micro_batches: int = 1,
+) -> Training:
     """Build a model from seed 0, replace its blocks and put it into training with AdamW.
+
+    Args:
+        name: of the model.
+        variant: what is done to it.
+        every: k, of which blocks.
+        batch: examples a micro-batch.
+        device: where.
+        bf16: run forward under bfloat16 autocast.
+        micro_batches: how many a step has.
 
     Raises:
         ReplfxError: the model's blocks do not have the variant's operator.
@@ -103,7 +129,8 @@ def training_of(name: str, variant: Variant, *, every: int, batch: int, device: 
     inputs, targets = (t.to(device) for t in subject.batch(device.type, batch))
     if variant.operator is not None:
         model = replfx.transform(model, inputs[:2], every=every, fusion=variant.fusion, operator=variant.operator)
-    return in_training(model, model, inputs, targets, bf16=bf16)
+    made = in_training(model, model, inputs, targets, bf16=bf16)
+    return replace(made, micro_batches=micro_batches, once=variant.once)
 
 
 def in_training(

@@ -16,6 +16,7 @@ from replfx.measure import Cost, Training, environment, pairwise_ratios, saving_
 OPERATORS = ("block", "mixer", "light")
 FUSIONS = ("scalar", "scalar_layer", "channel")
 VARIANTS = (FULL, REMOVED, *(Variant(f"{o} {f}", o, f) for o in OPERATORS for f in FUSIONS))
+ONCE = Variant("block scalar, once", "block", "scalar", once=True)
 WARMUP = 3
 
 
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_common_arguments(parser, "step")
     parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds (default: 10; quick: 3)")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="micro-batches a step; one row more from 2 on"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "bf16": args.bf16,
         "every": args.every,
         "repeats": repeats,
+        "accumulate": args.accumulate,
         "batch": {name: batch_size(args, name, device) for name in args.models},
     }
     for table in tables(rows):
@@ -57,11 +62,10 @@ def _trainings(args: argparse.Namespace, name: str, device: torch.device) -> tup
     trainings: dict[str, Training] = {}
     refused: dict[str, str] = {}
     batch = batch_size(args, name, device)
-    for variant in VARIANTS:
+    made = {"every": args.every, "batch": batch, "device": device, "bf16": args.bf16}
+    for variant in (*VARIANTS, ONCE) if args.accumulate > 1 else VARIANTS:
         try:
-            trainings[variant.name] = training_of(
-                name, variant, every=args.every, batch=batch, device=device, bf16=args.bf16
-            )
+            trainings[variant.name] = training_of(name, variant, **made, micro_batches=args.accumulate)
         except ReplfxError as error:
             if variant in (FULL, REMOVED):
                 raise

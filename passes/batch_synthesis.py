@@ -24,14 +24,16 @@ class BatchSynthesis(PassBase):
     Attributes:
         operation: (θ_prev, θ_next, a, b), lists of tensors → the list of all θ.
         max_bytes: groups are cut so that their θ together take no more, because all of them live from the first
-            one's use on. A larger one stays alone, as it was.
+            one's use on. A larger one is a group of its own.
+        least: groups of fewer stay as they were.
     """
 
     operation: Callable[..., Any]
     max_bytes: int
+    least: int = 2
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite all groups of two and more."""
+        """Rewrite all groups of `least` and more."""
         found = syntheses_in(graph_module.graph)
         stretch = epochs(graph_module.graph)
         changed = False
@@ -41,7 +43,7 @@ class BatchSynthesis(PassBase):
 
         for _, alike in groupby(sorted(found, key=kind), key=kind):  # sorting keeps the order among equals
             for group in self._groups(list(alike), {s.node for s in found}):
-                if len(group) > 1:
+                if len(group) >= self.least:
                     _rewrite(graph_module.graph, group, self.operation)
                     changed = True
         if changed:

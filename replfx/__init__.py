@@ -6,6 +6,7 @@ replaces some blocks of a model by fusion layers, which synthesise their weights
 after them and own almost none; then train as before.
 """
 
+from replfx.accumulation import synthesize_once
 from replfx.api import apply, inspect, plan, report, transform
 from replfx.backends import backend
 from replfx.calibration import calibrate
@@ -85,6 +86,7 @@ __all__ = [
     "register_fusion",
     "register_operator",
     "report",
+    "synthesize_once",
     "transform",
     "unroll",
 ]

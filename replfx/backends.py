@@ -29,6 +29,7 @@ def backend(
     neighbour_gradient: float | None = None,
     max_bytes: int = 32 * 2**20,
     cache: bool = True,
+    kernels: bool = False,
     inner: str | Callable[..., Any] = "inductor",
     **unknown: object,
 ) -> "Backend | ReplacingBackend":
@@ -47,12 +48,15 @@ def backend(
         max_bytes: syntheses of one shape run as one operation, as many as make this many bytes of weights, which
             live from the first one's use on; 0 leaves each where it is.
         cache: without gradients, keep the synthesised weights until the weights that they are made of change.
+        kernels: on a GPU with triton, syntheses run as `replfx.kernels.synthesize`, whose backward reads each gradient
+            once for neighbours and coefficients; elsewhere as plain operations. Not the default, as no GPU has said
+            yet where they beat what Inductor makes of `max_bytes`.
         inner: what compiles the rewritten graph: the name of a backend, or a callable that takes a GraphModule
             and a list of inputs.
         **unknown: anything else is refused.
 
     Returns:
-        A callable; it takes Inductor's `mode=` and `options=` from `torch.compile`, and its own last three there too.
+        A callable; it takes Inductor's `mode=` and `options=` from `torch.compile`, and its own last four there too.
         One that replaces has the coefficients: `parameters()`, `state_dict()`, and the `plan`.
 
     Raises:
@@ -71,11 +75,11 @@ def backend(
         >>> optimizer = torch.optim.AdamW([*model.parameters(), *backend.parameters()])
     """
     if unknown:
-        known = "every, fraction, select, fusion, operator, neighbour_gradient, max_bytes, cache and inner"
+        known = "every, fraction, select, fusion, operator, neighbour_gradient, max_bytes, cache, kernels and inner"
         raise CompileError(f"replfx.backend has no option {next(iter(unknown))!r}, but {known}")
     from replfx.compile import Backend, ReplacingBackend
 
-    plain = Backend(max_bytes=max_bytes, cache=cache, inner=inner)
+    plain = Backend(max_bytes=max_bytes, cache=cache, kernels=kernels, inner=inner)
     if all(option is None for option in (every, fraction, select, fusion, operator, neighbour_gradient)):
         return plain
     factor = 1.0 if neighbour_gradient is None else neighbour_gradient

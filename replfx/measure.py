@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import timer
 
+from replfx.accumulation import synthesize_once
 from replfx.version import __version__
 
 __all__ = [
@@ -86,11 +87,17 @@ class Training:
     loss: Callable[[], Tensor]
     """Runs the model forward on a batch, to the loss."""
     device: torch.device
+    micro_batches: int = 1
+    """How many losses a step accumulates the gradients of."""
+    once: bool = False
+    """Whether they share one synthesis, as `replfx.synthesize_once` has it."""
 
     def step(self) -> None:
-        """Take one step: clear the gradients, forward, backward, update."""
+        """Take one step: clear the gradients, forward and backward of each micro-batch, update."""
         self.optimizer.zero_grad()
-        self.loss().backward()
+        with synthesize_once(self.model) if self.once else nullcontext():
+            for _ in range(self.micro_batches):
+                (self.loss() / self.micro_batches).backward()
         self.optimizer.step()
 
 

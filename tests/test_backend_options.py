@@ -67,7 +67,7 @@ def test_backends_with_the_same_options_are_equal() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_byte": 3}, "max_byte.*max_bytes, cache and inner"),
+        ({"max_byte": 3}, "max_byte.*max_bytes, cache, kernels and inner"),
         ({"max_bytes": -1}, "number of bytes"),
         ({"max_bytes": 1.5}, "number of bytes"),
         ({"cache": "yes"}, "True or False"),
@@ -82,7 +82,7 @@ def test_the_factory_refuses(options: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"options": {"max_byte": 3}}, "max_byte.*max_bytes, cache, inner"),
+        ({"options": {"max_byte": 3}}, "max_byte.*max_bytes, cache, kernels, inner"),
         ({"options": {"max_bytes": "3"}}, "number of bytes"),
         ({"options": {"max_autotune": "yes"}}, "max_autotune"),
         ({"mode": "fastest"}, "fastest"),

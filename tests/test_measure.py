@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import replfx
 from replfx import measure
+from tests.models import tower
 
 CPU = torch.device("cpu")
 FLOAT = 4  # bytes
@@ -218,3 +220,16 @@ def test_costs_of_a_training() -> None:
     assert costs["narrow"].peak_bytes < costs["wide"].peak_bytes
     assert len(costs["wide"].step_seconds.values) == 3
     assert all(set(c.to_dict()) >= {"step_seconds", "peak_training_bytes"} for c in costs.values())
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_step_of_micro_batches_is_that_of_their_mean(once: bool) -> None:
+    found = []
+    for count in (1, 3):
+        torch.manual_seed(0)
+        model = replfx.transform(tower(), torch.randn(2, 4)).double()
+        x = torch.randn(2, 4, dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        measure.Training(model, optimizer, lambda: model(x).square().mean(), CPU, count, once).step()  # noqa: B023
+        found.append(list(model.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)  # float64, sums in another order

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import add_device_argument, commit, device_of, model_names
 from benchmarks.compiling.kernels import cases, copy_rate, gemm_rate, seconds
 from benchmarks.compiling.output import KernelRow, StepRow, tables, write
-from benchmarks.compiling.subjects import SUBJECTS, WAYS, Subject, training_of
+from benchmarks.compiling.subjects import SUBJECTS, WAYS, Subject, training_of, ways_on
 from replfx import ReplfxError
 from replfx.measure import Cost, Training, environment, pairwise_ratios, training_costs
 
@@ -95,7 +95,7 @@ def _steps(name: str, args: argparse.Namespace, device: torch.device, dtype: tor
     first: dict[str, float] = {}
     reasons: dict[str, str] = {}
     batch = 2 if args.quick else subject.sizes[device.type]
-    for way in WAYS:
+    for way in ways_on(device):
         torch._dynamo.reset()
         made = {"batch": batch, "quick": args.quick, "bf16": dtype is torch.bfloat16}
         try:

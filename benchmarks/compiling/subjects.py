@@ -106,11 +106,13 @@ class Way:
         name: of the row.
         operator: of the replaced blocks; None leaves the model whole, "identity" deletes them.
         compiler: a backend of torch.compile, or None for eager.
+        kernels: whether replfx's backend is to run its Triton kernels, which takes a GPU.
     """
 
     name: str
     operator: str | None
     compiler: str | None
+    kernels: bool = False
 
 
 WAYS = (
@@ -120,7 +122,13 @@ WAYS = (
     Way("Inductor removed", "identity", "inductor"),
     Way("Inductor replfx", "auto", "inductor"),
     Way("backend replfx", "auto", "replfx"),
+    Way("backend replfx, kernels", "auto", "replfx", kernels=True),
 )
+
+
+def ways_on(device: torch.device) -> list[Way]:
+    """Those that there are on a device: on a CPU the kernels are the plain operations."""
+    return [way for way in WAYS if device.type == "cuda" or not way.kernels]
 
 
 def training_of(
@@ -146,11 +154,11 @@ def training_of(
     inputs, targets = (t.to(device) for t in subject.batch(device.type, batch, quick))
     if way.operator is not None:
         model = replfx.transform(model, inputs[:2], operator=operator if way.operator == "auto" else way.operator)
-    called = model if way.compiler is None else _compiled(model, way.compiler)
+    called = model if way.compiler is None else _compiled(model, way.compiler, way.kernels)
     return in_training(model, called, inputs, targets, bf16=bf16)
 
 
-def _compiled(model: nn.Module, compiler: str) -> Callable[..., Tensor]:
-    backend: Any = replfx.backend() if compiler == "replfx" else compiler
+def _compiled(model: nn.Module, compiler: str, kernels: bool) -> Callable[..., Tensor]:
+    backend: Any = replfx.backend(kernels=kernels) if compiler == "replfx" else compiler
     compiled: Callable[..., Tensor] = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     return compiled

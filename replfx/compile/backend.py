@@ -11,7 +11,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from replfx.compile.caching import Cached, with_cached
-from replfx.compile.synthesis import SYNTHESIZE
+from replfx.compile.synthesis import SYNTHESIZE, kernel_operation
 from replfx.errors import CompileError
 from replfx.passes import run_passes
 from replfx.passes.batch_synthesis import BatchSynthesis
@@ -43,6 +43,7 @@ class Backend:
 
     max_bytes: int = 32 * 2**20
     cache: bool = True
+    kernels: bool = False
     inner: str | Compiler = "inductor"
 
     __name__ = "replfx"
@@ -50,8 +51,9 @@ class Backend:
     def __post_init__(self) -> None:
         if type(self.max_bytes) is not int or self.max_bytes < 0:
             raise RefusedError(f"max_bytes= is a number of bytes, 0 for no batching, not {self.max_bytes!r}")
-        if type(self.cache) is not bool:
-            raise RefusedError(f"cache= is True or False, not {self.cache!r}")
+        for name in ("cache", "kernels"):
+            if type(value := getattr(self, name)) is not bool:
+                raise RefusedError(f"{name}= is True or False, not {value!r}")
         if not isinstance(self.inner, str) and not callable(self.inner):
             raise RefusedError(f'inner= is the name of a backend, as "inductor", or a callable, not {self.inner!r}')
 
@@ -94,10 +96,11 @@ class Backend:
 
     def _rewrite(self, graph_module: fx.GraphModule, cuda_graphs: bool) -> None:
         passes: list[Any] = [MergeSyntheses(), ReassociateProducts(), FoldAffines()]
-        if self.max_bytes:
-            passes.append(BatchSynthesis(SYNTHESIZE, self.max_bytes))
+        operation = kernel_operation() if self.kernels else SYNTHESIZE
+        if self.max_bytes or self.kernels:
+            passes.append(BatchSynthesis(operation, self.max_bytes, least=1 if self.kernels else 2))
         if self.cache and not cuda_graphs:  # those would copy the kept values into their own memory at each call
-            passes.append(HoistSyntheses(frozenset({SYNTHESIZE})))
+            passes.append(HoistSyntheses(frozenset({operation})))
         run_passes(graph_module, passes)
 
     def _compiler(self, mode: str | None, options: dict[str, Any]) -> Compiler:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from replfx.fusion.fusions import along_first
 
-__all__ = ["SYNTHESIZE"]
+__all__ = ["SYNTHESIZE", "kernel_operation"]
 
 
 @torch.library.triton_op("replfx::synthesize_many", mutates_args=())
@@ -101,5 +101,14 @@ def _product(gradient: Tensor, theta: Tensor, coefficients: Tensor) -> Tensor:
 
 synthesize_many.register_autograd(_backward, setup_context=_save)
 
-# What the backend calls: another implementation of the same meaning takes its place here.
-SYNTHESIZE = torch.ops.replfx.synthesize_many.default
+SYNTHESIZE: Any = torch.ops.replfx.synthesize_many.default
+
+
+def kernel_operation() -> Any:
+    """`replfx::synthesize`, of the same meaning: the Triton kernels where they run, plain operations elsewhere.
+
+    Its backward reads each dW once for all four gradients.
+    """
+    from replfx.kernels import synthesis_ops
+
+    return synthesis_ops.synthesize._opoverload

@@ -25,10 +25,20 @@ from replfx.fusion.sharded import (
 from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.structure import is_wrapped, move_hooks, structural_copy
 
-__all__ = ["FusionLayer", "Readings", "check_neighbours", "fusion_layers"]
+__all__ = ["FusionLayer", "Held", "Readings", "check_neighbours", "fusion_layers"]
 
 # By the block's name for a parameter: the module that owns its counterpart, its name there, and which of its rows.
 Readings: TypeAlias = Mapping[str, tuple[nn.Module, str, tuple[int, int] | None]]
+
+
+class Held(dict[str, Tensor]):
+    """Synthesised weights that several forwards share; a copy of the layer has none, and synthesises its own."""
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce_ex__(self, protocol: object) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class FusionLayer(nn.Module):
@@ -53,6 +63,7 @@ class FusionLayer(nn.Module):
     Attributes:
         neighbours: the kept block before and the one after; empty if the operator needs none.
         names: where the parts of a block that was no module were in the model, by their names in the block.
+        held: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
         tensor_parallel: how it runs on several processes, if `replfx.parallelize_module` was told.
     """
 
@@ -77,6 +88,7 @@ class FusionLayer(nn.Module):
         skeleton = None if operator.unrolls else structural_copy(replaced, _without_values)
         self._skeleton = (skeleton,)  # in a tuple, so that it is no submodule
         self.names: Mapping[str, str] = {}
+        self.held: Held | None = None
         self.neighbour_gradient = neighbour_gradient
         self.tensor_parallel: TensorParallel | None = None
         self._attributes = {k: v for k, v in vars(replaced).items() if not k.startswith("_") and _is_simple(v)}
@@ -144,6 +156,12 @@ class FusionLayer(nn.Module):
         neighbours are sharded, these are whole tensors on each process.
         """
         return gathered(self._synthesize(alone=True))
+
+    def read_parameters(self) -> list[nn.Parameter]:
+        """All that a synthesis reads: the neighbours' parameters and the coefficients; each once."""
+        read = [getattr(owner, leaf) for side in self._readings or () for owner, leaf, _ in side.values()]
+        fusion = () if self.fusion is None else self.fusion.parameters()
+        return list(dict.fromkeys(p for p in (*read, *fusion) if isinstance(p, nn.Parameter)))
 
     def _synthesize(self, *, alone: bool) -> dict[str, Tensor]:
         """The same, but where the neighbours are sharded as the fusion's operations leave it.
@@ -223,7 +241,8 @@ class FusionLayer(nn.Module):
         if parallel is not None:
             inside = parallel.enter(self.operator.interface, args, kwargs)
         mesh = mesh_of_activation(*inside)
-        theta = self._synthesize(alone=parallel is not None or mesh is not None)
+        held = self.held
+        theta = self._synthesize(alone=parallel is not None or mesh is not None) if held is None else held
         dtype = lower_precision(self.fusion, theta) if self.fusion is not None and any_sharded(theta) else None
         result = self.operator(laid_out(theta, mesh, parallel, dtype), *inside)
         return result if parallel is None else parallel.leave(self.operator.interface, result, args, kwargs)

@@ -1,0 +1,104 @@
+"""The backend with the kernels in place of its own batched synthesis: `replfx.backend(kernels=True)`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from hypothesis import given, settings
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+import replfx
+from tests.compiled import Compiled, batches, small
+from tests.kernels.cases import DEVICES, only_interpreted, only_plain
+from tests.strategies import Case, cases
+from tests.test_properties import EXACT, assert_close, run
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@given(case=cases(families=("basic", "transformer", "mlp"), operators=("block", "light")))
+@settings(max_examples=4)
+def test_drawn_models_give_what_they_give_in_eager_mode(case: Case) -> None:
+    model = case.transformed()
+    compiled: Any = Compiled(copy.deepcopy(model), "aot_eager", kernels=True)
+    results, gradients = run(model, case.inputs())
+    again, gradients_again = run(compiled, case.inputs())
+    for one, two in zip(again, results, strict=True):
+        assert_close(one, two, "output", EXACT)
+    for name, wanted in gradients.items():
+        got = gradients_again[name]
+        assert (got is None) == (wanted is None), name
+        if got is not None and wanted is not None:
+            assert_close(got, wanted, name, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "expected"), [(3 * 512, [3, 3]), (1024, [2, 2, 1, 1]), (0, [1] * 6)], ids=["all", "two", "one"]
+)
+def test_those_that_stay_alone_run_as_kernels_too(max_bytes: int, expected: list[int]) -> None:
+    compiled = Compiled(small(), kernels=True, max_bytes=max_bytes)
+    compiled(torch.randn(2, 4))
+    assert sorted(compiled.batches[0], reverse=True) == expected
+
+
+def test_without_gradients_they_are_kept() -> None:
+    compiled = Compiled(small(), kernels=True)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(torch.randn(2, 4))
+    assert compiled.batches == [[3, 3], []], "the part that is kept, and the rest"
+    assert compiled.calls == [1, 3]
+
+
+def traced(device: str) -> dict[str, fx.GraphModule]:
+    """The graphs of a forward and of its backward pass."""
+    found: dict[str, fx.GraphModule] = {}
+
+    def compiler(name: str) -> Any:
+        def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
+            found[name] = graph_module
+            return make_boxed_func(graph_module.forward)
+
+        return keep
+
+    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    model = small().to(device)
+    backend = replfx.backend(inner=inner, kernels=True)
+    torch.compile(model, backend=backend)(torch.randn(2, 4, device=device)).sum().backward()
+    return found
+
+
+def count(graph_module: fx.GraphModule, name: str) -> int:
+    return sum(name in str(node.target) for node in graph_module.graph.nodes)
+
+
+@only_interpreted
+def test_backward_reads_each_gradient_once() -> None:
+    """What it does for coefficients and neighbours is one operation for all syntheses of a shape."""
+    graphs = traced("cpu")
+    assert batches(graphs["forward"]) == [3, 3]
+    (first, second) = (n for n in graphs["backward"].graph.nodes if "synthesize_backward" in str(n.target))
+    for node in (first, second):
+        assert len(node.args[0]) == 3
+        for gradient in node.args[0]:
+            assert list(gradient.users) == [node]
+
+
+@pytest.mark.gpu
+def test_launches_on_a_gpu() -> None:
+    """One for the syntheses of a shape; in the backward pass one, and one for the sums of scalar coefficients."""
+    graphs = traced("cuda")
+    assert count(graphs["forward"], "triton_kernel_wrapper") == 2
+    assert count(graphs["backward"], "triton_kernel_wrapper") == 4
+
+
+@only_plain
+@pytest.mark.parametrize("device", DEVICES[:1])
+def test_without_a_gpu_compilers_see_plain_operations(device: str) -> None:
+    for graph_module in traced(device).values():
+        assert count(graph_module, "replfx") == 0
