@@ -436,6 +436,25 @@ def test_a_graph_break_inside_of_the_blocks_is_named() -> None:
         list(backend.parameters())
 
 
+def test_torchs_encoder_layer_needs_its_fast_path_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluation it is another function, of the same parameters in another order."""
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(5)]
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 8)
+    for fast in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.mha, "_is_fastpath_enabled", fast)
+            compiled, _ = replacing(model.train(), "eager", every=2)
+            trained = compiled(x)
+            model.eval()
+            with torch.no_grad():
+                if fast:
+                    with pytest.raises(replfx.CompileError, match="in another order.*set_fastpath_enabled"):
+                        compiled(x)
+                else:
+                    torch.testing.assert_close(compiled(x), trained)
+
+
 def test_what_was_replaced_whole_is_refused_in_pieces() -> None:
     """Else its own weights, which nobody trains, would run there."""
     torch.compiler.reset()

@@ -6,6 +6,7 @@ names end in ``-own`` have weights of their own instead of synthesised ones, as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -154,6 +155,54 @@ class _Reused(_Tried):
         return x + F.linear(mixed.transpose(1, 2).reshape(batch, length, width), last, self.bias)
 
 
+class _LowRank(replfx.Fusion):
+    """θ = a·θ_prev + b·θ_next + U Vᵀ: two scalars and a matrix of rank r of its own a parameter; U starts at zero.
+
+    V's elements start with a variance of one over their number in a column, as in LoRA (arXiv 2106.09685).
+    """
+
+    elementwise: ClassVar[bool] = False
+    rank: ClassVar[int] = 8
+
+    def __init__(self, shapes: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(shapes, dtype=dtype, device=device)
+
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(sizes, dtype=dtype, device=device))
+
+        self.places = {name: index for index, name in enumerate(shapes)}
+        self.previous, self.next = parameter(len(shapes)), parameter(len(shapes))
+        self.u = nn.ParameterList(parameter(shape[0], self.rank) for shape in shapes.values())
+        self.v = nn.ParameterList(parameter(shape[1:].numel(), self.rank) for shape in shapes.values())
+        for start in (self.previous, self.next):
+            nn.init.constant_(start, 0.5)
+        for v in self.v:
+            nn.init.normal_(v, std=len(v) ** -0.5)
+
+    def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
+        index = self.places[name]
+        own = (self.u[index] @ self.v[index].T).view_as(previous)
+        theta: Tensor = self.previous[index] * previous + self.next[index] * next + own
+        return theta
+
+
+class _Own(_LowRank):
+    """θ is a parameter of its own, which starts as torch's layers do: a control for what synthesising earns."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(shapes, dtype=dtype, device=device)
+        self.own = nn.ParameterList(
+            nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes.values()
+        )
+        for own in self.own:
+            nn.init.kaiming_uniform_(own, a=5**0.5)
+
+    def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
+        # Zero times the rest, so that all of it has a gradient, as the library asks.
+        theta: Tensor = self.own[self.places[name]] + 0 * super().combine(name, previous, next)
+        return theta
+
+
 def _trial(name: str, base: type[_Tried], **attributes: object) -> type[_Tried]:
     return type(f"Tried_{name.replace('-', '_')}", (base,), attributes)
 
@@ -169,10 +218,18 @@ TRIALS = {
 }
 
 
+FUSION_TRIALS: dict[str, type[replfx.Fusion]] = {
+    "low-rank": _LowRank,
+    "own": _Own,
+}
+
+
 def register_trial(name: str) -> None:
-    """Let replfx know the operator of this name, if it is a trial."""
+    """Let replfx know the operator or fusion of this name, if it is a trial."""
     if name in TRIALS:
         replfx.register_operator(name)(TRIALS[name])
+    if name in FUSION_TRIALS:
+        replfx.register_fusion(name)(FUSION_TRIALS[name])
 
 
 def connect_trials(model: nn.Module) -> nn.Module:

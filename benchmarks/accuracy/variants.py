@@ -157,6 +157,7 @@ def removed(model: nn.Module, paths: list[str]) -> nn.Module:
 def _replfx(name: str, options: Options) -> Variant:
     operator, _, fusion = name.partition(":")[0].partition("+")
     register_trial(operator)
+    register_trial(fusion)
     rest = dict(options)
     gradient = float(rest.pop("neighbour_gradient", 1.0))
     unrolled = rest.pop("unroll", None)

@@ -193,7 +193,11 @@ class ReplacingBackend:
                 )
             region = here[path].region
             if region is None or list(region.parameters.items()) != list(self._blocks[path].items()):
-                raise CompileError(f"`{path}` reads other parameters than in a graph before; use replfx.transform")
+                raise CompileError(
+                    f"`{path}` reads other parameters than in a graph before, or in another order; use replfx.transform "
+                    "(torch.nn.TransformerEncoderLayer does so in evaluation, unless "
+                    "torch.backends.mha.set_fastpath_enabled(False) was called)"
+                )
             kinds[path] = block_digest(here[path].site.block)  # buffers that only training reads are part of it
         return replace(
             known,
