@@ -449,7 +449,7 @@ def test_torchs_encoder_layer_needs_its_fast_path_switched_off(monkeypatch: pyte
             model.eval()
             with torch.no_grad():
                 if fast:
-                    with pytest.raises(replfx.CompileError, match="in another order.*set_fastpath_enabled"):
+                    with pytest.raises(replfx.CompileError, match=r"in another order.*set_fastpath_enabled"):
                         compiled(x)
                 else:
                     torch.testing.assert_close(compiled(x), trained)

@@ -194,7 +194,7 @@ class ReplacingBackend:
             region = here[path].region
             if region is None or list(region.parameters.items()) != list(self._blocks[path].items()):
                 raise CompileError(
-                    f"`{path}` reads other parameters than in a graph before, or in another order; use replfx.transform "
+                    f"`{path}` reads other parameters than in a graph before or in another order: use replfx.transform "
                     "(torch.nn.TransformerEncoderLayer does so in evaluation, unless "
                     "torch.backends.mha.set_fastpath_enabled(False) was called)"
                 )
