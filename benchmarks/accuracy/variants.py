@@ -82,6 +82,8 @@ def _timed(name: str, method: str, other: str) -> Variant:
     found = variant_of(other)
     if found.as_long_as is not None:
         raise ReplfxError(f"variant {name!r}: {other} fills a time itself")
+    if ":late=" in other:
+        raise ReplfxError(f"variant {name!r}: what {other} costs after its change is not measured beforehand")
     if method == "same-time":
         return Variant(name, lambda model, example: model, as_long_as=other)
     return replace(found, name=name, as_long_as="full", made_as=other)
@@ -160,7 +162,7 @@ def _replfx(name: str, options: Options) -> Variant:
     register_trial(fusion)
     rest = dict(options)
     gradient = float(rest.pop("neighbour_gradient", 1.0))
-    unrolled = rest.pop("unroll", None)
+    unrolled, late = rest.pop("unroll", None), rest.pop("late", None)
     policy = policy_of(rest)
 
     def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
@@ -170,9 +172,29 @@ def _replfx(name: str, options: Options) -> Variant:
             )
         )
 
+    def replaced(model: nn.Module, optimizer: Optimizer, example: ExampleInputs) -> nn.Module:
+        made = prepare(model, example)
+        _follow(optimizer, made)
+        return made
+
+    if unrolled is not None and late is not None:
+        raise ValueError("unroll= and late= are two schedules: give one")
+    if late is not None:
+        return Variant(name, lambda model, example: model, grow=replaced, grows_at=float(late))
     if unrolled is None:
         return Variant(name, prepare)
     return Variant(name, prepare, grow=replfx.unroll, grows_at=float(unrolled))
+
+
+def _follow(optimizer: Optimizer, model: nn.Module) -> None:
+    """Let the optimizer hold the model's parameters as they are now: forget what is gone, and take what is new."""
+    there = dict.fromkeys(p for p in model.parameters() if p.requires_grad)
+    for group in optimizer.param_groups:
+        for gone in [p for p in group["params"] if p not in there]:
+            optimizer.state.pop(gone, None)
+        group["params"] = [p for p in group["params"] if p in there]
+    known = {p for group in optimizer.param_groups for p in group["params"]}
+    optimizer.param_groups[0]["params"] += [p for p in there if p not in known]
 
 
 def _rule2024(name: str, options: Options) -> Variant:

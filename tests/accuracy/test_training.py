@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ def assert_same(one: Run, other: Run) -> None:
         (toys.gpt, "block+channel"),
         (toys.resnet, "light+scalar:unroll=0.5"),
         (toys.gpt, "stochastic-depth"),
+        (toys.gpt, "mixer+scalar:late=0.5"),
     ],
 )
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(make: Callable[..., Subject], variant: str) -> None:
@@ -144,9 +146,35 @@ def test_variants_of_single_blocks_train(variant: str) -> None:
     assert run_of(toys.resnet(), variant).train()
 
 
-@pytest.mark.parametrize("variant", ["mixer+scalar", "mixer+scalar:unroll=0.5", "attention-reused+scalar"])
+CAUSAL_ALONE = ("mixer+scalar", "mixer+scalar:unroll=0.5", "attention-reused+scalar", "mixer+low-rank", "mixer+own")
+
+
+@pytest.mark.parametrize("variant", CAUSAL_ALONE)
 def test_variants_of_causal_blocks_train(variant: str) -> None:
     assert run_of(toys.gpt(schedule="plateau"), variant).train()
+
+
+def test_what_is_replaced_late_is_full_until_then() -> None:
+    late, full = (run_of(toys.gpt(), variant) for variant in ("mixer+scalar:late=0.5", "full"))
+    half = late.recipe.steps // 2
+    for run in (late, full):
+        assert not run.train(lambda step: step >= half)
+    weights = full.model.state_dict()
+    assert weights.keys() == late.model.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in late.model.state_dict().items())
+    states = {p: copy.deepcopy(late.optimizer.state[p]) for p in late.model.parameters()}
+    late.train(lambda step: step > half)
+    held = [p for group in late.optimizer.param_groups for p in group["params"]]
+    assert set(held) == set(late.model.parameters()) == set(late.optimizer.state)
+    assert len(held) == len(set(held)) < len(states)
+    for p, state in late.optimizer.state.items():
+        assert state["step"] == (half + 1 if p in states else 1)
+
+
+@pytest.mark.parametrize("variant", ["same-time:as=mixer+scalar:late=0.5", "mixer+scalar:late=0.5:unroll=0.8"])
+def test_impossible_schedules_are_refused(variant: str) -> None:
+    with pytest.raises(ReplfxError, match=r"not measured beforehand|two schedules"):
+        variant_of(variant)
 
 
 def test_trials_of_other_blocks_are_refused() -> None:
