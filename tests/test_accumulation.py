@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import replfx
 from replfx.fusion.layer import fusion_layers
@@ -94,6 +95,19 @@ def test_a_compiled_model_has_one_more_graph_and_no_synthesis_in_it() -> None:
     with replfx.synthesize_once(compiled.compiled):
         compiled(xs[0])
     assert compiled.calls == [10, 1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_micro_batches_run_again_with_the_same_weights(reentrant: bool) -> None:
+    model = small().double()
+    xs = [torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    expected = accumulated(model, lambda index: model(xs[index]).square().sum(), 2)
+    with replfx.synthesize_once(model):
+        for x in xs:
+            y: Tensor = checkpoint(model, x, use_reentrant=reentrant)
+            y.square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64, sums in another order
 
 
 def step(model: nn.Module) -> None:

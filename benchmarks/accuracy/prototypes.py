@@ -1,7 +1,7 @@
-"""Operators that were tried, for the blocks of this benchmark alone; docs/findings.md says what became of them.
+"""Operators, for the blocks of this benchmark alone, and fusions that were tried; docs/findings.md says how they did.
 
 A variant names them as any other operator, ``narrow+scalar``, and replfx knows those alone that were named. Those whose
-names end in ``-own`` have weights of their own instead of synthesised ones, as a control for what synthesising earns.
+names end in ``own`` have weights of their own instead of synthesised ones, as a control for what synthesising earns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from replfx import Interface, Match, Operator, Site, Source
 from replfx.fusion.interface import read_slot
 from replfx.fusion.layer import fusion_layers
 
-__all__ = ["TRIALS", "connect_trials", "register_trial"]
+__all__ = ["FUSION_TRIALS", "TRIALS", "connect_trials", "register_trial"]
 
 
 class _Tried(Operator):
