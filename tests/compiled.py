@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 
 import replfx
@@ -87,3 +89,19 @@ def graph_of(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
 def small(length: int = 7, **options: Any) -> nn.Module:
     """Three replaced blocks of seven, each with two synthesised weights of 16×8 floats: 512 bytes."""
     return replfx.transform(tower(length), X, **options)
+
+
+def forward_and_backward(model: nn.Module, x: Tensor, **options: Any) -> dict[str, fx.GraphModule]:
+    """The graphs that AOTAutograd makes of a forward, and of its backward pass, after the backend's passes."""
+    found: dict[str, fx.GraphModule] = {}
+
+    def compiler(name: str) -> Any:
+        def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
+            found[name] = graph_module
+            return make_boxed_func(graph_module.forward)
+
+        return keep
+
+    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    torch.compile(model, backend=replfx.backend(inner=inner, **options))(x).sum().backward()
+    return found

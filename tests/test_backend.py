@@ -19,7 +19,7 @@ from tests.compiled import Compiled
 from tests.models import ConvNet, tower
 from tests.strategies import Case, cases, randomize
 from tests.test_properties import EXACT, assert_close, loss_of, outputs, run
-from tests.test_property_runs import case_of
+from tests.test_property_runs import assert_same_run, case_of
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler"
@@ -33,16 +33,7 @@ def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXA
     """Outputs and gradients with gradients enabled, and twice the outputs without."""
     twin = copy.deepcopy(model)
     compiled: Any = Compiled(twin, inner)
-    results, gradients = run(model, case.inputs())
-    again, gradients_again = run(compiled, case.inputs())
-    for one, two in zip(again, results, strict=True):
-        assert_close(one, two, "output", tolerance)
-    assert gradients.keys() == gradients_again.keys()
-    for name, wanted in gradients.items():
-        got = gradients_again[name]
-        assert (got is None) == (wanted is None), name
-        if got is not None and wanted is not None:
-            assert_close(got, wanted, f"gradient of {name}", tolerance)
+    assert_same_run(model, compiled, case, tolerance)
     for _ in range(2):
         with torch.no_grad():
             for one, two in zip(outputs(compiled, case.inputs()), outputs(model, case.inputs()), strict=True):

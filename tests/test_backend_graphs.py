@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
@@ -19,7 +17,7 @@ from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.merge_syntheses import MergeSyntheses
 from replfx.passes.reassociate_products import ReassociateProducts
 from replfx.passes.synthesis import syntheses_in
-from tests.compiled import Compiled, X, batches, captured, graph_of, products, small
+from tests.compiled import Compiled, X, batches, captured, forward_and_backward, graph_of, products, small
 from tests.models import Mlp, Tower, tower
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -128,15 +126,7 @@ def test_an_affine_is_folded_where_that_takes_fewer_flops(kind: type[nn.Module],
 @pytest.mark.parametrize("hidden", [4, 40])  # two matrices, and their product
 def test_with_folded_affines_outputs_and_gradients_stay(kind: type[nn.Module], hidden: int) -> None:
     model, x = normed(kind, hidden), torch.randn(60, 16, dtype=torch.float64)
-    compiled = Compiled(model, "aot_eager")
-    found = []
-    for run in (compiled, model):
-        model.zero_grad()
-        y = run(x)
-        y.square().sum().backward()
-        found.append((y, [p.grad for p in model.parameters()]))
-    assert affines(compiled.graphs[0]) == 3
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
+    assert affines(as_in_eager_mode(model, x).graphs[0]) == 3
 
 
 class OverTokens(Normed):
@@ -202,29 +192,36 @@ class InAFactor(nn.Module):
 
 @pytest.mark.parametrize("block", [OverTokens, ByName, Unused, Squared])
 def test_what_is_no_norm_before_a_matrix_is_not_folded(block: type[nn.Module]) -> None:
-    as_in_eager_mode([block() for _ in range(5)], torch.randn(*(6, 16)[: 1 + (block is OverTokens)], 16).double())
+    x = torch.randn(*(6, 16)[: 1 + (block is OverTokens)], 16).double()
+    as_in_eager_mode(by_block([block() for _ in range(5)], x), x)
 
 
 @pytest.mark.parametrize("how", ["by name", "factor by name", "twice"])
 def test_what_is_no_map_by_a_product_is_not_reassociated(how: str) -> None:
-    as_in_eager_mode([InAFactor(how) for _ in range(5)], torch.randn(2, 16).double())
+    x = torch.randn(2, 16).double()
+    as_in_eager_mode(by_block([InAFactor(how) for _ in range(5)], x), x)
 
 
-def as_in_eager_mode(blocks: list[nn.Module], x: Tensor) -> None:
-    """Outputs and gradients, with the replaced blocks' own computation."""
+def by_block(blocks: list[nn.Module], x: Tensor) -> nn.Module:
+    """Every second one replaced by its own computation."""
     model = nn.Sequential(*blocks)
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0.1, 0.1)
-    made = replfx.transform(model.double(), x, operator="block")
-    compiled = Compiled(made, "aot_eager")
+    return replfx.transform(model.double(), x, operator="block")
+
+
+def as_in_eager_mode(model: nn.Module, x: Tensor) -> Compiled:
+    """Outputs and gradients, and outputs without gradients."""
+    compiled = Compiled(model, "aot_eager")
     found = []
-    for run in (compiled, made):
-        made.zero_grad()
+    for run in (compiled, model):
+        model.zero_grad()
         y = run(x)
-        y.square().mean().backward()
+        y.square().sum().backward()
         with torch.no_grad():
-            found.append((y, run(x), [p.grad for p in made.parameters()]))
+            found.append((y, run(x), [p.grad for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
+    return compiled
 
 
 def test_affines_stay_under_autocast_and_are_folded_without_gradients() -> None:
@@ -286,18 +283,7 @@ def test_shared_readings_scale_their_gradient_once() -> None:
 
 
 def test_the_backward_pass_is_batched_too() -> None:
-    graphs: dict[str, fx.GraphModule] = {}
-
-    def compiler(name: str) -> Any:
-        def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
-            graphs[name] = graph_module
-            return make_boxed_func(graph_module.forward)
-
-        return keep
-
-    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
-    model = small()
-    torch.compile(model, backend=replfx.backend(inner=inner))(X).sum().backward()
+    graphs = forward_and_backward(small(), X)
     count = {
         name: {op: sum(f"_foreach_{op}." in str(n.target) for n in g.graph.nodes) for op in ("mul", "add")}
         for name, g in graphs.items()
@@ -313,12 +299,5 @@ def test_a_frozen_neighbour_costs_no_gradient() -> None:
     model = small()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".fusion." in name)
-    found: list[fx.GraphModule] = []
-
-    def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
-        found.append(graph_module)
-        return make_boxed_func(graph_module.forward)
-
-    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    torch.compile(model, backend=replfx.backend(inner=inner))(X).sum().backward()
-    assert not any("_foreach" in str(node.target) for node in found[1].graph.nodes)
+    backward = forward_and_backward(model, X)["backward"]
+    assert not any("_foreach" in str(node.target) for node in backward.graph.nodes)

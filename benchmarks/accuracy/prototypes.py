@@ -19,6 +19,7 @@ from benchmarks.models import CausalBlock
 from replfx import Interface, Match, Operator, Site, Source
 from replfx.fusion.interface import read_slot
 from replfx.fusion.layer import fusion_layers
+from replfx.kernels import synthesize_low_rank
 
 __all__ = ["FUSION_TRIALS", "TRIALS", "connect_trials", "register_trial"]
 
@@ -181,9 +182,8 @@ class _LowRank(replfx.Fusion):
 
     def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
         index = self.places[name]
-        own = (self.u[index] @ self.v[index].T).view_as(previous)
-        theta: Tensor = self.previous[index] * previous + self.next[index] * next + own
-        return theta
+        a, b = (side[index : index + 1] for side in (self.previous, self.next))
+        return synthesize_low_rank(previous, next, a, b, self.u[index], self.v[index])
 
 
 class _Own(_LowRank):

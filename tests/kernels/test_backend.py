@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
 
-import replfx
-from tests.compiled import Compiled, batches, small
+from tests.compiled import Compiled, batches, forward_and_backward, small
 from tests.kernels.cases import DEVICES, only_interpreted, only_plain
 from tests.strategies import Case, cases
-from tests.test_properties import EXACT, assert_close, run
+from tests.test_property_runs import assert_same_run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -26,15 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 def test_drawn_models_give_what_they_give_in_eager_mode(case: Case) -> None:
     model = case.transformed()
     compiled: Any = Compiled(copy.deepcopy(model), "aot_eager", kernels=True)
-    results, gradients = run(model, case.inputs())
-    again, gradients_again = run(compiled, case.inputs())
-    for one, two in zip(again, results, strict=True):
-        assert_close(one, two, "output", EXACT)
-    for name, wanted in gradients.items():
-        got = gradients_again[name]
-        assert (got is None) == (wanted is None), name
-        if got is not None and wanted is not None:
-            assert_close(got, wanted, name, EXACT)
+    assert_same_run(model, compiled, case)
 
 
 @pytest.mark.parametrize(
@@ -56,21 +45,7 @@ def test_without_gradients_they_are_kept() -> None:
 
 
 def traced(device: str) -> dict[str, fx.GraphModule]:
-    """The graphs of a forward and of its backward pass."""
-    found: dict[str, fx.GraphModule] = {}
-
-    def compiler(name: str) -> Any:
-        def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
-            found[name] = graph_module
-            return make_boxed_func(graph_module.forward)
-
-        return keep
-
-    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
-    model = small().to(device)
-    backend = replfx.backend(inner=inner, kernels=True)
-    torch.compile(model, backend=backend)(torch.randn(2, 4, device=device)).sum().backward()
-    return found
+    return forward_and_backward(small().to(device), torch.randn(2, 4, device=device), kernels=True)
 
 
 def count(graph_module: fx.GraphModule, name: str) -> int:
