@@ -1,7 +1,7 @@
 """The passes, one a file: from a captured graph to a transformed model.
 
-`find_chains` → `select_blocks` → `insert_fusion` → `release` → `verify`. Each is a frozen dataclass whose fields
-are its options, on `torch.fx.passes.infra`; only `insert_fusion` changes the model.
+`find_chains` → `select_blocks` → (`replfx.building` for blocks that are modules, `insert_fusion` for regions of the
+graph) → `release` → `verify`. Each is a frozen dataclass whose fields are its options, on `torch.fx.passes.infra`.
 """
 
 from replfx.passes.chains import Block, Chain, Chains, chains_of
@@ -10,7 +10,7 @@ from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.passes.release import Release
 from replfx.passes.select_blocks import SelectBlocks, plan_of
-from replfx.passes.verify import Verify, does_not_run
+from replfx.passes.verify import Verify, does_not_run, refuse_reads_of_freed
 
 __all__ = [
     "Block",
@@ -24,5 +24,6 @@ __all__ = [
     "chains_of",
     "does_not_run",
     "plan_of",
+    "refuse_reads_of_freed",
     "run_passes",
 ]

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from replfx.fusion import Fusion, FusionLayer, Operator
+from replfx.fusion import Fusion, Operator
 from replfx.fusion.fusions import ScalarFusion
+from replfx.live import Synthesis
 
 __all__ = [
     "epochs",
@@ -124,7 +125,7 @@ def in_fusion_layer(node: fx.Node) -> bool:
 
     A part: where a fusion layer itself is compiled, Dynamo does not name it in the stack.
     """
-    return any(issubclass(cls, FusionLayer | Fusion | Operator) for cls in _classes(node))
+    return any(issubclass(cls, Synthesis | Fusion | Operator) for cls in _classes(node))
 
 
 def in_linear_fusion(node: fx.Node) -> bool:

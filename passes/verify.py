@@ -1,21 +1,39 @@
 """verify: is the transformed model sound?"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.errors import ReadFromOutsideError, VerifyError
-from replfx.state import fusion_layers
+from replfx.errors import FusionError, VerifyError
+from replfx.fusion import operators
+from replfx.live import fusion_layers
+from replfx.passes.chains import chains_of
+from replfx.passes.why_not import ancestors
+from replfx.plans import Plan
 from replfx.tracing import Inputs, ghost_of, info_of
 from replfx.tree import shapes_in, tensors_in
 
-__all__ = ["Verify", "does_not_run"]
+__all__ = ["Verify", "does_not_run", "refuse_reads_of_freed"]
+
+
+def refuse_reads_of_freed(graph_module: fx.GraphModule, plan: Plan) -> None:
+    """Refuse a plan that frees weights which the model reads itself, outside of their block.
+
+    Raises:
+        FusionError: an operator that has no such weight.
+    """
+    freed = {r.path: r.operator.name for r in plan.replacements if not operators[r.operator.name].keeps_block}
+    inside = {n for chain in chains_of(graph_module).chains for b in chain.blocks if b.path in freed for n in b.site.nodes}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        path = next((above for above in ancestors(str(node.target)) if above in freed), None)
+        if path is not None and node not in inside:
+            raise FusionError(
+                f"`{path}`: the model reads its `{str(node.target).removeprefix(f'{path}.')}` itself, and operator "
+                f"{freed[path]!r} has none of it; take operator='block', or leave this block out of select="
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +93,6 @@ class Verify(PassBase):
 
 def _broken(error: Exception, when: str = "") -> VerifyError:
     """What to raise for a transformed model that fails although the original ran."""
-    if isinstance(error, ReadFromOutsideError):
-        return error
     raised = VerifyError(does_not_run(error, when))
     raised.__cause__ = error
     return raised
@@ -92,11 +108,7 @@ class _Run:
 
 def does_not_run(error: BaseException, when: str = "") -> str:
     """What to say of a transformed model that fails although the original ran."""
-    return (
-        f"the transformed model does not run{when}: {type(error).__name__}: {error}. A fusion layer takes what its "
-        "block took and has its attributes, but is not of its class: if the model asks isinstance(block, …), let it "
-        "ask for an attribute"
-    )
+    return f"the transformed model does not run{when}: {type(error).__name__}: {error}"
 
 
 def _check_synthesis(model: nn.Module) -> None:
@@ -117,49 +129,17 @@ class _Rehearsal:
     def run(self, training: bool) -> _Run | Exception:
         """Run forward, and backward but where a model in training is evaluated; where that fails, the error."""
         trained = training or not self.model.training
-        found: dict[str, list[str]] = {}
         try:
             mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
             if training is not self.model.training:  # what is inside may have a mode of its own, as a frozen norm has
                 ghost.train(training)
             ghost.zero_grad()
-            with mode, torch.set_grad_enabled(trained), _reads_of_vacant(ghost, found):
+            with mode, torch.set_grad_enabled(trained):
                 tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
                 losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
                 if losses:
                     torch.stack([loss.double() for loss in losses]).sum().backward()
         except Exception as error:
-            if not found:
-                return error
-            path, names = next(iter(found.items()))
-            said = (
-                f"the model reads `{names[0]}` of `{path}` itself, which is replaced: {type(error).__name__}: {error}"
-            )
-            return ReadFromOutsideError(said, found)
+            return error
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
         return _Run(shapes_in(tensors), without)
-
-
-@contextmanager
-def _reads_of_vacant(model: nn.Module, found: dict[str, list[str]]) -> Iterator[None]:
-    """While open, note which weights of replaced blocks are read while they are not there."""
-    vacant = {
-        (id(owner), leaf): (path, name)
-        for path, layer in fusion_layers(model).items()
-        for name, (owner, leaf) in layer.operator.vacant().items()
-    }
-    original = nn.Module.__getattr__
-
-    def read(self: nn.Module, name: str) -> Any:
-        value: Any = original(self, name)
-        if value is None and (id(self), name) in vacant:
-            path, parameter = vacant[id(self), name]
-            if parameter not in found.setdefault(path, []):
-                found[path].append(parameter)
-        return value
-
-    nn.Module.__getattr__ = read  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__getattr__ = original  # type: ignore[method-assign]

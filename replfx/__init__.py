@@ -24,7 +24,6 @@ from replfx.errors import (
 from replfx.fusion import (
     Choice,
     Fusion,
-    FusionLayer,
     Interface,
     Match,
     Operator,
@@ -54,7 +53,6 @@ __all__ = [
     "Cost",
     "Fusion",
     "FusionError",
-    "FusionLayer",
     "Interface",
     "Match",
     "NoChainError",

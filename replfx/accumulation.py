@@ -1,4 +1,4 @@
-"""Gradient accumulation: the weights of fusion layers are synthesised once for all micro-batches of a step."""
+"""Gradient accumulation: the weights of replaced blocks are synthesised once for all micro-batches of a step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from replfx.errors import FusionError
-from replfx.fusion.layer import FusionLayer, Held, fusion_layers
 from replfx.fusion.sharded import is_distributed
+from replfx.live import Synthesis, fusion_layers
+from replfx.live.synthesis import Held
 
 __all__ = ["synthesize_once"]
 
 
 @contextmanager
 def synthesize_once(model: nn.Module) -> Iterator[None]:
-    """Within it each fusion layer's weights are synthesised once, and differentiated once, at its end.
+    """Within it each replaced block's weights are synthesised once, and differentiated once, at its end.
 
     For gradient accumulation: without it each micro-batch synthesises anew, forward and backward. Within it the
     micro-batches' gradients add up on the synthesised weights, and what they come to flows into coefficients and
@@ -27,7 +28,7 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
     It takes as much memory as the replaced blocks' weights and their gradients, for as long as it lasts.
 
     Args:
-        model: with fusion layers, or compiled, or in another module; one without them is left alone.
+        model: with replaced blocks, or compiled, or in another module; one without them is left alone.
 
     Raises:
         FusionError: it is within another of the same model; several processes train (`torch.distributed` is
@@ -52,7 +53,7 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
             "synthesize_once is for one process: torch.distributed is initialised, and what flows into the neighbours "
             "at its end would not be reduced over the processes; leave it out"
         )
-    syntheses = [_Synthesis.of(path, layer) for path, layer in layers.items()]
+    syntheses = [_Once.of(path, layer) for path, layer in layers.items()]
     watch = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _refuse_step(optimizer, syntheses))
     try:
         for synthesis in syntheses:
@@ -66,7 +67,7 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Synthesis:
+class _Once:
     """What one layer synthesised.
 
     Attributes:
@@ -78,20 +79,20 @@ class _Synthesis:
     """
 
     path: str
-    layer: FusionLayer
+    layer: Synthesis
     made: dict[str, Tensor]
     held: Held
     read: list[tuple[nn.Parameter, int]]
 
     @classmethod
-    def of(cls, path: str, layer: FusionLayer) -> "_Synthesis":
+    def of(cls, path: str, layer: Synthesis) -> "_Once":
         with torch.enable_grad():
             made = layer.synthesized()
         held = Held({name: theta.detach().requires_grad_(theta.requires_grad) for name, theta in made.items()})
         return cls(path, layer, made, held, [(p, p._version) for p in layer.read_parameters()])
 
 
-def _refuse_step(optimizer: Optimizer, syntheses: list[_Synthesis]) -> None:
+def _refuse_step(optimizer: Optimizer, syntheses: list[_Once]) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for synthesis in syntheses:
         if not stepped.isdisjoint(id(parameter) for parameter, _ in synthesis.read):
@@ -101,7 +102,7 @@ def _refuse_step(optimizer: Optimizer, syntheses: list[_Synthesis]) -> None:
             )
 
 
-def _flow_on(syntheses: list[_Synthesis]) -> None:
+def _flow_on(syntheses: list[_Once]) -> None:
     """Let the gradients of all synthesised weights flow into what these were made of."""
     written = next((s.path for s in syntheses if any(p._version != version for p, version in s.read)), None)
     if written is not None:

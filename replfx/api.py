@@ -7,13 +7,11 @@ from dataclasses import replace
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase
 
-from replfx.blocks import block_at, put_blocks
-from replfx.building import build_layers
+from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
+from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReplfxError
 from replfx.fusion.registry import AUTO
-from replfx.measure import trainable_parameters
 from replfx.passes import (
     FindChains,
     InsertFusion,
@@ -22,12 +20,13 @@ from replfx.passes import (
     Verify,
     does_not_run,
     plan_of,
+    refuse_reads_of_freed,
     run_passes,
 )
-from replfx.plans import Plan, has_regions, keeping
+from replfx.plans import Plan, has_regions
 from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
-from replfx.state import mark, placed_layers, state_of
+from replfx.state import mark, state_of
 from replfx.structure import structural_copy
 from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, info_of
 
@@ -50,7 +49,7 @@ def transform(
     calibrate: Iterable[object] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Replace some of a model's blocks by fusion layers, which own almost no parameters.
+    """Replace some of a model's blocks: they own almost no parameters, and synthesise them from the blocks beside them.
 
     Args:
         model: any module with a chain of at least three blocks of one kind.
@@ -70,11 +69,11 @@ def transform(
             "light" (one residual map: residual blocks, saves most of both), "identity" (the block is gone), a
             registered name, or a dict with its options. "auto" takes what our measurements speak for, which so far
             is "block".
-        neighbour_gradient: factor λ, 0 to 1, on the gradient through fusion layers into their neighbours.
+        neighbour_gradient: factor λ, 0 to 1, on the gradient through replaced blocks into their neighbours.
         detach_neighbours: the same as `neighbour_gradient=0`.
         plan: a plan made before, instead of a policy.
-        calibrate: batches for a pretrained model: each fusion layer starts where it best imitates the block that it
-            replaces, as `replfx.calibrate` has it.
+        calibrate: batches for a pretrained model: each replaced block starts where it best imitates the block that it
+            was, as `replfx.calibrate` has it.
         inplace: change `model` itself rather than a copy.
 
     Returns:
@@ -148,11 +147,9 @@ def inspect(
         draft = describe_chains(graph, model)
         return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
     draft, before = describe_chains(graph, model), totals_of(graph)  # InsertFusion takes the replaced nodes out
-    twin, result = _inserted(graph, model)
-    if has_regions(plan_of(graph)):
-        draft, twin = replace(draft, notes=list(info_of(graph).notes)), result
-    layers = placed_layers(twin, plan_of(graph))
-    found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
+    twin = _carried_out_on_twin(graph, model)
+    draft = replace(draft, notes=list(info_of(graph).notes))
+    found = with_layers(draft, plan_of(graph), twin)
     if example_inputs is None:
         return found
     try:
@@ -230,10 +227,9 @@ def apply(
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
         return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
-    layers = build_layers(target, plan)
-    draft = describe_plan(target, plan)
-    put_blocks(target, layers)
-    mark(target, plan, with_layers(draft, plan, layers, trainable_parameters(target)))
+    built, draft = build(target, plan), describe_plan(target, plan)
+    install(target, built)
+    mark(target, plan, with_layers(draft, plan, target))
     return target
 
 
@@ -245,26 +241,16 @@ def _transformed(
 ) -> nn.Module:
     _refuse_transformed(model)
     target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
-    read: dict[str, list[str]] = {}
-    while True:  # with one weight more each time that has to stay
-        graph = _planned(target, example_inputs, policy)
-        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
-        try:
-            return _carry_out(graph, model, target, inputs)
-        except ReadFromOutsideError as error:
-            for path, names in error.names.items():
-                read.setdefault(path, []).extend(names)
+    return _carry_out(_planned(target, example_inputs, policy), model, target, inputs)
 
 
-def _inserted(graph: fx.GraphModule, model: nn.Module) -> tuple[nn.Module, fx.GraphModule]:
-    """Carry the graph's plan out on a copy without weights; gives the copy and the graph."""
+def _carried_out_on_twin(graph: fx.GraphModule, model: nn.Module) -> nn.Module:
+    """Carry the graph's plan out on a copy without weights, or where the blocks are regions on the graph."""
     twin = structural_copy(model)
-    try:
-        return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
-    except ReadFromOutsideError as error:  # before anything was changed
-        graph.meta["replfx_plan"] = keeping(plan_of(graph), error.names)
-    twin = structural_copy(model)
-    return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
+    if has_regions(plan_of(graph)):
+        return run_passes(graph, [InsertFusion(twin)]).graph_module
+    install(twin, build(twin, plan_of(graph)))
+    return twin
 
 
 def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:
@@ -275,7 +261,7 @@ def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: Sel
 
 
 def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, inputs: Inputs | None) -> nn.Module:
-    """Put the fusion layers of the graph's plan into `target`, or where that is impossible into the graph.
+    """Carry the graph's plan out on `target`, or where its blocks are no modules on the graph.
 
     `target` is a copy of `model`, or `model` itself.
     """
@@ -287,27 +273,29 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
             f"the blocks of this {type(target).__name__} are no modules (`{planned.replacements[0].path}`): only its "
             "graph can be rewritten, not the model itself; leave inplace=True out"
         )
-    blocks = {r.path: block_at(target, r.path) for r in planned.replacements if not rewritten}
-    try:
-        spent: list[PassBase] = [] if rewritten else [Release()]
-        passes = [InsertFusion(target), *spent, Verify(None if rewritten else target, original, inputs)]
-        result = run_passes(graph, passes).graph_module
-    except ReplfxError:
-        put_blocks(target, blocks)  # with inplace=True the model is the user's
-        raise
     if rewritten:
+        passes: list[PassBase] = [InsertFusion(target), Verify(None, original, inputs)]
+        result = run_passes(graph, passes).graph_module
         assert isinstance(result, fx.GraphModule)
         target, draft = result, replace(draft, notes=list(info_of(graph).notes))
         for key in [key for key in target.meta if key.startswith("replfx")]:
             del target.meta[key]  # it speaks of nodes of the captured graph
-    layers = placed_layers(target, planned)
-    mark(target, planned, with_layers(draft, planned, layers, trainable_parameters(target)))
+    else:
+        refuse_reads_of_freed(graph, planned)
+        snapshot = install(target, build(target, planned))
+        try:
+            run_passes(graph, [Release(), Verify(target, original, inputs)])
+        except ReplfxError:
+            snapshot.restore()  # with inplace=True the model is the user's
+            raise
+        draft = replace(draft, notes=list(info_of(graph).notes))
+    mark(target, planned, with_layers(draft, planned, target))
     return target
 
 
 def _refuse_transformed(model: nn.Module) -> None:
     check_is_whole(model)
-    build_layers(model, Plan(type(model).__name__))
+    refuse_transformed(model)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -1,11 +1,12 @@
 """Blocks by their paths: a submodule, a window of siblings in a container, or a region of the graph.
 
 A *window* "features[3:5]" is what `features[3]` and `features[4]` compute one after the other, counted by
-position among the children of `features`; "[0:2]" are children of the model itself. A fusion layer that
-replaces a window stands in the place of its first member, and `nn.Identity` in those of the others.
+position among the children of `features`; "[0:2]" are children of the model itself. Its members stay where they are
+when it is replaced, and its first one holds its coefficients. Under an operator that frees them, one module stands in
+the place of the first, and `nn.Identity` in those of the others.
 
 A *region* "@weights.3" is the piece of the captured graph that begins with the parameter `weights.3`. It is no
-module until it is replaced: in the rewritten graph the fusion layer is `replaced_weights_3`.
+module until it is replaced: in the rewritten graph it is `replaced_weights_3`.
 """
 
 import re
@@ -19,8 +20,10 @@ __all__ = [
     "block_at",
     "head_of",
     "is_region",
+    "is_window",
     "members_of",
     "parameters_of",
+    "parent_of",
     "put_blocks",
     "region_path",
     "window_path",
@@ -44,6 +47,18 @@ def is_region(path: str) -> bool:
     return path.startswith("@")
 
 
+def is_window(path: str) -> bool:
+    """Whether the path is that of a window."""
+    return _WINDOW.fullmatch(path) is not None
+
+
+def parent_of(path: str) -> str:
+    """Where the container of a window is."""
+    found = _WINDOW.fullmatch(path)
+    assert found is not None
+    return found["parent"]
+
+
 def members_of(model: nn.Module, path: str) -> list[str]:
     """The paths of the modules that make up a block: itself, the members of a window, what replaced a region.
 
@@ -63,7 +78,7 @@ def members_of(model: nn.Module, path: str) -> list[str]:
 
 
 def head_of(model: nn.Module, path: str) -> str:
-    """Where the fusion layer for a block stands: the block's path, or that of a window's first member."""
+    """Where the coefficients of a block are: at its path, or at that of a window's first member."""
     return members_of(model, path)[0]
 
 

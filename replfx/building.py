@@ -1,46 +1,125 @@
-"""Building: from a plan to fusion layers. Needs no graph."""
+"""Building: from a plan to replaced blocks. Needs no graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
-from replfx.blocks import block_at
+from replfx.blocks import block_at, is_region, is_window, members_of, parent_of, put_blocks
 from replfx.errors import FusionError, PlanError
-from replfx.fusion import Fusion, FusionLayer, Operator, fusions, operators
+from replfx.fusion import Fusion, Operator, fusions, operators
 from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
-from replfx.fusion.layer import Readings
 from replfx.fusion.magnitude import is_finite
 from replfx.fusion.pairing import Counterparts, counterparts, pair
+from replfx.live.blocks import Snapshot, replace_block, strip_block
+from replfx.live.skeletons import Skeleton
+from replfx.live.synthesis import Reading, Readings, Synthesis, fusion_layers
 from replfx.plans import Plan, Replacement
-from replfx.state import fusion_layers
+from replfx.structure import structural_copy
 from replfx.structure import block_digest
 
 __all__ = ["build_layers"]
 
 
-def build_layers(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] | None = None) -> dict[str, FusionLayer]:
-    """Make the fusion layers of `plan` for `model`, without putting them there.
+@dataclass(frozen=True)
+class Built:
+    """A replaced block that is not put into its model yet.
+
+    Attributes:
+        path: of the block.
+        block: as it is.
+        synthesis: what it will have.
+    """
+
+    path: str
+    block: nn.Module
+    synthesis: Synthesis
+
+
+def build(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] | None = None) -> list[Built]:
+    """Make what `plan` needs for `model`, without changing that.
 
     Args:
         model: the model of the plan.
         plan: what to replace.
         blocks: the blocks by their paths, for those that are no modules of the model.
 
-    Returns:
-        The layers, by the paths of the blocks that they replace.
-
     Raises:
         PlanError: the plan was made for another model, or the model is transformed already.
         FusionError: an unknown fusion or operator, options that it does not have, non-finite weights.
     """
+    refuse_transformed(model)
+    replaced = {replacement.path for replacement in plan.replacements}
+    return [_Builder(model, plan.model, replaced, blocks or {}, r).build() for r in plan.replacements]
+
+
+def refuse_transformed(model: nn.Module) -> None:
+    """Raise a PlanError if the model has replaced blocks."""
     for path in fusion_layers(model):
         raise PlanError(
-            f"the model is transformed already: `{path}` is a fusion layer; "
+            f"the model is transformed already: `{path}` is a replaced block; "
             "transform the original model, or call replfx.materialize or replfx.unroll first"
         )
-    replaced = {replacement.path for replacement in plan.replacements}
-    return {r.path: _Builder(model, plan.model, replaced, blocks or {}, r).build() for r in plan.replacements}
+
+
+def install(model: nn.Module, built: Sequence[Built]) -> Snapshot:
+    """Replace the blocks in their model, in place; after an error the model is as it was.
+
+    Returns:
+        What makes the model again what it was.
+
+    Raises:
+        FusionError: a block that cannot do with synthesised weights.
+    """
+    holders = (model.get_submodule(parent_of(each.path)) for each in built if is_window(each.path))
+    snapshot = Snapshot(*(each.block for each in built), *holders)
+    try:
+        for each in built:
+            try:
+                _install(model, each)
+            except FusionError as error:
+                raise FusionError(f"`{each.path}` cannot be replaced: {error}") from error
+    except Exception:
+        snapshot.restore()
+        raise
+    return snapshot
+
+
+def _install(model: nn.Module, built: Built) -> None:
+    path, block, synthesis = built.path, built.block, built.synthesis
+    members = members_of(model, path)
+    window = members != [path]
+    if window:
+        synthesis.names = _homes(block, members)
+    if synthesis.operator.keeps_block:
+        synthesis.operator.prepare(block)  # type: ignore[operator]
+        replace_block(block, synthesis, model.get_submodule(members[0]) if window else None)
+    elif window:  # what its members had in common is a module of its own now
+        holder = nn.Module().train(block.training)
+        strip_block(holder, synthesis)
+        put_blocks(model, {path: holder})
+    else:
+        strip_block(block, synthesis)
+
+
+def _homes(window: nn.Module, members: Sequence[str]) -> dict[str, str]:
+    """Where the parameters of a window are in the model, by their names in the window."""
+    inside = (name for name, _ in window.named_parameters(remove_duplicate=False))
+    return {name: ".".join((members[int(index)], rest)) for name in inside for index, _, rest in [name.partition(".")]}
+
+
+def stand_for_region(built: Built) -> nn.Module:
+    """The module that is called in the place of a region, which was none."""
+    made = structural_copy(built.block, hooks=True)
+    if built.synthesis.operator.keeps_block:
+        built.synthesis.operator.prepare(made)  # type: ignore[operator]
+        replace_block(made, built.synthesis)
+        return made
+    holder = nn.Module().train(made.training)
+    strip_block(holder, built.synthesis)
+    return holder
 
 
 class _Builder:
@@ -58,17 +137,21 @@ class _Builder:
         self.replacement = replacement
         self.path = replacement.path
 
-    def build(self) -> FusionLayer:
-        replacement, path = self.replacement, self.path
-        block = self._block(path, replacement.kind)
+    def build(self) -> Built:
+        block = self._block(self.path, self.replacement.kind)
         made = self._operator(block)
+        return Built(self.path, block, self._synthesis(block, made))
+
+    def _synthesis(self, block: nn.Module, made: Operator) -> Synthesis:
+        replacement, path = self.replacement, self.path
+        skeleton = None if made.unrolls or is_region(path) else Skeleton(block)
         if not made.sources and made.needs_neighbours:
             raise FusionError(
                 f"`{path}`: operator {replacement.operator.name!r} has nothing to synthesise: all weights of the block "
                 "stay its own, because neither neighbour has their like or the model reads them itself"
             )
         if not made.sources:
-            return FusionLayer(made, None, None, replaced=block)
+            return Synthesis(made, None, None, skeleton=skeleton)
         if replacement.previous is None or replacement.next is None:
             raise PlanError(f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none")
         for side in (replacement.previous, replacement.next):
@@ -81,15 +164,15 @@ class _Builder:
             raise PlanError(f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1")
         readings = self._readings(made, block, previous, next)
         fusion = self._fusion(made, block, readings)
-        return FusionLayer(
+        return Synthesis(
             made,
-            fusion,
+            fusion.train(block.training),
             readings,
             neighbour_gradient=replacement.neighbour_gradient,
-            replaced=block,
             neighbours=(previous, next),
             places=(replacement.previous, replacement.next),
-        )
+            skeleton=skeleton,
+        ).train(block.training)
 
     def _block(self, path: str, kind: str | None) -> nn.Module:
         """The block at `path`, which must be of the kind that the plan was made for."""
@@ -125,8 +208,19 @@ class _Builder:
                 f"`{self.path}`: its neighbours lack what the operator reads: neither has the like of "
                 f"`{sorted(missing)[0]}`"
             )
-        sides = {"previous": previous, "next": next}
+        sides = {
+            "previous": self._side(self.replacement.previous, previous),
+            "next": self._side(self.replacement.next, next),
+        }
         return _readings_of(made, block, before, sides), _readings_of(made, block, after, sides)
+
+    def _side(self, path: str | None, block: nn.Module) -> "_Side":
+        """Where the parameters of a neighbour are looked up: in itself, or where it is no module, in what holds it."""
+        if path is None or path in self.blocks or not is_window(path):
+            return block, {}
+        parent, members = parent_of(path), members_of(self.model, path)
+        names = {str(index): member.rpartition(".")[2] for index, member in enumerate(members)}
+        return self.model.get_submodule(parent), names
 
     def _fusion(self, made: Operator, block: nn.Module, readings: tuple[Readings, Readings]) -> Fusion:
         choice = self.replacement.fusion
@@ -140,32 +234,39 @@ class _Builder:
             raise FusionError(
                 f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: {error}"
             ) from error
-        sides = [{n: _part(_read(o, leaf).shape, rows) for n, (o, leaf, rows) in side.items()} for side in readings]
+        sides = [{name: _part(_read(r).shape, r.rows) for name, r in side.items()} for side in readings]
         if sides == [shapes, shapes]:
             return rule
         owners = {name: block.get_submodule(s.path.rpartition(".")[0]) for name, s in made.sources.items()}
         aligned = []
         for side, read in zip(sides, readings, strict=True):
-            layouts = {n: layout_of(read[n][0], owners[n], side[n], shape) for n, shape in shapes.items()}
+            layouts = {n: layout_of(read[n].owner(), owners[n], side[n], shape) for n, shape in shapes.items()}
             aligned.append(Alignment(side, shapes, layouts, dtype=like.dtype, device=like.device))
         return AlignedFusion(rule, *aligned)
 
 
-def _readings_of(made: Operator, block: nn.Module, found: Counterparts, sides: Mapping[str, nn.Module]) -> Readings:
+_Side: TypeAlias = tuple[nn.Module, Mapping[str, str]]
+"""A module, and the names in it of a neighbour's children where those are others."""
+
+
+def _readings_of(made: Operator, block: nn.Module, found: Counterparts, sides: Mapping[str, _Side]) -> Readings:
     readings = {}
     for name, source in made.sources.items():
         side, theirs = found[source.path]
-        path, _, leaf = theirs.rpartition(".")
-        owner, rows = sides[side].get_submodule(path), source.rows
+        base, names = sides[side]
+        *path, leaf = theirs.split(".")
+        if path and path[0] in names:
+            path[0] = names[path[0]]
+        reading, rows = Reading(base, tuple(path), leaf), source.rows
         if rows is not None:  # the value part of a wider or narrower neighbour's fused projection is its own
-            own, other = len(_parameter(block, source.path)), len(_read(owner, leaf))
+            own, other = len(_parameter(block, source.path)), len(_read(reading))
             rows = (rows[0] * other // own, rows[1] * other // own)
-        readings[name] = (owner, leaf, rows)
+        readings[name] = reading._replace(rows=rows)
     return readings
 
 
-def _read(owner: nn.Module, leaf: str) -> torch.Tensor:
-    value = getattr(owner, leaf)
+def _read(reading: Reading) -> torch.Tensor:
+    value = getattr(reading.owner(), reading.leaf)
     assert isinstance(value, torch.Tensor)
     return value
 

@@ -1,12 +1,12 @@
-"""Making reports: from a captured graph, a plan, and the fusion layers that carry it out."""
+"""Making reports: from a captured graph, a plan, and the blocks that were replaced."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx, nn
 
-from replfx.blocks import parameters_of
-from replfx.fusion import FusionLayer
+from replfx.blocks import head_of, parameters_of
+from replfx.live import fusion_layers
 from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
 from replfx.plans import Plan
@@ -47,30 +47,35 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
 def describe_plan(model: nn.Module, plan: Plan) -> Report:
     """What a plan alone says of `model`, where nothing was captured."""
     blocks = [
-        BlockReport(r.path, index, sum(p.numel() for p in parameters_of(model, r.path).values() if p.requires_grad))
+        BlockReport(r.path, index, _trainable(parameters_of(model, r.path).values()))
         for index, r in enumerate(plan.replacements)
     ]
     count = trainable_parameters(model)
     return Report(model=type(model).__name__, blocks=blocks, parameters_before=count, parameters_after=count)
 
 
-def with_layers(report: Report, plan: Plan, layers: Mapping[str, FusionLayer], after: int) -> Report:
+def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:
     """The report with what takes the replaced blocks' places, and the parameters that are left."""
-    planned = {replacement.path: replacement for replacement in plan.replacements}
+    planned, syntheses = {replacement.path: replacement for replacement in plan.replacements}, fusion_layers(model)
     blocks = []
     for block in report.blocks:
         if block.path in planned:
-            replacement, layer = planned[block.path], layers[block.path]
+            replacement = planned[block.path]
+            synthesis = syntheses[head_of(model, block.path)]
             block = replace(
                 block,
                 previous=replacement.previous,
                 next=replacement.next,
-                fusion=replacement.fusion.name if layer.fusion is not None else None,
+                fusion=replacement.fusion.name if synthesis.fusion is not None else None,
                 operator=replacement.operator.name,
-                parameters_after=trainable_parameters(layer),
+                parameters_after=_trainable(parameters_of(model, block.path).values()),
             )
         blocks.append(block)
-    return replace(report, blocks=blocks, parameters_after=after)
+    return replace(report, blocks=blocks, parameters_after=trainable_parameters(model))
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in dict.fromkeys(parameters) if p.requires_grad)
 
 
 def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:

@@ -3,8 +3,6 @@
 A message says what was wrong, where (a module path wherever there is one) and what to do about it.
 """
 
-from collections.abc import Mapping, Sequence
-
 __all__ = [
     "CalibrationError",
     "CaptureError",
@@ -12,7 +10,6 @@ __all__ = [
     "FusionError",
     "NoChainError",
     "PlanError",
-    "ReadFromOutsideError",
     "ReplfxError",
     "StateDictError",
     "VerifyError",
@@ -53,15 +50,3 @@ class StateDictError(ReplfxError):
 
 class VerifyError(ReplfxError):
     """The transformed model is not sound: a shape changed, or a parameter gets no gradient."""
-
-
-class ReadFromOutsideError(VerifyError):
-    """The model itself reads weights of a replaced block, and finds none.
-
-    Attributes:
-        names: path of the block → names in it of the parameters that are read.
-    """
-
-    def __init__(self, message: str, names: Mapping[str, Sequence[str]]) -> None:
-        super().__init__(message)
-        self.names = names

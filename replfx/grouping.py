@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from replfx.errors import ReplfxError
-from replfx.state import fusion_layers
+from replfx.live import fusion_layers
 from replfx.tracing import check_has_weights
 
 __all__ = ["parameter_groups"]
@@ -82,12 +82,11 @@ def _exempt(model: nn.Module) -> Iterator[nn.Parameter]:
             if parameter is None:
                 continue
             name = f"{path}.{leaf}" if path else leaf
-            names = {name, name.replace(".operator.block.", ".")}  # a replaced block's own, as before transform
             if (
                 parameter.dim() < 2
                 or isinstance(module, _NORMS)
                 or _is_bias(leaf)
-                or any(fnmatchcase(known, pattern) for known in names for pattern in patterns)
+                or any(fnmatchcase(name, pattern) for pattern in patterns)
             ):
                 yield parameter
 

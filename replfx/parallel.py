@@ -1,18 +1,19 @@
-"""Tensor parallelism for transformed models: torch's `parallelize_module`, which also reaches into fusion layers."""
+"""Tensor parallelism for transformed models: torch's `parallelize_module`, which also reaches into replaced blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import nn
 
 from replfx.errors import FusionError
-from replfx.fusion import FusionLayer
 from replfx.fusion.operators import BlockOperator
 from replfx.fusion.sharded import DTensor
 from replfx.fusion.tensor_parallel import TensorParallel
-from replfx.state import fusion_layers
+from replfx.live import SUBMODULE, Synthesis, fusion_layers, synthesis_of
+from replfx.live.blocks import owners_of
+from replfx.live.classes import computed_by, links_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +30,7 @@ def parallelize_module(
     *,
     src_data_rank: int | None = 0,
 ) -> nn.Module:
-    """`torch.distributed.tensor.parallel.parallelize_module`, for models with fusion layers.
+    """`torch.distributed.tensor.parallel.parallelize_module`, for models with replaced blocks.
 
     The plan is the one for the untransformed model. In a replaced block whose operator is `block` each layer gets its
     style: its synthesised weight then lies as the neighbours' lie, is used so, and is never gathered. Any other
@@ -49,9 +50,9 @@ def parallelize_module(
         `module`.
 
     Raises:
-        FusionError: the mesh has more than one dimension, a path names nothing, or a fusion layer has been parallelised
+        FusionError: the mesh has more than one dimension, a path names nothing, or a replaced block has been parallelised
             before: nothing is changed then. Also if a style does not fit what it names, as `ColwiseParallel` does not
-            fit a normalisation; then a part of the model has its styles already. A fusion layer whose neighbours were
+            fit a normalisation; then a part of the model has its styles already. A replaced block whose neighbours were
             parallelised by torch's function alone raises one as it runs.
 
     Example:
@@ -68,70 +69,80 @@ def parallelize_module(
             f"device_mesh has {device_mesh.ndim} dimensions {device_mesh.mesh_dim_names}: give one of them, "
             'as mesh["tp"]'
         )
-    layers = {layer: path for path, layer in fusion_layers(module).items()}
-    inside: dict[FusionLayer, dict[str, ParallelStyle]] = {layer: {} for layer in layers}
+    layers = fusion_layers(module)
+    inside: dict[Synthesis, list[tuple[nn.Module, str, ParallelStyle]]] = {layer: [] for layer in layers.values()}
     outside: list[tuple[nn.Module, ParallelStyle]] = []
     for path, style in parallelize_plan.items():
-        found = [(target, rest) for target, rest in _named(module, path) if _has(target, rest)]
+        found = list(_named(module, path, None))
         if not found:
             raise FusionError(f"parallelize_plan: `{path}` names no module of {type(module).__name__}")
-        for target, rest in found:
-            if isinstance(target, FusionLayer):
-                inside[target][rest] = style
-            else:
+        for target, rest, synthesis in found:
+            if synthesis is None:
                 outside.append((target, style))
-    if again := [path for layer, path in layers.items() if layer.tensor_parallel is not None]:
+            else:
+                inside[synthesis].append((target, rest, style))
+    if again := [path for path, layer in layers.items() if layer.tensor_parallel is not None]:
         raise FusionError(f"`{again[0]}` has been parallelised before")
     for target, style in outside:
         parallel.parallelize_module(target, device_mesh, style, src_data_rank=src_data_rank)
-    for layer, styles in inside.items():
+    for path, layer in layers.items():
         try:
-            _parallelize_layer(layer, device_mesh, styles, src_data_rank)
+            _parallelize(module, layer, device_mesh, inside[layer], src_data_rank)
         except NotImplementedError as error:  # torch's own, which does not say where
-            raise FusionError(f"parallelize_plan: a style does not fit in `{layers[layer]}`: {error}") from error
+            raise FusionError(f"parallelize_plan: a style does not fit in `{path}`: {error}") from error
     return module
 
 
-def _named(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
-    """The modules that a path with wildcards names; of a fusion layer the rest of the path is that in its block."""
-    name, _, rest = path.partition(".")
-    if isinstance(module, FusionLayer) or not path:
-        yield module, path
+_Found: TypeAlias = tuple[nn.Module, str, Synthesis | None]
+"""A module, the rest of a path in it where it has freed what that names, and the synthesis that this belongs to."""
+
+
+def _named(module: nn.Module, path: str, within: Synthesis | None) -> Iterator[_Found]:
+    """The modules that a path with wildcards names."""
+    own = synthesis_of(module)
+    if own is not None and own.operator.keeps_block and not own.names:  # else there are further modules beside it
+        within = own
+    if own is not None and not own.operator.keeps_block:
+        known = own.skeleton is None or not path or any(True for _ in _named(own.skeleton.module, path, None))
+        if known:
+            yield module, path, own
         return
+    if not path:
+        yield module, "", within or computed_by(module)
+        return
+    name, _, rest = path.partition(".")
     for child, inner in module.named_children():
-        if fnmatch(child, name):
-            yield from _named(inner, rest)
+        if child != SUBMODULE and fnmatch(child, name):
+            yield from _named(inner, rest, within)
 
 
-def _has(target: nn.Module, rest: str) -> bool:
-    """Whether the block that a fusion layer replaced has what the rest of a path names."""
-    if not isinstance(target, FusionLayer):
-        return True
-    (block,) = target._skeleton
-    if isinstance(target.operator, BlockOperator) and block is None:
-        block = target.operator.block
-    return block is None or any(True for _ in _named(block, rest))
-
-
-def _parallelize_layer(
-    layer: FusionLayer, mesh: "DeviceMesh", styles: "dict[str, ParallelStyle]", src_data_rank: int | None
+def _parallelize(
+    module: nn.Module,
+    layer: Synthesis,
+    mesh: "DeviceMesh",
+    styles: "list[tuple[nn.Module, str, ParallelStyle]]",
+    src_data_rank: int | None,
 ) -> None:
     from torch.distributed.tensor import distribute_module, parallel
 
-    of_layer = styles.pop("", None)
-    if isinstance(layer.operator, BlockOperator):
-        layer.tensor_parallel = TensorParallel(mesh, _parallelize_block(layer, mesh, styles, src_data_rank))
-    else:
-        parts = [style for style in styles.values() if isinstance(style, parallel.SequenceParallel)]
-        if parts:  # what the operator owns now gets a part of its gradient from each process
-            distribute_module(layer.operator, mesh)
-        layer.tensor_parallel = TensorParallel(mesh, sequence=parts[0].sequence_sharding[0].dim if parts else None)
-    if of_layer is not None:
-        parallel.parallelize_module(layer, mesh, of_layer, src_data_rank=src_data_rank)
+    if layer.operator.keeps_block:
+        layer.tensor_parallel = TensorParallel(mesh, _parallelize_block(module, layer, mesh, styles, src_data_rank))
+        return
+    parts = [style for _, rest, style in styles if rest and isinstance(style, parallel.SequenceParallel)]
+    if parts:  # what the operator owns now gets a part of its gradient from each process
+        distribute_module(layer.operator, mesh)
+    layer.tensor_parallel = TensorParallel(mesh, sequence=parts[0].sequence_sharding[0].dim if parts else None)
+    for target, rest, style in styles:
+        if not rest:
+            parallel.parallelize_module(target, mesh, style, src_data_rank=src_data_rank)
 
 
 def _parallelize_block(
-    layer: FusionLayer, mesh: "DeviceMesh", styles: "Mapping[str, ParallelStyle]", src_data_rank: int | None
+    module: nn.Module,
+    layer: Synthesis,
+    mesh: "DeviceMesh",
+    styles: "list[tuple[nn.Module, str, ParallelStyle]]",
+    src_data_rank: int | None,
 ) -> "dict[str, Sequence[Placement]]":
     """Give the layers of a replaced block their styles; gives how each synthesised weight is wanted.
 
@@ -139,20 +150,25 @@ def _parallelize_block(
     """
     from torch.distributed.tensor import parallel
 
-    assert isinstance(layer.operator, BlockOperator)
-    block, slots = layer.operator.block, layer.operator.vacant()
-    dropped = {block.get_submodule(path) for path in layer.operator.dropped}
+    slots = [(owner, leaf, name) for owner in owners_of(module, layer) for leaf, name in links_of(owner).items()]
+    dropped = _dropped(module, layer)
     with torch.no_grad():
         theta = layer.synthesized()
     try:
-        for name, (owner, leaf) in slots.items():
+        for owner, leaf, name in slots:
             owner._parameters[leaf] = nn.Parameter(theta[name])
-        for path, style in styles.items():
-            for target, _ in _named(block, path):
-                if target not in dropped:
-                    parallel.parallelize_module(target, mesh, style, src_data_rank=src_data_rank)
-        given: dict[str, object] = {name: owner._parameters[leaf] for name, (owner, leaf) in slots.items()}
+        for target, _, style in styles:
+            if target not in dropped:
+                parallel.parallelize_module(target, mesh, style, src_data_rank=src_data_rank)
+        given: dict[str, object] = {name: owner._parameters[leaf] for owner, leaf, name in slots}
     finally:
-        for owner, leaf in slots.values():
-            owner._parameters[leaf] = None
+        for owner, leaf, _ in slots:
+            owner._parameters.pop(leaf, None)
     return {name: weight.placements for name, weight in given.items() if isinstance(weight, DTensor)}
+
+
+def _dropped(module: nn.Module, layer: Synthesis) -> set[nn.Module]:
+    """What gives nothing in the place of modules that a block is without."""
+    block = next(inner for inner in module.modules() if synthesis_of(inner) is layer)
+    assert isinstance(layer.operator, BlockOperator)
+    return {block.get_submodule(path) for path in layer.operator.dropped}

@@ -1,17 +1,17 @@
-"""Pipeline stages: what a fusion layer reads has to be in the stage in which it runs."""
+"""Pipeline stages: what a replaced block reads has to be in the stage in which it runs."""
 
 from torch import nn
 
 from replfx.errors import FusionError
-from replfx.fusion.layer import check_neighbours, fusion_layers
+from replfx.live import check_neighbours, fusion_layers
 
 __all__ = ["check_stage", "refuse_split_points"]
 
 
 def check_stage(stage: nn.Module) -> None:
-    """Make sure that each fusion layer of a part of a model has its neighbours in that part.
+    """Make sure that each replaced block of a part of a model has its neighbours in that part.
 
-    A fusion layer reads the weights of the kept blocks beside it, and keeps them alive though the model is cut apart.
+    A replaced block reads the weights of the kept blocks beside it, and keeps them alive though the model is cut apart.
     In another pipeline stage than they it would go on reading a copy that no optimizer trains. A plan made with
     `split_at=` does not come to that. A stage that runs under `torch.distributed.pipelining`, and a transformed model
     from which blocks were taken away, check themselves in their first forward pass; parts that are compiled, or run by
@@ -21,7 +21,7 @@ def check_stage(stage: nn.Module) -> None:
         stage: what one rank runs: a copy of the model without the other ranks' blocks, `nn.Sequential(*blocks[4:])`.
 
     Raises:
-        FusionError: a fusion layer whose neighbour is not in the stage, by their names.
+        FusionError: a replaced block whose neighbour is not in the stage, by their names.
 
     Example:
         >>> model = replfx.transform(model, split_at=["blocks.6"])
@@ -40,7 +40,7 @@ def refuse_split_points(model: nn.Module) -> None:
     marked the modules; the order of registration stands for the order in which they run.
 
     Raises:
-        FusionError: a marked module lies between a fusion layer and its neighbour.
+        FusionError: a marked module lies between a replaced block and its neighbour.
     """
     modules = dict(model.named_modules())
     marks = {path: _mark(module) for path, module in modules.items() if "_orig_forward" in vars(module)}

@@ -1,6 +1,6 @@
 """What a transformed model remembers: its plan and report, and a guard on the state_dicts it is given."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from replfx.blocks import head_of
-from replfx.errors import PlanError, StateDictError
-from replfx.fusion import FusionLayer
-from replfx.fusion.layer import check_neighbours, fusion_layers
+from replfx.errors import FusionError, PlanError, StateDictError
+from replfx.live import SUBMODULE, Synthesis, check_neighbours, fusion_layers, synthesis_of
 from replfx.plans import Plan
 from replfx.reports import Report
 from replfx.stages import refuse_split_points
@@ -21,7 +20,9 @@ __all__ = [
     "fusion_layers",
     "load_state_dict",
     "mark",
-    "placed_layers",
+    "Placement",
+    "marked",
+    "placed_blocks",
     "plan_of",
     "plans_in",
     "state_of",
@@ -37,24 +38,69 @@ class Transformed:
 
     plan: Plan
     report: Report
+    syntheses: dict[str, Synthesis]
     guard: RemovableHandle
     first: RemovableHandle
     checked: int = 0  # the id of the model that was seen whole: a copy is another one
 
 
-def placed_layers(model: nn.Module, plan: Plan) -> dict[str, FusionLayer]:
-    """The fusion layers of a model by the paths of the blocks that they replaced.
+@dataclass(frozen=True)
+class Placement:
+    """A replaced block in its model.
 
-    Those of `fusion_layers`, but for windows: there the layer stands in the place of the first member.
+    Attributes:
+        block: the block; of several modules the first, of a region of the graph what is called in its place.
+        synthesis: what computes its weights.
     """
-    layers = fusion_layers(model)
-    return {r.path: layers[head_of(model, r.path)] for r in plan.replacements}
+
+    block: nn.Module
+    synthesis: Synthesis
+
+
+def placed_blocks(model: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
+    """The model that was transformed, and its replaced blocks by the paths that they have in its plan.
+
+    They may have been wrapped since (checkpoint wrappers, `torch.compile`, DDP), and so may the model.
+
+    Raises:
+        PlanError: the model is not transformed.
+        FusionError: a replaced block is not there any more.
+    """
+    root = marked(model)
+    found = {s: module for module in root.modules() if (s := synthesis_of(module)) is not None}
+    placed = {}
+    for path, synthesis in state_of(root).syntheses.items():
+        if synthesis not in found:
+            raise FusionError(f"the replaced block `{path}` is not in the model any more: something took its place")
+        placed[path] = Placement(found[synthesis], synthesis)
+    return root, placed
+
+
+def marked(model: nn.Module) -> nn.Module:
+    """The transformed model in `model`: itself, or what it wraps.
+
+    Raises:
+        PlanError: there is none, or several.
+    """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    found = [module for module in model.modules() if isinstance(_memory(module).get(_ATTRIBUTE), Transformed)]
+    if model in found or len(found) == 1:
+        return model if model in found else found[0]
+    many = f"{len(found)} parts of this" if found else "this"
+    raise PlanError(
+        f"{many} {type(model).__name__} {'are transformed models' if found else 'is not a transformed model'}; "
+        + ("name one of them" if found else "call replfx.transform first")
+    )
 
 
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     """Let a model that was just transformed remember how."""
+    syntheses = fusion_layers(model)
     hooks = (model.register_load_state_dict_pre_hook(_guard), model.register_forward_pre_hook(_check_whole))
-    _memory(model)[_ATTRIBUTE] = Transformed(plan, report, *hooks)
+    _memory(model)[_ATTRIBUTE] = Transformed(
+        plan, report, {r.path: syntheses[head_of(model, r.path)] for r in plan.replacements}, *hooks
+    )
 
 
 def unmark(model: nn.Module) -> None:
@@ -66,7 +112,7 @@ def unmark(model: nn.Module) -> None:
 
 
 def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Runs before a forward pass, and looks in the first one whether the neighbours of all fusion layers are there."""
+    """Runs before a forward pass, and looks in the first one whether the neighbours of all replaced blocks are there."""
     if torch.compiler.is_dynamo_compiling():
         return
     state = state_of(model)
@@ -88,11 +134,7 @@ def state_of(model: nn.Module) -> Transformed:
     Raises:
         PlanError: the model is not transformed.
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    state = _memory(model).get(_ATTRIBUTE)
-    if not isinstance(state, Transformed):
-        raise PlanError(f"this {type(model).__name__} is not a transformed model; call replfx.transform first")
+    state: Transformed = _memory(marked(model))[_ATTRIBUTE]
     return state
 
 
@@ -153,29 +195,37 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
     """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
-    expected = {prefix + key for key in module.state_dict()}
-    for path, layer in fusion_layers(module).items():
-        base = f"{prefix}{path}."
-        given = {key for key in state_dict if key.startswith(base)}
-        plain = any(_of_plain_block(key.removeprefix(base)) for key in given)
-        if plain or any(prefix + home in state_dict for home in layer.names.values()):
+    syntheses = fusion_layers(module)
+    for path, synthesis in syntheses.items():
+        gone = next((name for name in _gone(path, synthesis, module.get_submodule(path)) if prefix + name in state_dict), None)
+        if gone is not None:
             raise StateDictError(
-                f"`{path}` is a fusion layer, and the state_dict has the weights of the block that it replaced: it is "
-                "of the untransformed model. Load it before replfx.transform, or into replfx.unroll(model)"
+                f"`{path}` is a replaced block, and the state_dict has its own `{gone}`: it is of the untransformed "
+                "model. Load it before replfx.transform, or into replfx.unroll(model)"
             )
-    foreign = sorted(k for k in state_dict if k not in expected and (".fusion." in k or ".operator." in k))
-    if foreign and not fusion_layers(module):
+    foreign = [key for key in state_dict if f".{SUBMODULE}." in f".{key}"]
+    if foreign and syntheses:
+        expected = {prefix + key for key in module.state_dict()}
+        foreign = [key for key in foreign if key not in expected]
+    if foreign and not syntheses:
         raise StateDictError(
-            f"the state_dict has `{foreign[0]}`: it is of a transformed model, and this {type(module).__name__} is not "
+            f"the state_dict has `{min(foreign)}`: it is of a transformed model, and this {type(module).__name__} is not "
             "transformed. Apply its plan first (replfx.apply), or save replfx.materialize(model).state_dict()"
         )
     if foreign:
         raise StateDictError(
-            f"the state_dict has `{foreign[0]}`, this model has not: it was saved under another plan, or under other "
+            f"the state_dict has `{min(foreign)}`, this model has not: it was saved under another plan, or under other "
             "names, as transformers' save_pretrained does without save_original_format=False. Save "
             "replfx.report(model) or the plan's to_json() beside the weights, and use replfx.apply"
         )
 
 
-def _of_plain_block(name: str) -> bool:
-    return name.split(".")[0] not in ("operator", "fusion")
+def _gone(path: str, synthesis: Synthesis, block: nn.Module) -> Iterable[str]:
+    """The names in the model of the parameters that a replaced block had and has not any more."""
+    skeleton = synthesis.skeleton
+    had = synthesis.operator.sources if skeleton is None else skeleton.parameters()
+    has = {name for name, _ in block.named_parameters()}
+    inside = (name for name in had if name not in has)
+    if synthesis.names:  # it was no module
+        return [synthesis.names[name] for name in inside if name in synthesis.names]
+    return [f"{path}.{name}" if path else name for name in inside]

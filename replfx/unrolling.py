@@ -8,29 +8,33 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from replfx.blocks import head_of, is_region, put_blocks
+from replfx.blocks import head_of, is_region
 from replfx.errors import FusionError
-from replfx.fusion import FusionLayer
 from replfx.fusion.interface import read_slot
+from replfx.fusion.mixer import MixerOperator
+from replfx.live import SUBMODULE, Synthesis
+from replfx.live.blocks import settle_block
+from replfx.live.classes import settle_down
 from replfx.passes.rewritten import Rewritten, restore_region
-from replfx.state import placed_layers, state_of, unmark
-from replfx.structure import move_hooks
+from replfx.state import Placement, placed_blocks, unmark
+from replfx.structure import move_hooks, redirect, set_submodule
 from replfx.tracing import ExampleInputs, Inputs
 
 __all__ = ["materialize", "unroll"]
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """Turn each fusion layer into a plain module with the weights that it synthesises now.
+    """Give each replaced block the weights that are synthesised for it now, as its own.
 
     Args:
         model: a transformed model; it is left as it is.
 
     Returns:
         A copy that gives the same outputs and holds nothing of replfx: neither modules nor hooks. A replaced
-        block is of its original class again under operator `block` (one that was no module is a part of the
+        block is of its original class again under `block` and `mixer` (one that was no module is a part of the
         graph again, with the names that its parameters had), a `torch.fx.GraphModule` of torch's own operations
-        under the others. Kept blocks no longer share anything with it.
+        under operators that run in its place. Kept blocks no longer share anything with it. Blocks that were wrapped
+        since (by `checkpoint_wrapper`, `torch.compile`) stay wrapped.
 
     Raises:
         PlanError: the model is not transformed.
@@ -42,20 +46,23 @@ def materialize(model: nn.Module) -> nn.Module:
         >>> torch.equal(plain(x), model(x))
         True
     """
-    plan = state_of(model).plan
     twin = copy.deepcopy(model)
-    layers, made = placed_layers(twin, plan), {}
+    root, placed = placed_blocks(twin)
     with torch.no_grad():
-        for path, layer in layers.items():
-            made[path] = _plain(path, layer)
-    _put(twin, layers, made)
+        theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
+        for path, placement in placed.items():
+            if placement.synthesis.operator.keeps_block:
+                _settle(root, path, placement, theta[path])
+            else:
+                _exchange(twin, placement, placement.synthesis.operator.plain(theta[path]))
+    _finish(root)
     return twin
 
 
 def unroll(
     model: nn.Module, optimizer: Optimizer | None = None, example_inputs: ExampleInputs | None = None
 ) -> nn.Module:
-    """Give the replaced blocks back at full depth, starting from what their fusion layers learned.
+    """Give the replaced blocks back at full depth, starting from what they computed.
 
     Under operator `block` the blocks have the weights that were synthesised last, and under `mixer` what it runs has
     them, beside an MLP that begins as the mean of its neighbours' with a last layer of zero. Under `light` and
@@ -84,99 +91,142 @@ def unroll(
         >>> replfx.unroll(model, optimizer)
         >>> ...                                # the rest at full depth
     """
-    layers = placed_layers(model, state_of(model).plan)
+    root, placed = placed_blocks(model)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
+    before = {path: set(placement.block.parameters()) for path, placement in placed.items()}
     with torch.no_grad():
         like = next(model.parameters())
-        coefficients = {path: set(layer.parameters()) for path, layer in layers.items()}
-        in_turn = sorted(layers.items(), key=lambda item: item[1].operator.unrolls)  # those that may fail first
-        blocks = {path: _full_block(path, layer, like, seen.get(path)) for path, layer in in_turn}
+        theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
+        full = {  # these may fail, and nothing is changed yet
+            path: _full_block(path, placement.synthesis, theta[path], like, seen.get(path))
+            for path, placement in placed.items()
+            if not placement.synthesis.operator.unrolls
+        }
+        for path, placement in placed.items():
+            if placement.synthesis.operator.keeps_block:
+                _settle(root, path, placement, theta[path])
+            if path in full:
+                _complete(placement, full[path])
         if optimizer is not None:
-            for path, layer in layers.items():
-                _hand_over(optimizer, coefficients[path], blocks[path], layer.neighbours)
-    _put(model, layers, blocks)
+            for path, placement in placed.items():
+                _hand_over(optimizer, before[path], _parameters(root, path, placement), placement.synthesis.neighbours)
+    _finish(root)
     return model
 
 
-def _plain(path: str, layer: FusionLayer) -> nn.Module:
+def _theta(path: str, synthesis: Synthesis) -> dict[str, Tensor]:
     try:
-        return layer.plain()
+        return synthesis.materialized()
     except FusionError as error:
         raise FusionError(f"`{path}` cannot be made plain: {error}") from error
 
 
-def _full_block(path: str, layer: FusionLayer, like: Tensor, inputs: Tensor | None) -> nn.Module:
-    if layer.operator.unrolls:
-        return _plain(path, layer)
-    theta = {name: tensor.detach().clone() for name, tensor in layer.synthesized().items()}
+def _full_block(
+    path: str, synthesis: Synthesis, theta: dict[str, Tensor], like: Tensor, inputs: Tensor | None
+) -> nn.Module:
     try:
-        if is_region(path):
+        if is_region(path) or synthesis.skeleton is None:
             raise FusionError("it was no module, and only operator='block' gives such a block back")
-        if layer.tensor_parallel is not None:
+        if synthesis.tensor_parallel is not None:
             raise FusionError("it is tensor parallel, and only operator='block' gives such a block back")
-        block = layer.full_block(like)
-        layer.operator.restore(theta, block, inputs)
+        block = synthesis.skeleton.full_block(synthesis.neighbours, like)
+        synthesis.operator.restore(theta, block, inputs)
     except FusionError as error:
         raise FusionError(f"`{path}` cannot be unrolled: {error}") from error
     return block
 
 
 def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Tensor]:
-    """What each fusion layer gets as its main activation, in a run of a copy of the model."""
+    """What each replaced block gets as its main activation, in a run of a copy of the model."""
     inputs = Inputs.of(example_inputs, model)
     assert inputs is not None
     twin, seen = copy.deepcopy(model), {}
-    for path, layer in placed_layers(twin, state_of(twin).plan).items():
+    for path, placement in placed_blocks(twin)[1].items():
 
-        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, layer: FusionLayer = layer) -> None:
-            seen[path] = read_slot(layer.operator.interface.main, args, kwargs).detach()
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, at: Placement = placement) -> None:
+            seen[path] = read_slot(at.synthesis.operator.interface.main, args, kwargs).detach()
 
-        layer.register_forward_pre_hook(note, with_kwargs=True)
+        placement.block.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         twin(*inputs.args, **inputs.kwargs)
     return seen
 
 
-def _put(model: nn.Module, layers: Mapping[str, FusionLayer], plain: Mapping[str, nn.Module]) -> None:
-    """Put plain modules, or what they compute, in the fusion layers' places; nothing of replfx is left."""
-    modules: dict[str, nn.Module] = {}
-    for path, layer in layers.items():
-        made = plain[path]
-        if is_region(path) and layer.operator.unrolls:
-            assert isinstance(model, fx.GraphModule)
-            assert isinstance(made, fx.GraphModule)
-            restore_region(model, head_of(model, path), made, layer.names)
-        else:
-            modules[path] = _in_place_of(layer, made)
-    put_blocks(model, modules)
-    unmark(model)
-    if isinstance(model, Rewritten):
-        model.become_plain()
+def _settle(root: nn.Module, path: str, placement: Placement, theta: Mapping[str, Tensor]) -> None:
+    """Give a block that runs its own computation the weights; a region becomes a part of the graph again."""
+    settle_block(placement.block, placement.synthesis, root, theta)
+    if is_region(path):
+        assert isinstance(root, fx.GraphModule)
+        assert isinstance(placement.block, fx.GraphModule)
+        restore_region(root, head_of(root, path), placement.block, placement.synthesis.names)
 
 
-def _in_place_of(layer: FusionLayer, plain: nn.Module) -> nn.Module:
-    """Give a plain module the hooks and the training mode of the fusion layer whose place it takes."""
-    move_hooks(layer, plain)
-    known = set(layer.modules())
+def _exchange(model: nn.Module, placement: Placement, plain: nn.Module) -> None:
+    """Put what computes the same in a block's place, wherever that is held, with its hooks and its mode."""
+    block = placement.block
+    known = set(placement.synthesis.modules())
+    move_hooks(block, plain)
     for module in plain.modules():
         if module not in known:  # the others have modes of their own: a norm may be frozen in a block that trains
-            module.training = layer.training
-    return plain
+            module.training = block.training
+    redirect(model, {block: plain})
 
 
-def _hand_over(optimizer: Optimizer, old: set[nn.Parameter], full: nn.Module, like: Sequence[nn.Module]) -> None:
-    """Let the parameters of `full` take the place of those of `old` that are gone.
+def _complete(placement: Placement, full: nn.Module) -> None:
+    """Give a block what it had lost: it remains the object that it was."""
+    block, operator = placement.block, placement.synthesis.operator
+    for module in full.modules():
+        module.training = block.training
+    if isinstance(operator, MixerOperator):
+        for path in operator.dropped:
+            set_submodule(block, path, full.get_submodule(path))
+        for name in operator.scales:
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner)._parameters[leaf] = full.get_parameter(name)
+        return
+    del block._modules[SUBMODULE]
+    settle_down(block, {})
+    for name in ("_modules", "_parameters", "_buffers"):
+        getattr(block, name).update(getattr(full, name))
+
+
+def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, nn.Parameter]:
+    """The parameters of a block that is plain again, by their names in it."""
+    names = placement.synthesis.names
+    if names:
+        return {name: root.get_parameter(home) for name, home in names.items() if _is_parameter(root, home)}
+    return dict(placement.block.named_parameters())
+
+
+def _is_parameter(root: nn.Module, home: str) -> bool:
+    try:
+        root.get_parameter(home)
+    except AttributeError:
+        return False
+    return True
+
+
+def _finish(root: nn.Module) -> None:
+    unmark(root)
+    if isinstance(root, Rewritten):
+        root.become_plain()
+
+
+def _hand_over(
+    optimizer: Optimizer, old: set[nn.Parameter], full: Mapping[str, nn.Parameter], like: Sequence[nn.Module]
+) -> None:
+    """Let the parameters of a block at full depth take the place of those of `old` that are gone.
 
     Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), or else to that
     of what is gone, or else to the first.
     """
-    gone = old.difference(full.parameters())
+    gone = old.difference(full.values())
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     rest = next((group for p, group in groups.items() if p in gone), optimizer.param_groups[0])
     names = [dict(block.named_parameters()) for block in like]
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p not in gone]
-    for name, parameter in full.named_parameters():
+    for name, parameter in full.items():
         if parameter not in old:
             homes = [groups[side[name]] for side in names if side.get(name) in groups]
             (homes[0] if homes else rest)["params"].append(parameter)

@@ -1,4 +1,4 @@
-"""How a fusion layer is fitted to the block that it replaces. All formulas are ours."""
+"""How a replaced block is fitted to the block that it was. All formulas are ours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from replfx.calibration.grams import Gram, solve
 from replfx.calibration.sides import Sides
-from replfx.fusion import FusionLayer
 from replfx.fusion.interface import read_slot
 from replfx.fusion.light import LightOperator
 from replfx.fusion.operators import BlockOperator
+from replfx.live import Synthesis
 
 __all__ = ["BlockFit", "Fit", "LightFit", "fit_for"]
 
@@ -21,15 +21,15 @@ _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class Fit:
-    """Watches the replaced block at work, and then sets its fusion layer's parameters.
+    """Watches the replaced block at work, and then sets what the synthesis has of its own.
 
     Args:
-        layer: the fusion layer.
+        layer: the synthesis of the replaced block.
         block: the block that it replaces, in the original model.
         sides: what the layer synthesises from.
     """
 
-    def __init__(self, layer: FusionLayer, block: nn.Module, sides: Sides) -> None:
+    def __init__(self, layer: Synthesis, block: nn.Module, sides: Sides) -> None:
         self.layer, self.block, self.sides = layer, block, sides
 
     def watch(self) -> list[RemovableHandle]:
@@ -41,7 +41,7 @@ class Fit:
         raise NotImplementedError
 
 
-def fit_for(layer: FusionLayer, block: nn.Module) -> Fit | None:
+def fit_for(layer: Synthesis, block: nn.Module) -> Fit | None:
     """The way to fit a layer; None if there is none for its operator or its fusion."""
     sides = Sides.of(layer)
     if sides is None:

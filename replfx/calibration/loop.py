@@ -1,4 +1,4 @@
-"""calibrate: watch the original model on batches, and fit the fusion layers of its transformed twin."""
+"""calibrate: watch the original model on batches, and fit the replaced blocks of its transformed twin."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from replfx.blocks import block_at, is_region
 from replfx.calibration.fits import Fit, fit_for
 from replfx.errors import CalibrationError
-from replfx.fusion import FusionLayer
-from replfx.state import placed_layers, state_of
+from replfx.live import synthesis_of
+from replfx.state import placed_blocks
 from replfx.tree import tensors_in, with_tensors
 
 __all__ = ["calibrate"]
 
 
 def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *, progress: bool = True) -> None:
-    """Start the fusion layers of a transformed model where they best imitate the blocks that they replaced.
+    """Start the replaced blocks of a transformed model where they best imitate the blocks that they were.
 
-    `original` runs over the loader once, in evaluation mode and without gradients; each fusion layer's coefficients
+    `original` runs over the loader once, in evaluation mode and without gradients; the coefficients of each replaced block
     (and the light operator's gain and bias) are then set by least squares in float64 (`replfx.calibration.fits` has
     the formulas, which are ours). Memory is bounded by what one batch takes. On the first batch each layer is held
     against its start, and goes back to it if that imitates the block better.
@@ -43,10 +43,11 @@ def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *
         >>> model = replfx.transform(pretrained, images, operator="light")
         >>> replfx.calibrate(model, pretrained, loader)
     """
-    layers = placed_layers(model, state_of(model).plan)
-    pairs = {path: (layer, _block(original, path)) for path, layer in layers.items()}
+    _, placed = placed_blocks(model)
+    pairs = {path: (at.synthesis, _block(original, path)) for path, at in placed.items()}
     fits = {path: fit for path, (layer, block) in pairs.items() if (fit := fit_for(layer, block)) is not None}
     first: dict[str, _Seen] = {}
+    replaced = {path: block_at(model, path) for path in placed}
     with _evaluating(original), _evaluating(model), torch.no_grad(), _hooks() as handles:
         for path, (_, block) in pairs.items():
             handles.append(block.register_forward_hook(_keep_first(path, first), with_kwargs=True))
@@ -56,7 +57,7 @@ def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *
     with torch.no_grad():
         for path, fit in fits.items():
             if path in first:
-                _settle(fit, first[path])
+                _settle(fit, first[path], replaced[path])
 
 
 class _Seen:
@@ -74,7 +75,7 @@ def _block(original: nn.Module, path: str) -> nn.Module:
         block = block_at(original, path)
     except AttributeError:
         block = None
-    if block is None or isinstance(block, FusionLayer):
+    if block is None or synthesis_of(block) is not None:
         raise CalibrationError(f"the original model has no block `{path}`: give the untransformed model")
     return block
 
@@ -120,20 +121,20 @@ def _call_of(batch: object, device: torch.device) -> tuple[tuple[Any, ...], dict
     return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
 
 
-def _settle(fit: Fit, seen: _Seen) -> None:
-    """Fit the layer, unless it imitated the block better before."""
+def _settle(fit: Fit, seen: _Seen, block: nn.Module) -> None:
+    """Fit what a replaced block synthesises with, unless it imitated the block better before."""
     start = {name: value.clone() for name, value in fit.layer.state_dict().items()}
-    before = _error(fit.layer, seen)
+    before = _error(fit, seen, block)
     fit.finish()
-    if not _error(fit.layer, seen) < before:
+    if not _error(fit, seen, block) < before:
         fit.layer.load_state_dict(start)
 
 
-def _error(layer: FusionLayer, seen: _Seen) -> float:
-    """Squared distance of the layer's activation from the block's, in evaluation mode."""
-    interface = layer.operator.interface
-    with _evaluating(layer):
-        given = layer(*with_tensors(seen.args, Tensor.clone), **with_tensors(seen.kwargs, Tensor.clone))
+def _error(fit: Fit, seen: _Seen, block: nn.Module) -> float:
+    """Squared distance of its activation from the block's, in evaluation mode."""
+    interface = fit.layer.operator.interface
+    with _evaluating(block):
+        given = block(*with_tensors(seen.args, Tensor.clone), **with_tensors(seen.kwargs, Tensor.clone))
     return float((interface.main_of(given).double() - interface.main_of(seen.output).double()).square().sum())
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replfx.fusion import FusionLayer
 from replfx.fusion.alignment import AlignedFusion
 from replfx.fusion.fusions import ChannelFusion, LinearFusion
+from replfx.live import Synthesis
 
 __all__ = ["Sides"]
 
@@ -27,7 +27,7 @@ class Sides:
     next: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, layer: FusionLayer) -> "Sides | None":
+    def of(cls, layer: Synthesis) -> "Sides | None":
         """Those of a layer; None if its fusion is not of this form."""
         rule = layer.fusion.rule if isinstance(layer.fusion, AlignedFusion) else layer.fusion
         if not isinstance(rule, LinearFusion):

@@ -3,7 +3,6 @@
 from replfx.fusion.fusions import Fusion, fusions, register_fusion
 from replfx.fusion.identity import IdentityOperator
 from replfx.fusion.interface import Interface
-from replfx.fusion.layer import FusionLayer
 from replfx.fusion.light import LightOperator
 from replfx.fusion.mixer import MixerOperator
 from replfx.fusion.operators import Match, Operator, Site, Source, operators, register_operator
@@ -12,7 +11,6 @@ from replfx.fusion.registry import Choice
 __all__ = [
     "Choice",
     "Fusion",
-    "FusionLayer",
     "IdentityOperator",
     "Interface",
     "LightOperator",

@@ -214,9 +214,10 @@ class Alignment(nn.Module):
         gains = iter(self.gains.split(self.sizes))
         aligned = dict(theta)
         for name, steps in self.steps.items():
-            for step in steps:
-                value = step(aligned[name])
-                aligned[name] = value * next(gains).view(-1, *[1] * (value.dim() - 1 - step.dim))
+            for step, gain in zip(steps, gains, strict=False):  # steps first: it is they that end
+                if name in aligned:
+                    value = step(aligned[name])
+                    aligned[name] = value * gain.view(-1, *[1] * (value.dim() - 1 - step.dim))
         return aligned
 
     def bound(self, sizes: Mapping[str, float]) -> dict[str, float]:
@@ -247,6 +248,7 @@ class AlignedFusion(Fusion):
     def __init__(self, rule: Fusion, previous: Alignment, next: Alignment) -> None:
         nn.Module.__init__(self)
         self.rule = rule
+        self.separate = rule.separate
         self.align_previous = previous if previous.steps else None
         self.align_next = next if next.steps else None
 

@@ -37,6 +37,8 @@ class Fusion(nn.Module):
     Attributes:
         elementwise: each element of θ comes from the same element of both neighbours alone, so that the fusion can
             run on the shards of sharded parameters.
+        separate: each parameter comes from its own counterparts alone, so that `forward` may be called for some of
+            them. False for a subclass that has a `forward` of its own, unless it says otherwise.
 
     Example:
         >>> @replfx.register_fusion("mean")
@@ -47,6 +49,12 @@ class Fusion(nn.Module):
     """
 
     elementwise: ClassVar[bool] = True
+    separate: bool = True
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__ and "separate" not in cls.__dict__:
+            cls.separate = False
 
     def __init__(self, shapes: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -82,6 +90,8 @@ class LinearFusion(Fusion):
         initial: start of all a and b. At ½ a block starts as the mean of its neighbours (ours; the paper
             names no start).
     """
+
+    separate: bool = True
 
     def __init__(
         self,

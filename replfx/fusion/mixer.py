@@ -20,7 +20,7 @@ from replfx.fusion.folding import Branch, Fold, branches, is_layout, is_product,
 from replfx.fusion.interface import Interface
 from replfx.fusion.operators import BlockOperator, Match, Site, operators
 from replfx.fusion.pairing import synthesizable
-from replfx.structure import is_stand_in, set_submodule, structural_copy
+from replfx.structure import is_stand_in, set_submodule
 
 __all__ = ["MixerOperator"]
 
@@ -79,17 +79,26 @@ class MixerOperator(BlockOperator):
         names = {name for name, _ in block.named_modules()}
         if not dropped or not names.issuperset(dropped):
             raise FusionError(f"the mixer operator's options are malformed: dropped={list(dropped)!r}")
-        super().__init__(_without(block, dropped, scales), interface, keep=keep)
-        self.dropped = tuple(dropped)
-        self.silenced = silenced
-        self.scales = tuple(scales)
+        self.dropped, self.scales, self.silenced = tuple(dropped), tuple(scales), silenced
+        super().__init__(block, interface, keep=keep)
+
+    def wanted(self, block: nn.Module) -> list[str]:
+        return _rest(block, self.dropped, self.scales)
+
+    def prepare(self, block: nn.Module) -> None:
+        for path in self.dropped:
+            set_submodule(block, path, _nothing().train(block.training))
+        for name in self.scales:  # what scales nothing is not to be trained
+            path, _, leaf = name.rpartition(".")
+            scale = nn.Parameter(block.get_parameter(name).detach().clone(), requires_grad=False)
+            block.get_submodule(path)._parameters[leaf] = scale
 
     @classmethod
     def match(cls, site: Site) -> Match:
         found = _mlp(site)
         if isinstance(found, str):
             return Match(reason=found)
-        rest = synthesizable(_without(site.block, found.units, found.scales))
+        rest = _rest(site.block, found.units, found.scales)
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
         options = {"dropped": list(found.units), "scales": list(found.scales), "silenced": found.last}
@@ -101,23 +110,14 @@ class MixerOperator(BlockOperator):
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
         if self.silenced is None:
             raise FusionError("nothing with a weight ends the MLP that it lacks")
-        own = {n: t for n, t in (*self.block.named_parameters(), *self.block.named_buffers()) if n not in self.scales}
-        full = dict((*block.named_parameters(), *block.named_buffers()))
-        for name, value in {**own, **theta}.items():
-            full[name].copy_(value)
         silence(block, Fold((self.silenced,)))
 
 
-def _without(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> nn.Module:
-    """A copy of the block's modules, which share its tensors, in which some give nothing."""
-    twin = structural_copy(block, hooks=True)
-    for path in dropped:
-        set_submodule(twin, path, _nothing().train(block.training))
-    for name in scales:  # what scales nothing is not to be trained
-        path, _, leaf = name.rpartition(".")
-        owner = twin.get_submodule(path)
-        owner._parameters[leaf] = nn.Parameter(block.get_parameter(name).detach().clone(), requires_grad=False)
-    return twin
+def _rest(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> list[str]:
+    """The matrices of a block that are left without some of its modules."""
+    return [
+        name for name in synthesizable(block) if name not in scales and not any(_is_in(name, unit) for unit in dropped)
+    ]
 
 
 def _nothing() -> fx.GraphModule:

@@ -11,7 +11,6 @@ from replfx.errors import FusionError
 from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import pair, synthesizable
 from replfx.fusion.registry import Registry
-from replfx.structure import drop_hooks, structural_copy
 
 __all__ = [
     "BlockOperator",
@@ -105,6 +104,9 @@ class Match:
 class Operator(nn.Module):
     """Base of all operators.
 
+    An operator with `keeps_block` leaves the block as it is, save for its matrices, which are synthesised when they are
+    read. In the place of any other, `forward` runs, and the block's own modules are freed.
+
     Args:
         block: the block to replace; an operator copies what it keeps of it, and never changes it.
         interface: how the block is called.
@@ -113,10 +115,12 @@ class Operator(nn.Module):
     Attributes:
         sources: which parameters are synthesised, by the names that `forward` gets them under.
         needs_neighbours: whether a replaced block needs a kept block on each side.
-        unrolls: whether `plain` gives the replaced block itself, at full depth.
+        keeps_block: whether the block runs its own computation.
+        unrolls: whether the block, with weights of its own, is the full block.
     """
 
     needs_neighbours: ClassVar[bool] = True
+    keeps_block: ClassVar[bool] = False
     unrolls: ClassVar[bool] = False
     sources: dict[str, Source]
 
@@ -124,10 +128,6 @@ class Operator(nn.Module):
         super().__init__()
         self.interface = interface
         self.sources = {}
-
-    def vacant(self) -> dict[str, tuple[nn.Module, str]]:
-        """The block's parameters that are None but while it runs: by name, the module that lacks them and where."""
-        return {}
 
     @classmethod
     def match(cls, site: Site) -> Match:
@@ -143,7 +143,7 @@ class Operator(nn.Module):
         raise NotImplementedError
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
-        """Let `block`, the full block of which this operator took the place, compute what the operator computes.
+        """Let `block`, a full block like the one of which this operator took the place, compute what it computes.
 
         For operators of which `unrolls` is false: those of which it is true have the block themselves.
 
@@ -169,39 +169,29 @@ class BlockOperator(Operator):
     Args:
         block, interface: as for every operator.
         keep: parameters of two dimensions and up that stay the block's own too, because neither neighbour
-            has their like (the shortcut convolution of a block that changes the shape), or because the model reads
-            them itself.
+            has their like (the shortcut convolution of a block that changes the shape).
 
     Attributes:
         dropped: paths in the block of modules that it is without, and that give nothing.
     """
 
+    keeps_block = True
     unrolls = True
     dropped: tuple[str, ...] = ()
 
     def __init__(self, block: nn.Module, interface: Interface, *, keep: Sequence[str] = ()) -> None:
         super().__init__(block, interface)
-        if unknown := set(keep) - set(synthesizable(block)):
+        wanted = self.wanted(block)
+        if unknown := set(keep) - set(wanted):
             raise ValueError(f"keep names {sorted(unknown)[0]!r}, which the block has not")
-        self.block = structural_copy(block, hooks=True)
-        drop_hooks(self.block)  # those on the block itself are the fusion layer's now
-        self.sources = {name: Source(name) for name in synthesizable(block) if name not in keep}
-        for name in self.sources:
-            self._own(name, None)
-        self._recurrent = [name for name, module in self.block.named_modules() if isinstance(module, nn.RNNBase)]
-        self._forget_weights()
+        self.sources = {name: Source(name) for name in wanted if name not in keep}
 
-    def vacant(self) -> dict[str, tuple[nn.Module, str]]:
-        return {name: self._slot(name) for name in self.sources}
+    def wanted(self, block: nn.Module) -> list[str]:
+        """The parameters of the block that are synthesised unless they are kept."""
+        return list(synthesizable(block))
 
-    def _slot(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self.block.get_submodule(path), leaf
-
-    def _own(self, name: str, value: nn.Parameter | None) -> None:
-        owner, leaf = self._slot(name)
-        owner.__dict__.pop(leaf, None)  # where torch.fx puts the None when it copies a GraphModule
-        owner._parameters[leaf] = value
+    def prepare(self, block: nn.Module) -> None:
+        """Take out of the block itself what it is without."""
 
     @classmethod
     def match(cls, site: Site) -> Match:
@@ -210,45 +200,7 @@ class BlockOperator(Operator):
         kept = site.without_counterpart()
         return Match({"keep": kept}) if kept else Match()
 
-    def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._recurrent:
-            return run_with(theta, self.block, args, kwargs)
-        self._forget_weights()  # a copy has references of its own
-        try:
-            return run_with(theta, self.block, args, kwargs)
-        finally:
-            self._forget_weights()  # what was synthesised is not to outlive the call
-
-    def _forget_weights(self) -> None:
-        """Recurrent layers keep a second list of their weights, for the kernels that they call."""
-        for layer in map(self.block.get_submodule, self._recurrent):
-            assert isinstance(layer, nn.RNNBase)
-            layer._flat_weights = [None] * len(layer._flat_weights)
-            layer.__dict__["_flat_weight_refs"] = [_gone] * len(layer._flat_weights)  # so that it looks for them anew
-
-    def plain(self, theta: dict[str, Tensor]) -> nn.Module:
-        for name, value in theta.items():
-            self._own(name, nn.Parameter(value))
-        for layer in map(self.block.get_submodule, self._recurrent):
-            layer._init_flat_weights()  # type: ignore[operator]
-        if isinstance(self.block, fx.GraphModule):  # a region: as a GraphModule of torch's own class
-            return fx.GraphModule(self.block, self.block.graph, "Region").train(self.block.training)
-        return self.block
-
 
 def run_with(theta: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `module` gives with `theta` as its parameters of those names.
-
-    Raises:
-        FusionError: `torch.jit.trace` is looking on; it finds no weights but those that modules own.
-    """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise FusionError(
-            f"torch.jit.trace cannot follow a fusion layer's {type(module).__name__} with synthesised weights: "
-            "trace replfx.materialize(model)"
-        )
+    """What `module`, which is called by nobody else, gives with `theta` as its parameters of those names."""
     return torch.func.functional_call(module, theta, args, kwargs, tie_weights=False)
-
-
-def _gone() -> None:
-    """A reference to a weight that is no more, as a dead `weakref.ref` gives it."""

@@ -1,0 +1,191 @@
+"""Replaced blocks: put into a model, and taken out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from replfx.errors import FusionError
+from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
+from replfx.live.graphs import bring_to_life, calls_synthesis, settle_graph
+from replfx.live.synthesis import Synthesis
+from replfx.tree import tensors_in
+
+__all__ = ["Snapshot", "Slot", "owners_of", "replace_block", "settle_block", "slots_of", "strip_block"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a block reads a parameter.
+
+    Attributes:
+        owner: the module that has it.
+        leaf: its name there.
+        name: its first name in the block.
+    """
+
+    owner: nn.Module
+    leaf: str
+    name: str
+
+
+def slots_of(block: nn.Module, names: Mapping[str, object]) -> list[Slot]:
+    """All places in `block` of these parameters of its; a tied one has several."""
+    known = {id(block.get_parameter(name)): name for name in names}
+    return [
+        Slot(owner, leaf, known[id(parameter)])
+        for owner in block.modules()
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in known
+    ]
+
+
+def replace_block(block: nn.Module, synthesis: Synthesis, holder: nn.Module | None = None) -> None:
+    """Let a block run with synthesised weights, in place.
+
+    Args:
+        block: its matrices become computed attributes.
+        synthesis: becomes the submodule `replfx` of the block.
+        holder: gets it instead, where the block is no module of the model.
+
+    Raises:
+        FusionError: something in the block cannot do with computed weights; the block may be changed in part.
+    """
+    holder = holder or block
+    if SUBMODULE in holder._modules or hasattr(holder, SUBMODULE):
+        raise FusionError(f"it has an attribute `{SUBMODULE}` already, where replacing puts its coefficients")
+    operator = synthesis.operator
+    slots = slots_of(block, operator.sources)
+    _refuse_second_lists(block, slots)
+    synthesis.marks = {slot.name: dict(vars(slot.owner._parameters[slot.leaf])) for slot in slots}
+    of_graph = _read_by_graph(block, operator.sources)
+    leaves: dict[nn.Module, dict[str, str]] = {}
+    for slot in slots:
+        if slot.name not in of_graph:
+            leaves.setdefault(slot.owner, {})[slot.leaf] = slot.name
+    if not isinstance(holder, fx.GraphModule):  # whose class is its own, and whose graph calls nothing that it does not name
+        leaves.setdefault(holder, {})
+    for owner, names in leaves.items():
+        role = ("block" if holder is block else "member") if owner is holder else None
+        come_alive(owner, Traits(tuple(names), role), (synthesis, names) if names else None)
+    holder._modules[SUBMODULE] = synthesis
+    if isinstance(block, fx.GraphModule):
+        bring_to_life(block, of_graph)
+
+
+def strip_block(block: nn.Module, synthesis: Synthesis) -> None:
+    """Let the operator of a synthesis run in a block's place, and free what the block had."""
+    for registry in (block._modules, block._parameters, block._buffers):
+        registry.clear()
+    block._modules[SUBMODULE] = synthesis
+    come_alive(block, Traits((), "operator"), None)
+
+
+def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
+    """Give a replaced block weights of its own, and take away what replacing added; in place.
+
+    Args:
+        holder: has the synthesis.
+        synthesis: its own.
+        model: holds all modules of the block.
+        theta: the weights by name.
+    """
+    values = {name: nn.Parameter(tensor) for name, tensor in theta.items()}
+    for name, value in values.items():
+        vars(value).update(synthesis.marks.get(name, {}))
+    for owner in list(owners_of(model, synthesis)):
+        settle_down(owner, {leaf: values[name] for leaf, name in links_of(owner).items()})
+    del holder._modules[SUBMODULE]
+    if isinstance(holder, fx.GraphModule):
+        used = {str(node.args[0]) for node in holder.graph.nodes if calls_synthesis(node)}
+        settle_graph(holder, {name: values[name] for name in used})
+    else:
+        settle_down(holder, {})
+
+
+def owners_of(model: nn.Module, synthesis: Synthesis) -> Iterator[nn.Module]:
+    """The modules of which a synthesis computes parameters."""
+    return (module for module in model.modules() if computed_by(module) is synthesis)
+
+
+def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
+    """Which of these parameters a block that is a graph reads itself.
+
+    Raises:
+        FusionError: a graph inside of the block does.
+    """
+    found: set[str] = set()
+    for path, module in block.named_modules():
+        if isinstance(module, fx.GraphModule):
+            read = (str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+            mine = {f"{path}.{name}" if path else name for name in read}.intersection(names)
+            if path and mine:
+                raise FusionError(
+                    f"its `{path}` is a torch.fx.GraphModule that reads `{min(mine)}` itself: trace the whole block"
+                )
+            found |= mine
+    return found
+
+
+def _refuse_second_lists(block: nn.Module, slots: list[Slot]) -> None:
+    """Refuse what keeps its weights a second time, and would go on with those.
+
+    Raises:
+        FusionError: an attribute that holds a parameter which is to be synthesised.
+    """
+    wanted = {id(slot.owner._parameters[slot.leaf]): slot.name for slot in slots}
+    for path, module in block.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _REGISTRIES or (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
+                continue
+            held = next((wanted[id(tensor)] for tensor in tensors_in(value) if id(tensor) in wanted), None)
+            if held is not None:
+                raise FusionError(
+                    f"its attribute `{f'{path}.{attribute}'.strip('.')}` holds the parameter `{held}` too, beside the "
+                    "module that owns it, and would go on with that: let it look the parameter up when it is needed"
+                )
+
+
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
+
+
+class Snapshot:
+    """What modules are now, to make them so again.
+
+    Args:
+        modules: the blocks that will be changed.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._kept: list[Callable[[], None]] = [_keeper(inner) for module in modules for inner in module.modules()]
+
+    def restore(self) -> None:
+        """Make all modules what they were."""
+        for keep in self._kept:
+            keep()
+
+
+def _keeper(module: nn.Module) -> Callable[[], None]:
+    kind, attributes = type(module), dict(vars(module))
+    registries = {name: dict(attributes[name]) for name in _REGISTRIES}
+    graph = None
+    if isinstance(module, fx.GraphModule):
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(module.graph, {}))
+
+    def restore() -> None:
+        if module.__class__ is not kind:
+            module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(attributes)
+        for name, content in registries.items():
+            registry = attributes[name]
+            registry.clear()
+            registry.update(content)
+        if graph is not None:
+            module.graph = graph
+
+    return restore
+

@@ -1,0 +1,45 @@
+"""Weights that a hook of `torch.nn.utils` makes anew before each call of the module that has them."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from replfx.errors import FusionError
+
+__all__ = ["made_by_hook"]
+
+
+def made_by_hook(owner: nn.Module, leaf: str) -> Tensor:
+    """The weight as the hook would make it now.
+
+    What is in its place is of the module's last call: it may be stale, and its graph is gone after a backward pass.
+
+    Args:
+        owner: has the plain tensor `leaf` in the place of a parameter.
+        leaf: its name.
+
+    Raises:
+        FusionError: no hook that is known makes it.
+    """
+    for hook in owner._forward_pre_hooks.values():
+        made = _made(hook, owner, leaf)
+        if made is not None:
+            return made
+    raise FusionError(
+        f"the `{leaf}` of a neighbour's {type(owner).__name__} is no parameter but a tensor that something else makes: "
+        "a replaced block cannot tell whether it is made anew before it is read; call replfx.materialize first, or make "
+        f"`{leaf}` a parameter again (torch.nn.utils.prune.remove)"
+    )
+
+
+def _made(hook: Any, owner: nn.Module, leaf: str) -> Tensor | None:
+    if isinstance(hook, prune.BasePruningMethod):
+        return hook.apply_mask(owner) if hook._tensor_name == leaf else None
+    if type(hook).__module__ == "torch.nn.utils.weight_norm" and hook.name == leaf:
+        made: Tensor = hook.compute_weight(owner)
+        return made
+    if type(hook).__module__ == "torch.nn.utils.spectral_norm" and hook.name == leaf:
+        made = hook.compute_weight(owner, do_power_iteration=False)
+        return made
+    return None

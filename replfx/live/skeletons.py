@@ -1,0 +1,99 @@
+"""Skeletons: the structure of a block whose modules are freed, to make a full block of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from replfx.errors import FusionError
+from replfx.structure import structural_copy
+
+__all__ = ["Skeleton"]
+
+
+class Skeleton:
+    """A block's modules without weights.
+
+    Args:
+        block: stays as it is.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        module = structural_copy(block, _without_values)
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self._names: dict[str, list[str]] = {}  # of a tied parameter all, by the first
+        first: dict[int, str] = {}
+        for name, parameter in named.items():
+            self._names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+        self._shapes = {name: named[name] for name in self._names}
+        for name in named:  # who reads one is to be told that it is gone
+            owner, leaf = _slot(module, name)
+            del owner._parameters[leaf]
+        self.module = module
+
+    def parameters(self) -> list[str]:
+        """The names of all parameters that the block had."""
+        return [name for names in self._names.values() for name in names]
+
+    def attribute(self, name: str) -> Any:
+        """What the block had under this name; its modules are there without weights.
+
+        Raises:
+            AttributeError: it had nothing, or a weight.
+        """
+        return getattr(self.module, name)
+
+    def full_block(self, neighbours: Sequence[nn.Module], like: Tensor) -> nn.Module:
+        """A block of this structure; each parameter is the mean of the neighbours' of its name and shape.
+
+        Without neighbours its layers initialise themselves.
+
+        Args:
+            neighbours: the kept block before and the one after, or none.
+            like: tells device and dtype.
+
+        Raises:
+            FusionError: a parameter that no neighbour has the like of, or that no layer initialises.
+        """
+        block = copy.deepcopy(self.module)
+        sides = [dict(neighbour.named_parameters()) for neighbour in neighbours]
+        for name, meta in self._shapes.items():
+            owner, _ = _slot(block, name)
+            found = [side[name].detach() for side in sides if name in side and side[name].shape == meta.shape]
+            if not found and (sides or not hasattr(owner, "reset_parameters")):
+                raise FusionError(f"nothing tells where its `{name}` would start: neither neighbour has the like")
+            value = torch.stack(found).mean(0) if found else like.new_empty(meta.shape)
+            parameter = nn.Parameter(value, requires_grad=meta.requires_grad)
+            for holder, leaf in (_slot(block, each) for each in self._names[name]):
+                holder._parameters[leaf] = parameter
+        _like_theirs(block, neighbours)
+        for module in block.modules():
+            if not sides and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        return block.to(like.device)
+
+
+def _slot(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _like_theirs(block: nn.Module, neighbours: Sequence[nn.Module]) -> None:
+    """Give buffers the dtype of a neighbour's of their name, and statistics its values; masks and tables stay."""
+    theirs = {name: buffer for side in reversed(neighbours) for name, buffer in side.named_buffers()}
+    for name, mine in list(block.named_buffers()):
+        path, _, leaf = name.rpartition(".")
+        if name in theirs:
+            statistics = leaf.startswith("running_") and theirs[name].shape == mine.shape
+            block.get_submodule(path)._buffers[leaf] = (
+                theirs[name].detach().clone() if statistics else mine.to(theirs[name].dtype)
+            )
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """Of a parameter its shape and dtype alone; a buffer (a table of relative positions) as it is."""
+    return nn.Parameter(tensor.to("meta"), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor

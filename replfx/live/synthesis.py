@@ -1,0 +1,433 @@
+"""The synthesis: what a replaced block has more than before, and where its weights come from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from replfx.errors import FusionError
+from replfx.fusion.fusions import Fusion
+from replfx.fusion.magnitude import is_finite, largest
+from replfx.fusion.running import running_stage
+from replfx.fusion.sharded import (
+    any_sharded,
+    as_sharded,
+    gathered,
+    is_distributed,
+    lower_precision,
+    settle,
+    synthesize_sharded,
+)
+from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
+from replfx.live.classes import SUBMODULE
+from replfx.live.made_by_hooks import made_by_hook
+from replfx.structure import is_wrapped
+from replfx.torch_internals import functorch_is_active, saved_tensors_are_packed
+
+if TYPE_CHECKING:
+    from replfx.fusion.operators import Operator
+    from replfx.live.skeletons import Skeleton
+
+__all__ = ["Held", "Reading", "Readings", "Slot", "Synthesis", "check_neighbours", "fusion_layers", "synthesis_of"]
+
+
+class Reading(NamedTuple):
+    """A parameter that a synthesis reads. What is at its path is looked up at each call, and so is never stale.
+
+    Attributes:
+        base: a module that stays in its place: the neighbour, or what holds it.
+        path: of the parameter's owner in `base`.
+        leaf: the parameter's name there.
+        rows: which of its rows are read; None for all.
+    """
+
+    base: nn.Module
+    path: tuple[str, ...]
+    leaf: str
+    rows: tuple[int, int] | None = None
+
+    def owner(self) -> nn.Module:
+        """The module that owns the parameter now."""
+        owner: Any = self.base
+        for name in self.path:
+            owner = getattr(owner, name)
+        return owner  # type: ignore[no-any-return]
+
+
+Readings: TypeAlias = Mapping[str, Reading]
+"""By the block's name for a parameter: where its counterpart is."""
+
+Slot: TypeAlias = tuple[nn.Module, str]
+"""The module in a block that reads a synthesised parameter, and its name for it."""
+
+
+class Held(dict[str, Tensor]):
+    """Synthesised weights that several forward passes share; a copy has none, and synthesises its own."""
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce_ex__(self, protocol: object) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class Synthesis(nn.Module):
+    """Synthesises the weights of a replaced block from its two neighbours. The block has it as its submodule `replfx`.
+
+    The neighbours are held as plain references, not as submodules, and their parameters are read at each call: so
+    they appear once in `state_dict`, follow `.to()` and `deepcopy`, and take part in `torch.func.functional_call` and
+    FSDP.
+
+    Args:
+        operator: what runs with the synthesised parameters.
+        fusion: how they are made, or None if the operator has none.
+        readings: what is read of the kept block before and of the one after; None if the operator has no
+            parameters.
+        neighbour_gradient: factor λ on the gradient that flows through this into the neighbours; 1 is the
+            paper's, 0 detaches them.
+        neighbours: the kept block before and the one after.
+        places: where these were in the model, for messages.
+        skeleton: the structure of the block, if the operator does not keep it.
+
+    Attributes:
+        neighbours: the kept block before and the one after; empty if the operator needs none.
+        slots: where in the block each synthesised parameter is read.
+        marks: the Python attributes that each of these parameters had.
+        names: where the parts of a block that was no module were in the model, by their names in the block.
+        held: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
+        tensor_parallel: how it runs on several processes, if `replfx.parallelize_module` was told.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        fusion: Fusion | None,
+        readings: tuple[Readings, Readings] | None,
+        *,
+        neighbour_gradient: float = 1.0,
+        neighbours: tuple[nn.Module, ...] = (),
+        places: tuple[str, ...] = (),
+        skeleton: Skeleton | None = None,
+    ) -> None:
+        super().__init__()
+        self.operator = operator
+        self.fusion = fusion
+        self._readings = readings
+        self.neighbours = neighbours  # in a tuple, so that they are no submodules
+        self.places = places
+        self.skeleton = skeleton
+        self._checked = 0  # the id of the one that was seen with its neighbours: a copy is another one
+        self.slots: dict[str, list[Slot]] = {}
+        self.marks: dict[str, dict[str, Any]] = {}
+        self.names: Mapping[str, str] = {}
+        self.held: Held | None = None
+        self.neighbour_gradient = neighbour_gradient
+        self.tensor_parallel: TensorParallel | None = None
+
+    # ---- weights
+
+    def forward(self, name: str) -> Tensor:
+        """The synthesised weight of that name in the block.
+
+        Raises:
+            FusionError: it was called as if it were one of the block's own layers.
+        """
+        if not isinstance(name, str):
+            raise FusionError(
+                f"the block calls all of its children in turn, and its `{SUBMODULE}`, which synthesises its weights, is "
+                "no layer: let it name its layers, or hold them in an nn.Sequential or nn.ModuleList"
+            )
+        return self.weight(name)
+
+    def weight(self, name: str) -> Tensor:
+        """The same, once for all who ask within one call of the block."""
+        if self.held is not None:
+            return self.held[name]
+        if torch.compiler.is_compiling():
+            return self._laid_out(self._synthesize((name,), alone=True), None)[name]
+        call = _running().get(self)
+        if call is None or functorch_is_active():
+            return self._laid_out(self._synthesize((name,), alone=True), None)[name]
+        return call.weights()[name]
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[object]:
+        """Within it each weight is synthesised once.
+
+        Args:
+            args, kwargs: what the block is called with.
+        """
+        self._check_stage()
+        if self.fusion is None or self.held is not None or self in _running():
+            return nullcontext()
+        mesh = mesh_of_activation(args, kwargs) if is_distributed() else None
+        return _Call(self, mesh)
+
+    def operate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operator gives for a call of the block."""
+        if not torch.compiler.is_compiling():
+            self._check_stage()
+        parallel, inside = self.tensor_parallel, (args, kwargs)
+        if parallel is not None:
+            inside = parallel.enter(self.operator.interface, args, kwargs)
+        mesh = mesh_of_activation(*inside)
+        theta: Mapping[str, Tensor] | None = self.held
+        if theta is None:
+            made = self._synthesize(None, alone=parallel is not None or mesh is not None)
+            theta = self._laid_out(made, mesh)
+        result = self.operator(dict(theta), *inside)
+        return result if parallel is None else parallel.leave(self.operator.interface, result, args, kwargs)
+
+    def synthesized(self) -> dict[str, Tensor]:
+        """The operator's weights as they stand: parameter name in the block → tensor.
+
+        Of a fused query-key-value projection the light operator takes the value rows alone. Empty for an
+        operator without weights. Gradients flow from these tensors into coefficients and neighbours. Where the
+        neighbours are sharded, these are whole tensors on each process.
+        """
+        return gathered(self._synthesize(None, alone=True))
+
+    def materialized(self) -> dict[str, Tensor]:
+        """The same without gradients, laid out as the block wants them.
+
+        Raises:
+            FusionError: its processes share a sequence.
+        """
+        if self.tensor_parallel is not None and self.tensor_parallel.sequence is not None:
+            raise FusionError(
+                "its processes share the sequence: load a full state_dict into a model on one process, and use that"
+            )
+        theta = laid_out(self._synthesize(None, alone=True), None, self.tensor_parallel)
+        return {name: tensor.detach().clone() for name, tensor in theta.items()}
+
+    def _laid_out(self, theta: Mapping[str, Tensor], mesh: Any) -> dict[str, Tensor]:
+        dtype = lower_precision(self.fusion, theta) if self.fusion is not None and any_sharded(theta) else None
+        return laid_out(theta, mesh, self.tensor_parallel, dtype)
+
+    def _synthesize(self, names: tuple[str, ...] | None, *, alone: bool) -> dict[str, Tensor]:
+        """Weights, where the neighbours are sharded as the fusion's operations leave them.
+
+        Args:
+            names: which; None for all. More may come.
+            alone: whether nobody minds how the activation lies.
+        """
+        if self.fusion is None or self._readings is None:
+            return {}
+        sides = self._readings
+        if names is not None and self.fusion.separate:
+            sides = ({name: sides[0][name] for name in names}, {name: sides[1][name] for name in names})
+        if is_distributed():
+            before, after = ([(reading.owner(), reading.leaf) for reading in side.values()] for side in sides)
+            settle(before, after, None if self.tensor_parallel is None else self.tensor_parallel.mesh)
+        with _out_of_sight():
+            previous, next = (self._read(readings) for readings in sides)
+            if any_sharded(previous) or any_sharded(next):
+                if not alone and self.tensor_parallel is None:
+                    refuse_unprepared([reading.owner() for side in sides for reading in side.values()])
+                return synthesize_sharded(self.fusion, previous, next)
+            result: dict[str, Tensor] = self.fusion(previous, next)
+        return result
+
+    def _read(self, readings: Readings) -> dict[str, Tensor]:
+        return {
+            name: _scale_gradient(_read_parameter(reading), self.neighbour_gradient)
+            for name, reading in readings.items()
+        }
+
+    # ---- what is read
+
+    def rebind(self, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> None:
+        """Read from where the neighbours' parameters are now: `home` gives owner and name for what they were."""
+        if self._readings is not None:
+            before, after = (
+                {name: _moved(reading, home) for name, reading in side.items()} for side in self._readings
+            )
+            self._readings = (before, after)
+
+    def readings(self) -> Iterator[Reading]:
+        """All that a synthesis reads of both neighbours."""
+        return (reading for side in self._readings or () for reading in side.values())
+
+    def read_parameters(self) -> list[nn.Parameter]:
+        """The neighbours' parameters and the coefficients; each once."""
+        read = [getattr(reading.owner(), reading.leaf) for reading in self.readings()]
+        fusion = () if self.fusion is None else self.fusion.parameters()
+        return list(dict.fromkeys(p for p in (*read, *fusion) if isinstance(p, nn.Parameter)))
+
+    def not_finite(self) -> str | None:
+        """The name of a synthesised weight with an element that is not finite; None if there is none.
+
+        Where the fusion knows a bound, nothing is synthesised: that takes memory as large as the block.
+        """
+        if self.fusion is None or self._readings is None:
+            return None
+        before, after = ({name: _read_parameter(r) for name, r in side.items()} for side in self._readings)
+        limit = min(torch.finfo(theta.dtype).max for theta in (*before.values(), *after.values()))
+        sizes = [{name: largest(theta) for name, theta in side.items()} for side in (before, after)]
+        if self.fusion.bound(*sizes) < limit / 2:  # room for rounding
+            return None
+        return next((name for name, theta in self.synthesized().items() if not is_finite(theta)), None)
+
+    # ---- where it runs
+
+    @staticmethod
+    def parted(path: str, neighbour: str, why: str) -> str:
+        """What to say of a replaced block at `path` that is parted from its neighbour."""
+        return (
+            f"`{path}` is a replaced block, and it reads the weights of its neighbour `{neighbour}`: {why}, so it would "
+            "read a copy that nothing trains along. Transform with split_at= the modules with which your pipeline "
+            "stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
+            "replfx.materialize first"
+        )
+
+    def _check_stage(self) -> None:
+        """In the first call look whether the neighbours are in the pipeline stage that runs, if one does."""
+        if self._checked != id(self) and (stage := running_stage()) is not None:
+            check_neighbours(stage)
+            for synthesis in fusion_layers(stage).values():
+                synthesis._checked = id(synthesis)
+
+    def extra_repr(self) -> str:
+        return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"
+
+
+# ---- one call of a block
+
+_local = threading.local()
+
+
+def _running() -> dict[Synthesis, _Call]:
+    """The blocks that are being called in this thread."""
+    found: dict[Synthesis, _Call] | None = getattr(_local, "calls", None)
+    if found is None:
+        found = _local.calls = {}
+    return found
+
+
+@dataclass(slots=True)
+class _Call:
+    """Keeps the weights of one call of a block.
+
+    Attributes:
+        synthesis: the block's.
+        mesh: that of its activation, if that is a DTensor.
+        made: by whether gradients are recorded: a part of a block may run without.
+    """
+
+    synthesis: Synthesis
+    mesh: Any
+    made: dict[bool, dict[str, Tensor]] | None = None
+
+    def __enter__(self) -> None:
+        self.made = {}
+        _running()[self.synthesis] = self
+
+    def __exit__(self, *error: object) -> None:
+        del _running()[self.synthesis]
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights of the block, synthesised when the first is asked for."""
+        assert self.made is not None
+        recorded = torch.is_grad_enabled()
+        if recorded not in self.made:
+            alone = self.synthesis.tensor_parallel is not None or self.mesh is not None
+            theta = self.synthesis._synthesize(None, alone=alone)
+            self.made[recorded] = self.synthesis._laid_out(theta, self.mesh)
+        return self.made[recorded]
+
+
+def _out_of_sight() -> AbstractContextManager[object]:
+    """Hide what a synthesis saves for its backward pass from activation checkpointing.
+
+    `torch.utils.checkpoint` counts what is saved in the forward pass and in the repeated one. How often a weight is
+    synthesised may differ there, since the block's call as a whole is not repeated. What is saved are parameters alone,
+    which take no memory.
+    """
+    if torch.compiler.is_compiling() or not saved_tensors_are_packed():
+        return nullcontext()
+    return saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# ---- reading
+
+
+def _read_parameter(reading: Reading) -> Tensor:
+    owner, leaf = reading.owner(), reading.leaf
+    theta = getattr(owner, leaf, None)
+    if not torch.compiler.is_compiling():
+        theta = _checked(owner, leaf, theta)
+    theta = as_sharded(theta)  # type: ignore[arg-type]
+    return theta if reading.rows is None else theta[reading.rows[0] : reading.rows[1]]
+
+
+def _checked(owner: nn.Module, leaf: str, theta: object) -> Tensor:
+    if leaf in vars(owner):
+        theta = made_by_hook(owner, leaf)
+    if not isinstance(theta, Tensor):
+        raise FusionError(f"the neighbour's parameter `{leaf}` is gone: it is no tensor but {theta!r}")
+    # Of a tensor without subclass its numbers are what they seem.
+    if is_wrapped(theta) or not (theta.dtype.is_floating_point or theta.dtype.is_complex):
+        kind = type(theta).__name__ if is_wrapped(theta) else theta.dtype
+        raise FusionError(
+            f"the `{leaf}` of a neighbour's {type(owner).__name__} is quantised ({kind}), and weights are synthesised "
+            "from floats alone: transform the float model, and quantise what replfx.materialize(model) gives"
+        )
+    return theta
+
+
+def _moved(reading: Reading, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> Reading:
+    owner, leaf = home(reading.owner(), reading.leaf)
+    return Reading(owner, (), leaf, reading.rows)
+
+
+def _scale_gradient(theta: Tensor, factor: float) -> Tensor:
+    """`theta` itself in the forward pass (lerp(t, t, λ) = t exactly), λ times its gradient in the backward."""
+    if factor == 1.0:
+        return theta
+    return theta.detach() if factor == 0.0 else torch.lerp(theta.detach(), theta, factor)
+
+
+# ---- in a model
+
+
+def synthesis_of(module: nn.Module) -> Synthesis | None:
+    """The synthesis of a replaced block; None for any other module."""
+    found = module._modules.get(SUBMODULE)
+    return found if isinstance(found, Synthesis) else None
+
+
+def fusion_layers(model: nn.Module) -> dict[str, Synthesis]:
+    """The syntheses of a model, by the paths of the replaced blocks."""
+    return {path: found for path, module in model.named_modules() if (found := synthesis_of(module)) is not None}
+
+
+def check_neighbours(model: nn.Module) -> None:
+    """Make sure that what the replaced blocks of a model, or of a part of one, read is in it.
+
+    Raises:
+        FusionError: a neighbour is not there.
+    """
+    # Parameters too: a batch norm that was converted is another module with the parameters of the one before.
+    present = {id(part) for part in (*model.modules(), *model.parameters())}
+    for path, synthesis in fusion_layers(model).items():
+        for reading in synthesis.readings():
+            owner = reading.owner()
+            if id(owner) not in present and id(getattr(owner, reading.leaf)) not in present:
+                raise FusionError(
+                    synthesis.parted(path, _place(synthesis, owner) or reading.leaf, "that is not in the model or stage that runs")
+                )
+
+
+def _place(synthesis: Synthesis, owner: nn.Module) -> str | None:
+    sides: Sequence[tuple[str, nn.Module]] = list(zip(synthesis.places, synthesis.neighbours, strict=False))
+    return next((place for place, side in sides if owner in side.modules()), None)
