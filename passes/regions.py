@@ -75,7 +75,7 @@ def root_of(graph_module: fx.GraphModule) -> nn.Module:
 # ---- a region as a module
 
 
-def region_module(region: Region, root: nn.Module, like: nn.Module | None = None) -> "RegionModule":
+def region_module(region: Region, root: nn.Module, like: nn.Module | None = None) -> fx.GraphModule:
     """Make a module that computes what the region does: `module(activation, *extras)` gives its output.
 
     Its parameters, buffers and called modules are the very objects of `root`, under their canonical names, so
@@ -110,35 +110,10 @@ def region_module(region: Region, root: nn.Module, like: nn.Module | None = None
             made[node].target = next(calls)
     graph.output(made[region.output])
     if like is None:
-        return RegionModule(holder, graph, "Region")
-    module = RegionModule(like, graph, "Region").train(root.training)
+        return fx.GraphModule(holder, graph, "Region")
+    module = fx.GraphModule(like, graph, "Region").train(root.training)
     stand_like(module, like)
     return module
-
-
-class RegionModule(fx.GraphModule):
-    """A region as a module, which can be pickled also while parameters of it are taken out.
-
-    torch.fx pickles source code and traces it again, and would take a parameter that is None for a constant.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        rebuild, arguments = super().__reduce__()
-        targets = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
-        absent = [name for name in dict.fromkeys(targets) if getattr(self, name, None) is None]
-        return _restore, (absent, rebuild, arguments)
-
-
-def _restore(absent: Sequence[str], rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> RegionModule:
-    body = arguments[0]
-    for name in absent:
-        body.pop(name, None)
-        body["_parameters"][name] = nn.Parameter(torch.empty(0))
-    made = rebuild(*arguments)
-    restored = RegionModule(made, made.graph, "Region").train(made.training)
-    for name in absent:
-        restored._parameters[name] = None
-    return restored
 
 
 def put_value(holder: nn.Module, name: str, value: object) -> None:

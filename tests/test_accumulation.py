@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import replfx
-from replfx.fusion.layer import fusion_layers
+from replfx.live import fusion_layers
 from tests.compiled import Compiled, small
 from tests.models import tower
 from tests.strategies import Case, cases

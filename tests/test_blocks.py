@@ -152,10 +152,10 @@ def test_weights_that_the_model_reads_itself_stay_the_blocks_own(training: bool)
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
     assert replfx.report(made).replaced == ["blocks.1", "blocks.3"]
     state = made.state_dict()
-    assert "blocks.1.operator.block.fc.weight" in state
-    assert "blocks.3.operator.block.fc.weight" in state
-    assert "blocks.3.operator.block.out.weight" in state
-    assert "blocks.1.operator.block.last.weight" not in state
+    assert "blocks.1.fc.weight" in state
+    assert "blocks.3.fc.weight" in state
+    assert "blocks.3.out.weight" in state
+    assert "blocks.1.last.weight" not in state
     made.train()(x).sum().backward()
     assert all(p.grad is not None for p in made.parameters())
     trained = made(x)
@@ -177,7 +177,7 @@ def test_weights_that_the_captured_graph_reads_stay_the_blocks_own(x: Tensor | N
     made = replfx.transform(model, x, operator="block")
     assert replfx.report(made).replaced == replfx.inspect(model, x, operator="block").replaced == ["1", "3"]
     assert {name for name in made.state_dict() if "operator" in name and "fc" in name} >= {
-        f"{path}.operator.block.fc.weight" for path in "13"
+        f"{path}.fc.weight" for path in "13"
     }
     assert not any("last.weight" in name for name in made.state_dict() if "operator" in name)
     plain = nn.Sequential(*made.children())

@@ -126,13 +126,12 @@ def test_it_is_honoured_where_a_trainer_holds_the_model() -> None:
 
 
 def test_names_are_as_before_transform() -> None:
-    """A replaced block's own matrix has another name, and the model names the one that it knows."""
     made = replfx.transform(positions())
-    owner = made.get_submodule("blocks.1.operator.block")
+    owner = made.get_submodule("blocks.1")
     owner.table = nn.Parameter(torch.ones(2, 2))
-    assert "blocks.1.operator.block.table" in names_in(made, replfx.parameter_groups(made), "no_decay")
+    assert "blocks.1.table" in names_in(made, replfx.parameter_groups(made), "no_decay")
     owner.other = nn.Parameter(torch.ones(2, 2))
-    assert "blocks.1.operator.block.other" in names_in(made, replfx.parameter_groups(made), "decay")
+    assert "blocks.1.other" in names_in(made, replfx.parameter_groups(made), "decay")
 
 
 def test_timms_groups_are_the_same_on_timms_models() -> None:

@@ -144,9 +144,8 @@ def _original(subject: Subject, outcome: Outcome) -> tuple[nn.Module, Variant, s
 
 
 def _without_gradient(model: nn.Module) -> set[str]:
-    """The parameters without a finite gradient; those of a replaced block's own by the names that they had in it."""
-    found = (name for name, p in model.named_parameters() if not _has_finite_gradient(p))
-    return {name.replace(".operator.block.", ".") for name in found}
+    """The parameters without a finite gradient."""
+    return {name for name, p in model.named_parameters() if not _has_finite_gradient(p)}
 
 
 def _without_gradient_in_more(model: nn.Module, variant: Variant, ever: set[str]) -> set[str]:

@@ -54,10 +54,20 @@ class Reading(NamedTuple):
     rows: tuple[int, int] | None = None
 
     def owner(self) -> nn.Module:
-        """The module that owns the parameter now."""
+        """The module that owns the parameter now.
+
+        Raises:
+            FusionError: nothing is at its path any more.
+        """
         owner: Any = self.base
         for name in self.path:
-            owner = getattr(owner, name)
+            found = getattr(owner, name, None)
+            if found is None:
+                raise FusionError(
+                    f"a replaced block reads `{'.'.join((*self.path, self.leaf))}` of its neighbour, a "
+                    f"{type(self.base).__name__}, and that is gone: call replfx.materialize before a model is rebuilt"
+                )
+            owner = found
         return owner  # type: ignore[no-any-return]
 
 
@@ -374,7 +384,10 @@ def _checked(owner: nn.Module, leaf: str, theta: object) -> Tensor:
     if leaf in vars(owner):
         theta = made_by_hook(owner, leaf)
     if not isinstance(theta, Tensor):
-        raise FusionError(f"the neighbour's parameter `{leaf}` is gone: it is no tensor but {theta!r}")
+        raise FusionError(
+            f"the `{leaf}` of a neighbour's {type(owner).__name__} is gone (it is {theta!r}): call replfx.materialize before "
+            "a model is rebuilt"
+        )
     # Of a tensor without subclass its numbers are what they seem.
     if is_wrapped(theta) or not (theta.dtype.is_floating_point or theta.dtype.is_complex):
         kind = type(theta).__name__ if is_wrapped(theta) else theta.dtype

@@ -21,7 +21,7 @@ from benchmarks.accuracy.tasks import Subject
 from benchmarks.accuracy.training import Run, prepared
 from benchmarks.accuracy.variants import variant_of
 from replfx import ReplfxError
-from replfx.fusion.layer import fusion_layers
+from replfx.live import fusion_layers
 from replfx.measure import trainable_parameters
 from tests.accuracy import toys
 from tests.accuracy.toys import CPU

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from replfx.state import fusion_layers
+from replfx.live import fusion_layers
 from tests.distributed.layouts import MODES, MORE_MODES, Mode
 from tests.reference import Stack
 from tests.strategies import Case

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from replfx.fusion import FusionLayer
-from replfx.state import fusion_layers
+from replfx.live import Synthesis
+from replfx.live import fusion_layers
 from tests.distributed.layouts import by_block
 from tests.distributed.processes import on_ranks
 from tests.distributed.ranks import BATCH, STEPS, whole_tensor
@@ -139,7 +139,7 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
     return total, sizes
 
 
-def _rounded(layer: FusionLayer) -> dict[str, Tensor]:
+def _rounded(layer: Synthesis) -> dict[str, Tensor]:
     """A layer's weights from float32 neighbours and rounded coefficients, rounded."""
     assert layer.fusion is not None
     sides = [

@@ -77,7 +77,7 @@ def test_models_run_in_evaluation_mode_and_only_transformed_ones_hold_fusion_lay
 
     for way in ways_of(["block", "light"]):
         if not way.compiled and not way.int8:
-            assert ("FusionLayer" in kinds(way)) == way.name.endswith("transformed")
+            assert ("Synthesis" in kinds(way)) == way.name.endswith("transformed")
     assert FULL in BOUNDS
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
+from replfx.live import Synthesis
 from tests.models import Tower, tower
 from tests.strategies import randomize
 
@@ -103,8 +104,8 @@ def test_coefficients_are_trained_if_they_are_asked_for(tmp_path: Path) -> None:
     assert torch.equal(loaded(POINTS), lora(POINTS))
 
 
-def layers_of(model: nn.Module) -> list[replfx.FusionLayer]:
-    return [module for module in model.modules() if isinstance(module, replfx.FusionLayer)]
+def layers_of(model: nn.Module) -> list[Synthesis]:
+    return [module for module in model.modules() if isinstance(module, Synthesis)]
 
 
 @OPERATORS
