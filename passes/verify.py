@@ -7,9 +7,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.errors import FusionError, VerifyError
+from replfx.errors import FusionError, VerifyError, WrittenWeightsError
 from replfx.fusion import operators
 from replfx.live import fusion_layers
+from replfx.live.synthesis import written_weights
 from replfx.passes.chains import chains_of
 from replfx.passes.why_not import ancestors
 from replfx.plans import Plan
@@ -93,6 +94,8 @@ class Verify(PassBase):
 
 def _broken(error: Exception, when: str = "") -> VerifyError:
     """What to raise for a transformed model that fails although the original ran."""
+    if isinstance(error, WrittenWeightsError):
+        return error
     raised = VerifyError(does_not_run(error, when))
     raised.__cause__ = error
     return raised
@@ -134,12 +137,17 @@ class _Rehearsal:
             if training is not self.model.training:  # what is inside may have a mode of its own, as a frozen norm has
                 ghost.train(training)
             ghost.zero_grad()
-            with mode, torch.set_grad_enabled(trained):
+            with mode, torch.set_grad_enabled(trained), written_weights() as written:
                 tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
                 losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
                 if losses:
                     torch.stack([loss.double() for loss in losses]).sum().backward()
         except Exception as error:
             return error
+        if names := written():
+            paths = {synthesis: path for path, synthesis in fusion_layers(ghost).items()}
+            found = {paths[synthesis]: of_block for synthesis, of_block in names.items()}
+            path, (name, *_) = next(iter(found.items()))
+            return WrittenWeightsError(f"the model writes to the `{name}` of `{path}`, which is synthesised", found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
         return _Run(shapes_in(tensors), without)

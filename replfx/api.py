@@ -7,10 +7,11 @@ from dataclasses import replace
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase
 
+from replfx.blocks import head_of
 from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReplfxError
+from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReplfxError, WrittenWeightsError
 from replfx.fusion.registry import AUTO
 from replfx.passes import (
     FindChains,
@@ -23,7 +24,7 @@ from replfx.passes import (
     refuse_reads_of_freed,
     run_passes,
 )
-from replfx.plans import Plan, has_regions
+from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
 from replfx.state import mark, state_of
@@ -282,15 +283,27 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
             del target.meta[key]  # it speaks of nodes of the captured graph
     else:
         refuse_reads_of_freed(graph, planned)
-        snapshot = install(target, build(target, planned))
-        try:
-            run_passes(graph, [Release(), Verify(target, original, inputs)])
-        except ReplfxError:
-            snapshot.restore()  # with inplace=True the model is the user's
-            raise
+        planned = _carry_out_on_modules(graph, target, planned, Verify(target, original, inputs))
         draft = replace(draft, notes=list(info_of(graph).notes))
     mark(target, planned, with_layers(draft, planned, target))
     return target
+
+
+def _carry_out_on_modules(graph: fx.GraphModule, target: nn.Module, planned: Plan, verify: Verify) -> Plan:
+    """Replace blocks that are modules; gives the plan, with the weights that turn out to have to stay."""
+    passes: list[PassBase] = [Release(), verify]
+    while True:
+        snapshot = install(target, build(target, planned))
+        try:
+            run_passes(graph, passes)
+        except ReplfxError as error:
+            snapshot.restore()  # with inplace=True the model is the user's
+            if not isinstance(error, WrittenWeightsError):
+                raise
+            written = {r.path: error.names.get(head_of(target, r.path), ()) for r in planned.replacements}
+            planned, passes = keeping(planned, written), [verify]
+        else:
+            return planned
 
 
 def _refuse_transformed(model: nn.Module) -> None:

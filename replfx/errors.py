@@ -3,6 +3,8 @@
 A message says what was wrong, where (a module path wherever there is one) and what to do about it.
 """
 
+from collections.abc import Mapping, Sequence
+
 __all__ = [
     "CalibrationError",
     "CaptureError",
@@ -10,6 +12,7 @@ __all__ = [
     "FusionError",
     "NoChainError",
     "PlanError",
+    "WrittenWeightsError",
     "ReplfxError",
     "StateDictError",
     "VerifyError",
@@ -50,3 +53,15 @@ class StateDictError(ReplfxError):
 
 class VerifyError(ReplfxError):
     """The transformed model is not sound: a shape changed, or a parameter gets no gradient."""
+
+
+class WrittenWeightsError(VerifyError):
+    """The model writes to weights of a replaced block, which are computed anew each time that they are read.
+
+    Attributes:
+        names: path of the block → names in it of the parameters that are written.
+    """
+
+    def __init__(self, message: str, names: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(message)
+        self.names = names

@@ -11,7 +11,7 @@ from replfx.errors import PlanError
 from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
 
-__all__ = ["Plan", "Replacement", "has_regions"]
+__all__ = ["Plan", "Replacement", "has_regions", "keeping"]
 
 _FORMAT, _VERSION = "replfx-plan", 2
 _LARGEST = 64 * 1024 * 1024  # characters; a plan of 100,000 blocks is about half of it
@@ -112,6 +112,27 @@ def has_regions(plan: Plan) -> bool:
     """Whether the plan replaces regions of a graph, which are no modules."""
     return any(is_region(replacement.path) for replacement in plan.replacements)
 
+
+def keeping(plan: Plan, names: Mapping[str, Sequence[str]]) -> Plan:
+    """The plan under which replaced blocks keep parameters as their own.
+
+    Args:
+        plan: with operator `block`.
+        names: path of a replaced block → names in it; all blocks of its kind keep them.
+    """
+    if not names:
+        return plan
+    kept: dict[str | None, set[str]] = {}
+    for replacement in plan.replacements:
+        kept.setdefault(replacement.kind, set()).update(names.get(replacement.path, ()))
+    changed = []
+    for replacement in plan.replacements:
+        given = replacement.operator.options.get("keep", ())
+        assert isinstance(given, Iterable)
+        keep = sorted({*given, *kept[replacement.kind]})
+        options = {**replacement.operator.options, **({"keep": keep} if keep else {})}
+        changed.append(replace(replacement, operator=Choice(replacement.operator.name, options)))
+    return Plan(plan.model, tuple(changed))
 
 
 def _parse(text: object) -> object:

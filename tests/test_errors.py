@@ -157,7 +157,7 @@ def test_a_model_on_the_meta_device(inplace: bool) -> None:
 @inplace
 def test_a_model_that_is_transformed_already(inplace: bool) -> None:
     made, plan = replfx.transform(tower(5)), replfx.plan(tower(5))
-    message = "transformed already: `blocks.1` is a fusion layer; .*materialize or replfx.unroll"
+    message = "transformed already: `blocks.1` is a replaced block; .*materialize or replfx.unroll"
     refuse(replfx.PlanError, message, replfx.transform, made, inplace=inplace)
     refuse(replfx.PlanError, message, replfx.transform, made, X, inplace=inplace)
     refuse(replfx.PlanError, message, replfx.transform, made, plan=plan, inplace=inplace)
@@ -165,7 +165,7 @@ def test_a_model_that_is_transformed_already(inplace: bool) -> None:
     refuse(replfx.PlanError, message, replfx.inspect, made)
     refuse(replfx.PlanError, message, replfx.plan, made)
     outer = nn.Sequential(made)
-    refuse(replfx.PlanError, "`0.blocks.1` is a fusion layer", replfx.transform, outer, inplace=inplace)
+    refuse(replfx.PlanError, "`0.blocks.1` is a replaced block", replfx.transform, outer, inplace=inplace)
 
 
 @inplace
@@ -248,7 +248,7 @@ def test_the_state_dict_of_the_untransformed_model(operator: str, strict: bool, 
         for tensor in state.values():
             tensor.add_(1)
     before = snapshot(model)
-    with pytest.raises(replfx.StateDictError, match=r"`blocks\.1` is a fusion layer.*Load it before") as caught:
+    with pytest.raises(replfx.StateDictError, match=r"`blocks\.1` is a replaced block.*Load it before") as caught:
         model.load_state_dict(state, strict=strict)
     assert isinstance(caught.value, replfx.ReplfxError)
     assert "unroll" in str(caught.value)
@@ -290,7 +290,7 @@ def test_a_transformed_state_dict_does_not_load_into_the_original(operator: str)
     model = tower(5)
     state = replfx.transform(tower(5), X, operator=operator).state_dict()
     with pytest.raises(
-        RuntimeError, match=r'Missing.*blocks\.1\.fc1\.weight.*\n.*Unexpected.*"blocks\.1\.fusion\.previous"'
+        RuntimeError, match=r'Missing.*blocks\.1\.fc1\.weight.*\n.*Unexpected.*"blocks\.1\.replfx\.fusion\.previous"'
     ):
         model.load_state_dict(state)
 

@@ -52,7 +52,7 @@ def test_a_small_transformed_model() -> None:
     assert all(group["lr"] == 1e-3 for group in groups)
     kept = {f"blocks.{index}.fc{layer}.weight" for index in (0, 2) for layer in (1, 2)}
     assert names_in(model, groups, "decay") == {"stem.weight", "head.weight"} | kept
-    assert {"blocks.1.fusion.previous", "blocks.1.fusion.next"} <= names_in(model, groups, "no_decay")
+    assert {"blocks.1.replfx.fusion.previous", "blocks.1.replfx.fusion.next"} <= names_in(model, groups, "no_decay")
     assert "lr" not in replfx.parameter_groups(model)[0]
 
 
@@ -70,7 +70,7 @@ class Matrices(replfx.Fusion):
 def test_coefficients_of_two_dimensions_are_coefficients_too() -> None:
     replfx.register_fusion("matrices")(Matrices)
     model = replfx.transform(tower(3), fusion="matrices")
-    assert "blocks.1.fusion.mix" in names_in(model, replfx.parameter_groups(model), "no_decay")
+    assert "blocks.1.replfx.fusion.mix" in names_in(model, replfx.parameter_groups(model), "no_decay")
 
 
 def test_norms_and_biases_of_any_shape() -> None:

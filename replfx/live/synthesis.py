@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from replfx.fusion.operators import Operator
     from replfx.live.skeletons import Skeleton
 
-__all__ = ["Held", "Reading", "Readings", "Slot", "Synthesis", "check_neighbours", "fusion_layers", "synthesis_of"]
+__all__ = ["Held", "Reading", "Readings", "Synthesis", "check_neighbours", "fusion_layers", "synthesis_of", "written_weights"]
 
 
 class Reading(NamedTuple):
@@ -74,9 +74,6 @@ class Reading(NamedTuple):
 Readings: TypeAlias = Mapping[str, Reading]
 """By the block's name for a parameter: where its counterpart is."""
 
-Slot: TypeAlias = tuple[nn.Module, str]
-"""The module in a block that reads a synthesised parameter, and its name for it."""
-
 
 class Held(dict[str, Tensor]):
     """Synthesised weights that several forward passes share; a copy has none, and synthesises its own."""
@@ -108,8 +105,7 @@ class Synthesis(nn.Module):
 
     Attributes:
         neighbours: the kept block before and the one after; empty if the operator needs none.
-        slots: where in the block each synthesised parameter is read.
-        marks: the Python attributes that each of these parameters had.
+        marks: the Python attributes that each synthesised parameter had.
         names: where the parts of a block that was no module were in the model, by their names in the block.
         held: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
         tensor_parallel: how it runs on several processes, if `replfx.parallelize_module` was told.
@@ -134,7 +130,6 @@ class Synthesis(nn.Module):
         self.places = places
         self.skeleton = skeleton
         self._checked = 0  # the id of the one that was seen with its neighbours: a copy is another one
-        self.slots: dict[str, list[Slot]] = {}
         self.marks: dict[str, dict[str, Any]] = {}
         self.names: Mapping[str, str] = {}
         self.held: Held | None = None
@@ -164,8 +159,12 @@ class Synthesis(nn.Module):
             return self._laid_out(self._synthesize((name,), alone=True), None)[name]
         call = _running().get(self)
         if call is None or functorch_is_active():
-            return self._laid_out(self._synthesize((name,), alone=True), None)[name]
-        return call.weights()[name]
+            theta = self._laid_out(self._synthesize((name,), alone=True), None)[name]
+        else:
+            theta = call.weights()[name]
+        for note in getattr(_local, "watchers", ()):
+            note(self, name, theta)
+        return theta
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[object]:
         """Within it each weight is synthesised once.
@@ -320,6 +319,31 @@ def _running() -> dict[Synthesis, _Call]:
     return found
 
 
+@contextmanager
+def written_weights() -> Iterator[Callable[[], dict[Synthesis, list[str]]]]:
+    """Within it, watch what is read in this thread; gives a function that says what has been written to since.
+
+    Such a write is lost: the weight is computed anew when it is read again.
+    """
+    seen: list[tuple[Synthesis, str, Tensor]] = []
+
+    def written() -> dict[Synthesis, list[str]]:
+        found: dict[Synthesis, list[str]] = {}
+        for synthesis, name, theta in seen:
+            if theta._version and name not in found.setdefault(synthesis, []):
+                found[synthesis].append(name)
+        return {synthesis: names for synthesis, names in found.items() if names}
+
+    def note(synthesis: Synthesis, name: str, theta: Tensor) -> None:
+        seen.append((synthesis, name, theta))
+
+    _local.watchers = (*getattr(_local, "watchers", ()), note)
+    try:
+        yield written
+    finally:
+        _local.watchers = tuple(watcher for watcher in _local.watchers if watcher is not note)
+
+
 @dataclass(slots=True)
 class _Call:
     """Keeps the weights of one call of a block.
@@ -415,7 +439,7 @@ def _scale_gradient(theta: Tensor, factor: float) -> Tensor:
 
 def synthesis_of(module: nn.Module) -> Synthesis | None:
     """The synthesis of a replaced block; None for any other module."""
-    found = module._modules.get(SUBMODULE)
+    found = module._modules[SUBMODULE] if SUBMODULE in module._modules else None  # TorchScript's has no `get`
     return found if isinstance(found, Synthesis) else None
 
 
@@ -436,9 +460,8 @@ def check_neighbours(model: nn.Module) -> None:
         for reading in synthesis.readings():
             owner = reading.owner()
             if id(owner) not in present and id(getattr(owner, reading.leaf)) not in present:
-                raise FusionError(
-                    synthesis.parted(path, _place(synthesis, owner) or reading.leaf, "that is not in the model or stage that runs")
-                )
+                place = _place(synthesis, owner) or reading.leaf
+                raise FusionError(synthesis.parted(path, place, "that is not in the model or stage that runs"))
 
 
 def _place(synthesis: Synthesis, owner: nn.Module) -> str | None:

@@ -47,4 +47,4 @@ def test_a_norm_without_parameters_is_not_left_out(norm: Callable[[], Callable[[
 
 def test_a_norm_with_parameters_is_taken_over() -> None:
     model = replfx.transform(_model(lambda: nn.LayerNorm(WIDTH)), torch.randn(2, 3, WIDTH), operator="light")
-    assert [type(module) for module in model[1].operator.children()] == [nn.LayerNorm]
+    assert [type(module) for module in model[1].replfx.operator.children()] == [nn.LayerNorm]
