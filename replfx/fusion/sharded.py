@@ -13,12 +13,14 @@ bfloat16 would be silently coarser than one that was asked for in float32.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
+
+from replfx.torch_internals import is_managed_by_fsdp, reshard
 
 __all__ = [
     "DTensor",
@@ -160,22 +162,9 @@ def settle(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = N
 
 def _managed(readings: Parameters) -> list[Tensor]:
     """Of these parameters those that FSDP looks after."""
-    return [getattr(owner, leaf) for owner, leaf in readings if hasattr(owner, "_is_fsdp_managed_module")]
+    return [getattr(owner, leaf) for owner, leaf in readings if is_managed_by_fsdp(owner)]
 
 
 @_disable_dynamo  # in compiled code too it has to happen at each call
 def _shard_again(parameters: set[int]) -> None:
-    from torch.distributed._composable_state import _module_state_mapping  # FSDP is not imported with every replfx
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-    at_rest = (TrainingState.IDLE, TrainingState.POST_BACKWARD)
-    for module in [module for module in _module_state_mapping if isinstance(module, FSDPModule)]:
-        # A parameter does not know its group, and the module that was sharded may lie anywhere above its owner.
-        state: Any = module._get_fsdp_state()
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is None or group.is_sharded or group._training_state not in at_rest:
-                continue
-            held = ("_unsharded_param", "_sharded_post_forward_param")
-            if any(id(getattr(p, name, None)) in parameters for p in group.fsdp_params for name in held):
-                group.reshard()
+    reshard(parameters)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from replfx.errors import FusionError
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.sharded import DTensor, gather
+from replfx.torch_internals import is_tensor_parallel
 
 __all__ = ["TensorParallel", "laid_out", "mesh_of_activation", "refuse_unprepared"]
 
@@ -124,16 +125,16 @@ def mesh_of_activation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Dev
 
 
 def refuse_unprepared(owners: Sequence[nn.Module]) -> None:
-    """Raise if a neighbour was parallelised by torch's `parallelize_module`, and its fusion layer was not by ours.
+    """Raise if a neighbour was parallelised by torch's `parallelize_module`, and the replaced block was not by ours.
 
     Raises:
         FusionError: it would run on each process's part of the activation as if that were all of it, or sum
             its gradients wrongly; nobody here can know what the plan meant for this block.
     """
     for owner in owners:
-        if owner.__dict__.get("_distribute_module_applied"):
+        if is_tensor_parallel(owner):
             raise FusionError(
-                f"a neighbour's {type(owner).__name__} is tensor parallel, and this fusion layer does not know how its "
+                f"a neighbour's {type(owner).__name__} is tensor parallel, and this replaced block does not know how its "
                 "own activation lies: call replfx.parallelize_module(model, mesh, plan) where you call that of "
                 "torch.distributed.tensor.parallel"
             )
