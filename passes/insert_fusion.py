@@ -139,6 +139,8 @@ def _rewrite(
         made = graph.call_module(target, args, kwargs)  # type: ignore[arg-type]
     made.meta.update(nodes_in(call.output)[0].meta)
     _redirect(call.output, made, graph, set(region), renamed)
+    for filled in call.filled.values():  # of a cache, which the layer fills itself: the graph does not show how
+        filled.replace_all_uses_with(made, delete_user_cb=lambda user: user not in set(region))
     for node in reversed(region):
         if not node.users:
             graph.erase_node(node)

@@ -10,12 +10,15 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from replfx.blocks import head_of, parameters_of
 from replfx.errors import ReadFromOutsideError, VerifyError
+from replfx.passes.select_blocks import plan_of
+from replfx.plans import Plan
 from replfx.state import fusion_layers
-from replfx.tracing import Inputs, ghost_of, info_of
+from replfx.tracing import Inputs, ghost_of, info_of, real_twin
 from replfx.tree import shapes_in, tensors_in
 
-__all__ = ["Verify", "does_not_run"]
+__all__ = ["Verify"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +55,39 @@ class Verify(PassBase):
             return
         before = self._before(self.original.training)
         if isinstance(before, Exception):  # the capture ran the model for real for the same reason
-            info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
-            return
+            info_of(graph_module).notes.append(f"gradients not verified: {type(before).__name__} under fake tensors")
+            before, after = (self._run_for_real(each) for each in (self.original, model))
+            if isinstance(before, Exception):
+                return
         if isinstance(after, Exception):
             raise _broken(after)
         if before.outputs != after.outputs:
             raise VerifyError(
                 f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
             )
-        lost = sorted((after.without - before.without).intersection(dict(model.named_parameters())))
+        lost = sorted(n for n in after.without - before.without if self._had_gradient(n, before, plan_of(graph_module)))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+
+    def _had_gradient(self, name: str, before: "_Run", plan: Plan) -> bool:
+        """Whether a parameter of the transformed model had a gradient; of what is new in a block, whether any there."""
+        had = dict(self.original.named_parameters()).keys() - before.without
+        old = name.replace(".operator.block.", ".")
+        if old in before.without or old in had:
+            return old in had
+        for replacement in plan.replacements if self.model is not None else ():
+            if name.startswith(f"{head_of(self.original, replacement.path)}."):
+                return not had.isdisjoint(parameters_of(self.original, replacement.path))
+        return True
+
+    def _run_for_real(self, model: nn.Module) -> "_Run | Exception":
+        assert self.inputs is not None
+        twin, inputs = real_twin(model, self.inputs)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                return _Run(shapes_in(twin(*inputs.args, **inputs.kwargs)), frozenset())
+        except Exception as error:
+            return error
 
     def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
         if isinstance(after, Exception) and isinstance(self._before(training), _Run):
@@ -77,7 +102,7 @@ def _broken(error: Exception, when: str = "") -> VerifyError:
     """What to raise for a transformed model that fails although the original ran."""
     if isinstance(error, ReadFromOutsideError):
         return error
-    raised = VerifyError(does_not_run(error, when))
+    raised = VerifyError(_does_not_run(error, when))
     raised.__cause__ = error
     return raised
 
@@ -90,7 +115,7 @@ class _Run:
     without: frozenset[str]
 
 
-def does_not_run(error: BaseException, when: str = "") -> str:
+def _does_not_run(error: BaseException, when: str = "") -> str:
     """What to say of a transformed model that fails although the original ran."""
     return (
         f"the transformed model does not run{when}: {type(error).__name__}: {error}. A fusion layer takes what its "
@@ -124,10 +149,10 @@ class _Rehearsal:
                 ghost.train(training)
             ghost.zero_grad()
             with mode, torch.set_grad_enabled(trained), _reads_of_vacant(ghost, found):
-                tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
-                losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
+                result = ghost(*fakes.args, **fakes.kwargs)
+                losses = [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(result) if t.requires_grad]
                 if losses:
-                    torch.stack([loss.double() for loss in losses]).sum().backward()
+                    torch.stack([loss.sum().double() for loss in losses]).sum().backward()
         except Exception as error:
             if not found:
                 return error
@@ -137,7 +162,7 @@ class _Rehearsal:
             )
             return ReadFromOutsideError(said, found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
-        return _Run(shapes_in(tensors), without)
+        return _Run(shapes_in(result), without)
 
 
 @contextmanager

@@ -10,8 +10,16 @@ from torch.fx.passes.infra.pass_base import PassBase
 from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
 from replfx.calibration import calibrate as fit
-from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
+from replfx.describe import describe_chains, describe_plan, with_layers
+from replfx.errors import (
+    CalibrationError,
+    CaptureError,
+    NoChainError,
+    PlanError,
+    ReadFromOutsideError,
+    ReplfxError,
+    VerifyError,
+)
 from replfx.fusion.registry import AUTO
 from replfx.measure import trainable_parameters
 from replfx.passes import (
@@ -20,16 +28,15 @@ from replfx.passes import (
     Release,
     SelectBlocks,
     Verify,
-    does_not_run,
     plan_of,
     run_passes,
 )
 from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
-from replfx.reports import Report
+from replfx.reports import Report, Totals
 from replfx.state import mark, placed_layers, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, info_of
+from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, costs_of, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -109,7 +116,8 @@ def transform(
     else:
         factor = 0.0 if detach_neighbours else neighbour_gradient
         policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
-        made = _transformed(model, example_inputs, policy, inplace)
+        _refuse_transformed(model)
+        made = _Transformation(model, model if inplace else _copy(model), example_inputs, policy).carry_out()
     if calibrate is not None:
         fit(made, model, calibrate)
     return made
@@ -140,27 +148,21 @@ def inspect(
     """
     policy = policy_of(every, fraction, select, fusion, operator, 1.0, split_at)
     _refuse_transformed(model)
-    graph = capture_lazily(model, example_inputs)
-    run_passes(graph, [FindChains()])
+    attempt = _Transformation(model, structural_copy(model), example_inputs, policy)
     try:
-        run_passes(graph, [policy])
+        made = attempt.carry_out()
     except NoChainError as error:
-        draft = describe_chains(graph, model)
-        return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
-    draft, before = describe_chains(graph, model), totals_of(graph)  # InsertFusion takes the replaced nodes out
-    twin, result = _inserted(graph, model)
-    if has_regions(plan_of(graph)):
-        draft, twin = replace(draft, notes=list(info_of(graph).notes)), result
-    layers = placed_layers(twin, plan_of(graph))
-    found = with_layers(draft, plan_of(graph), layers, trainable_parameters(twin))
-    if example_inputs is None:
+        return attempt.found(str(error).partition(":")[0])
+    except VerifyError as error:
+        refused = attempt.found(f"nothing can be replaced: {error}")
+        why = "the transformed model would not be sound"
+        return replace(refused, blocks=[replace(block, kept=block.kept or why) for block in refused.blocks])
+    found = state_of(made).report
+    if attempt.inputs is None:
         return found
-    try:
-        return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
-    except CaptureError as error:  # the original ran
-        notes = [*draft.notes, f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"]
-        blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
-        return replace(draft, blocks=blocks, notes=notes)
+    return replace(
+        found, before=Totals(*costs_of(model, attempt.inputs)), after=Totals(*costs_of(made, attempt.inputs))
+    )
 
 
 def report(model: nn.Module) -> Report:
@@ -240,31 +242,53 @@ def apply(
 # ---- the pieces
 
 
-def _transformed(
-    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, inplace: bool
-) -> nn.Module:
-    _refuse_transformed(model)
-    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
-    read: dict[str, list[str]] = {}
-    while True:  # with one weight more each time that has to stay
-        graph = _planned(target, example_inputs, policy)
-        graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
+class _Transformation:
+    """One policy carried out on one model, as often as weights turn out to have to stay.
+
+    Args:
+        model: the user's.
+        target: what is changed: a copy of it, or `model` itself.
+        example_inputs: the user's.
+        policy: which blocks are replaced, and how.
+    """
+
+    def __init__(
+        self, model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks
+    ) -> None:
+        self.model, self.target, self.example_inputs, self.policy = model, target, example_inputs, policy
+        self.inputs = Inputs.of(example_inputs, model)
+        self._draft: Report | None = None
+
+    def carry_out(self) -> nn.Module:
+        """Give the transformed model.
+
+        Raises:
+            NoChainError: there is nothing to replace; `found` then says why.
+            VerifyError: what came of it is not sound; the same.
+        """
+        read: dict[str, list[str]] = {}
+        while True:  # with one weight more each time that has to stay
+            graph = self._planned()
+            graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
+            try:
+                return _carry_out(graph, self.model, self.target, self.inputs)
+            except ReadFromOutsideError as error:
+                for path, names in error.names.items():
+                    read.setdefault(path, []).extend(names)
+
+    def found(self, note: str) -> Report:
+        """What was found of the model where nothing is replaced."""
+        assert self._draft is not None
+        return replace(self._draft, notes=[*self._draft.notes, note])
+
+    def _planned(self) -> fx.GraphModule:
+        graph = capture_lazily(self.target, self.example_inputs)
+        run_passes(graph, [FindChains()])
         try:
-            return _carry_out(graph, model, target, inputs)
-        except ReadFromOutsideError as error:
-            for path, names in error.names.items():
-                read.setdefault(path, []).extend(names)
-
-
-def _inserted(graph: fx.GraphModule, model: nn.Module) -> tuple[nn.Module, fx.GraphModule]:
-    """Carry the graph's plan out on a copy without weights; gives the copy and the graph."""
-    twin = structural_copy(model)
-    try:
-        return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
-    except ReadFromOutsideError as error:  # before anything was changed
-        graph.meta["replfx_plan"] = keeping(plan_of(graph), error.names)
-    twin = structural_copy(model)
-    return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
+            run_passes(graph, [self.policy])
+        finally:
+            self._draft = describe_chains(graph, self.target)
+        return graph
 
 
 def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:

@@ -276,7 +276,9 @@ def _read_parameter(owner: nn.Module, leaf: str, rows: tuple[int, int] | None) -
     theta = getattr(owner, leaf)
     if not isinstance(theta, Tensor):
         raise FusionError(f"the neighbour's parameter `{leaf}` is gone: it is no tensor but {theta!r}")
-    if is_wrapped(theta) or not theta.dtype.is_floating_point:  # its numbers are codes, or nothing at all
+    if is_wrapped(theta) or not (
+        theta.dtype.is_floating_point or theta.dtype.is_complex
+    ):  # its numbers are codes, or nothing at all
         kind = type(theta).__name__ if is_wrapped(theta) else theta.dtype
         raise FusionError(
             f"the `{leaf}` of a neighbour's {type(owner).__name__} is quantised ({kind}), and weights are synthesised "

@@ -62,7 +62,7 @@ class TensorParallel:
         if self.sequence is None or isinstance(read_slot(interface.main, args, kwargs), DTensor):
             return result
         y = interface.main_of(result)
-        return interface.result(args, kwargs, y.redistribute(placements=[Shard(self.sequence)]).to_local())
+        return interface.with_main(args, kwargs, y.redistribute(placements=[Shard(self.sequence)]).to_local())
 
 
 def laid_out(

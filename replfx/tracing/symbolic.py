@@ -21,10 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from replfx.structure import class_of
-from replfx.tracing.info import CaptureInfo, ModuleCall
+from replfx.tracing.info import CaptureInfo, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
+from replfx.tree import arguments_hold
 
 __all__ = ["is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
@@ -163,9 +164,10 @@ class SymbolicTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path) and any(own_tensors(p) != self._own.get(id(p)) for p in m.modules()):
             raise _UntraceableError(f"other tensors than its own in `{path}` while it is called")
-        call = ModuleCall(path, _to_nodes(args), _to_nodes(kwargs), len(self.nodes))
+        call = ModuleCall(path, _to_nodes(args), _to_nodes(kwargs), len(self.nodes), held=_held((args, kwargs)))
         result = super().call_module(m, forward, args, kwargs)
         call.stop, call.output = len(self.nodes), _to_nodes(result)
+        call.fill(_held((args, kwargs)))
         self.calls.append(call)
         return result
 
@@ -273,6 +275,10 @@ class _GradModes(TorchFunctionMode):
 
 def _to_nodes(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.node if isinstance(leaf, Proxy) else leaf, tree)
+
+
+def _held(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Place, fx.Node]:
+    return {place: proxy.node for place, proxy in arguments_hold(arguments, Proxy)}
 
 
 @contextmanager
