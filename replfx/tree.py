@@ -84,7 +84,7 @@ def arguments_hold(
 
 
 def shapes_in(tree: object) -> list[tuple[int, ...]]:
-    """The shapes of all tensors in `tree`, in order, but those in caches: who leaves a block out may keep others there."""
+    """The shapes of all tensors in `tree`, in order, but those in caches: a block that is left out keeps others."""
     return [tuple(tensor.shape) for tensor in tensors_in(tree, caches=False)]
 
 

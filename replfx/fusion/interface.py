@@ -54,7 +54,7 @@ class Interface:
         raise PlanError(f"the plan's output template {self.output!r} names no activation")
 
     def result(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
-        """What takes the block's place gives: its output with `main` for the main activation, its caches kept in step."""
+        """What takes the block's place gives: `with_main`; and caches are kept in step."""
         for filled in self.fills:
             filled.pass_over(args, kwargs, main)
         return self.with_main(args, kwargs, main)

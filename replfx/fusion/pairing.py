@@ -3,8 +3,8 @@
 Neighbours of one class need not be alike: one has a shortcut convolution, another no expansion, and then names
 shift. A parameter's *role* is what owns it (class of the module, and of the one inside the block that holds it:
 a layer alone is like the same layer in a window), its name there, its number of dimensions, whether its numbers are
-real or complex, and for kernels whether they are pointwise, depthwise or dense. Parameters pair by name where the roles agree, and of what is
-left as many as can be by role, in the order of registration. Their shapes may differ:
+real or complex, and for kernels whether they are pointwise, depthwise or dense. Parameters pair by name where the
+roles agree, and of what is left as many as can be by role, in the order of registration. Their shapes may differ:
 `replfx.fusion.alignment` makes up for that.
 """
 

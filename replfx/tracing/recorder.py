@@ -27,7 +27,7 @@ from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_sha
 from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, Place, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
-from replfx.tracing.symbolic import is_leaf, is_small, own_tensors, training_flag
+from replfx.tracing.symbolic import is_composite, is_leaf, is_small, own_tensors, training_flag
 from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
 from replfx.tree import arguments_hold, parts_of, shapes_in, tensors_in
 
@@ -297,7 +297,7 @@ class Recorder(TorchFunctionMode):
 
         The model itself never is one, even if it has no submodules but only parameters.
         """
-        if not path or type(module) in self.opened:
+        if not path or type(module) in self.opened or is_composite(module):
             return False
         if not (is_leaf(module) or (is_small(module) and _reads_training(module))):
             return False

@@ -27,7 +27,7 @@ from replfx.tracing.leaks import Traces
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
 from replfx.tree import arguments_hold
 
-__all__ = ["is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
+__all__ = ["is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
 _SET_GRAD = torch._C._set_grad_enabled
 
@@ -46,9 +46,22 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules that are called as they are: torch.nn's own (but containers), scripted ones, those without parts."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    if issubclass(class_of(module), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    if _is_container(module) or is_composite(module):
         return False
     return not module._modules or class_of(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def _is_container(module: nn.Module) -> bool:
+    return issubclass(class_of(module), nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def is_composite(module: nn.Module) -> bool:
+    """One of torch.nn's modules whose parts have parts: a transformer or a layer of one, which may hold blocks or be one.
+
+    It computes the same in both modes; what it asks of `training` is whether it may take a faster way.
+    """
+    own = class_of(module).__module__.startswith("torch.nn.modules.") and not _is_container(module)
+    return own and any(child._modules for child in module.children())
 
 
 def is_small(module: nn.Module) -> bool:
@@ -349,13 +362,20 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     Raises whatever torch.fx raises when the model's Python code cannot be traced.
     """
     whole: frozenset[str] = frozenset()
-    state = _State(root)
+    state, composite = _State(root), {path for path, module in root.named_modules() if path and is_composite(module)}
     while True:
         tracer = SymbolicTracer(inputs, whole, traces)
         tracer.prepare(root)
-        with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
-            graph = tracer.trace(root)
-        found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole
+        try:
+            with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
+                graph = tracer.trace(root)
+        except Exception:
+            if inputs is not None or composite <= whole:  # with inputs, the recorder looks into these
+                raise
+            whole |= composite
+            state.restore()
+            continue
+        found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole - composite
         if not found:
             break
         whole |= found
@@ -368,7 +388,8 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     graph_module = _LazyGraphModule(root, graph, type(root).__name__)
     alive = set(graph.nodes)
     notes = [
-        f"`{p or type(root).__name__}` branches on `training`: captured as it is now" for p in sorted(tracer.branched)
+        f"`{p or type(root).__name__}` branches on `training`: captured as it is now"
+        for p in sorted(tracer.branched - composite)
     ]
     info = CaptureInfo("symbolic", root, tracer.nodes, tracer.calls, notes)
     _drop_dead(info, alive)
