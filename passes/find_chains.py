@@ -69,7 +69,8 @@ class _Search:
         dropped: dict[str, str] = {}
         chains = self._search(self.candidates.blocks(), dropped)
         if not any(chain.replaceable() for chain in chains):
-            chains = self._search(self.candidates.windows(), dropped) or chains
+            windows = self._search(self.candidates.windows(), dropped)
+            chains = windows if not chains or any(chain.replaceable() for chain in windows) else chains
         if self.traced:
             chains = [Chain(tuple(map(self._as_region, chain.blocks))) for chain in chains]
         if not any(chain.replaceable() for chain in chains):

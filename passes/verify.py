@@ -118,8 +118,8 @@ class _Run:
 def _does_not_run(error: BaseException, when: str = "") -> str:
     """What to say of a transformed model that fails although the original ran."""
     return (
-        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for what "
-        "is not there any more: take operator='block', or leave out with select= the blocks that it asks"
+        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for "
+        "what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
     )
 
 

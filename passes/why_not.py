@@ -63,6 +63,8 @@ def _why(
     """What sets a block apart from the next one of its class (or else from the one before)."""
     if not counts[path]:
         return _not_called(path, modules, counts)
+    if counts[path] > 1:
+        return f"it is called {counts[path]} times in one forward pass"
     if all(parameter.dim() < 2 for parameter in modules[path].parameters()):
         return "its parameters are vectors alone, which no fusion makes"
     order = {path: position for position, path in enumerate(modules)}

@@ -3,6 +3,7 @@
 A message says what was wrong, where (a module path wherever there is one) and what to do about it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ReplfxError",
     "StateDictError",
     "VerifyError",
+    "of_options",
 ]
 
 
@@ -53,6 +55,13 @@ class StateDictError(ReplfxError):
 
 class VerifyError(ReplfxError):
     """The transformed model is not sound: a shape changed, or a parameter gets no gradient."""
+
+
+def of_options(error: Exception) -> str:
+    """What an error of a constructor says of the options that it was given, in the words of who gave them."""
+    said = re.sub(r"^\S+\(\) ", "", str(error))
+    said = re.sub(r"^got an unexpected keyword argument (.*)$", r"there is no option \1", said)
+    return re.sub(r"^missing \d+ required [\w-]+(?: [\w-]+)*: (.*)$", r"\1 must be given", said)
 
 
 class ReadFromOutsideError(VerifyError):

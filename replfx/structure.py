@@ -283,7 +283,7 @@ def unfit_to_share(block: nn.Module) -> str | None:
         if not _combines(parameter.dtype):
             return f"its parameter `{name}` is {parameter.dtype}, which PyTorch stores but does not add"
         if is_wrapped(parameter):
-            return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
+            return f"its parameter `{name}` is of type {type(parameter.data).__name__}: quantised weights are not fused"
     return None
 
 

@@ -56,7 +56,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def is_composite(module: nn.Module) -> bool:
-    """One of torch.nn's modules whose parts have parts: a transformer or a layer of one, which may hold blocks or be one.
+    """One of torch.nn's modules whose parts have parts: a transformer or a layer of one, which holds blocks or is one.
 
     It computes the same in both modes; what it asks of `training` is whether it may take a faster way.
     """
@@ -248,7 +248,7 @@ class SymbolicTracer(fx.Tracer):
             raise _UntraceableError("inputs that go through *args or **kwargs")
         for name, value in bound.items():
             if not isinstance(value, Tensor):
-                raise _UntraceableError(f"input `{name}` is a {type(value).__name__}, not a tensor")
+                raise _UntraceableError(f"input `{name}` is of type {type(value).__name__}, not a tensor")
         return set(bound)
 
     def training_of(self, module: nn.Module) -> Any:
