@@ -138,9 +138,11 @@ def _rewrite(
         args, kwargs = (fx.node.map_aggregate(part, argument) for part in (call.args, call.kwargs))
         made = graph.call_module(target, args, kwargs)  # type: ignore[arg-type]
     made.meta.update(nodes_in(call.output)[0].meta)
-    _redirect(call.output, made, graph, set(region), renamed)
-    for filled in call.filled.values():  # of a cache, which the layer fills itself: the graph does not show how
-        filled.replace_all_uses_with(made, delete_user_cb=lambda user: user not in set(region))
+    inside = set(region)
+    _redirect(call.output, made, graph, inside, renamed)
+    for filled in inside.intersection(call.filled.values()):  # the layer fills that itself: the graph does not show how
+        filled.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside)
+        renamed[filled] = made
     for node in reversed(region):
         if not node.users:
             graph.erase_node(node)

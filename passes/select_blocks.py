@@ -61,8 +61,8 @@ class SelectBlocks(PassBase):
             raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
         for name in ("fraction", "neighbour_gradient"):
             value = getattr(self, name)
-            given = value is not None or name == "neighbour_gradient"
-            if given and (isinstance(value, bool) or not isinstance(value, int | float)):
+            said = value is not None or name == "neighbour_gradient"
+            if said and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise PlanError(f"{name} must be a number, not {value!r}")
         if self.fraction is not None and not 0 < self.fraction <= 0.5:
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")

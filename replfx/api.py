@@ -14,6 +14,7 @@ from replfx.describe import describe_chains, describe_plan, with_layers
 from replfx.errors import (
     CalibrationError,
     CaptureError,
+    FusionError,
     NoChainError,
     PlanError,
     ReadFromOutsideError,
@@ -153,7 +154,9 @@ def inspect(
         made = attempt.carry_out()
     except NoChainError as error:
         return attempt.found(str(error).partition(":")[0])
-    except VerifyError as error:
+    except (VerifyError, FusionError) as error:
+        if not attempt.planned:
+            raise
         refused = attempt.found(f"nothing can be replaced: {error}")
         why = "the transformed model would not be sound"
         return replace(refused, blocks=[replace(block, kept=block.kept or why) for block in refused.blocks])
@@ -257,6 +260,7 @@ class _Transformation:
     ) -> None:
         self.model, self.target, self.example_inputs, self.policy = model, target, example_inputs, policy
         self.inputs = Inputs.of(example_inputs, model)
+        self.planned = False  # whether the policy could be met
         self._draft: Report | None = None
 
     def carry_out(self) -> nn.Module:
@@ -264,7 +268,7 @@ class _Transformation:
 
         Raises:
             NoChainError: there is nothing to replace; `found` then says why.
-            VerifyError: what came of it is not sound; the same.
+            FusionError, VerifyError: what was planned cannot be carried out, or is not sound; the same.
         """
         read: dict[str, list[str]] = {}
         while True:  # with one weight more each time that has to stay
@@ -286,6 +290,7 @@ class _Transformation:
         run_passes(graph, [FindChains()])
         try:
             run_passes(graph, [self.policy])
+            self.planned = True
         finally:
             self._draft = describe_chains(graph, self.target)
         return graph

@@ -111,7 +111,8 @@ class _Builder:
             return operators[choice.name](block, self.replacement.interface, **choice.options)
         except (TypeError, AttributeError, ValueError) as error:
             raise FusionError(
-                f"`{self.path}`: operator {choice.name!r} does not take the options {dict(choice.options)}: {of_options(error)}"
+                f"`{self.path}`: operator {choice.name!r} does not take the options {dict(choice.options)}: "
+                f"{of_options(error)}"
             ) from error
 
     def _readings(
@@ -138,7 +139,8 @@ class _Builder:
             rule = fusions[choice.name](shapes, dtype=like.dtype, device=like.device, **choice.options)
         except TypeError as error:
             raise FusionError(
-                f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: {of_options(error)}"
+                f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: "
+                f"{of_options(error)}"
             ) from error
         sides = [{n: _part(_read(o, leaf).shape, rows) for n, (o, leaf, rows) in side.items()} for side in readings]
         if sides == [shapes, shapes]:
