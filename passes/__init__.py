@@ -10,7 +10,7 @@ from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.passes.release import Release
 from replfx.passes.select_blocks import SelectBlocks, plan_of
-from replfx.passes.verify import Verify, does_not_run, refuse_reads_of_freed
+from replfx.passes.verify import Verify, refuse_reads_of_freed
 
 __all__ = [
     "Block",
@@ -22,7 +22,6 @@ __all__ = [
     "SelectBlocks",
     "Verify",
     "chains_of",
-    "does_not_run",
     "plan_of",
     "refuse_reads_of_freed",
     "run_passes",

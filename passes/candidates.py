@@ -129,7 +129,8 @@ class Candidates:
     def _leak(self, call: ModuleCall) -> str | None:
         """Why the call's nodes are no region with its arguments as entry and its output as exit."""
         region = set(self.info.nodes[call.start : call.stop])
-        outputs, arguments = set(nodes_in(call.output)), set(nodes_in((call.args, call.kwargs)))
+        outputs = {*nodes_in(call.output), *call.filled.values()}
+        arguments = {*nodes_in((call.args, call.kwargs)), *call.held.values()}
         for inner, _ in nx.edge_boundary(self._flow, region):
             if inner not in outputs and inner.op != "get_attr" and not _is_flag(inner):
                 return f"an intermediate result of it (`{inner.name}`) is used outside of it"

@@ -15,6 +15,7 @@ from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import first_unpaired, pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
+from replfx.passes.effects import effects_of
 from replfx.passes.find_regions import find_regions
 from replfx.passes.links import Path, paths_of
 from replfx.passes.regions import Region, region_module
@@ -68,7 +69,8 @@ class _Search:
         dropped: dict[str, str] = {}
         chains = self._search(self.candidates.blocks(), dropped)
         if not any(chain.replaceable() for chain in chains):
-            chains = self._search(self.candidates.windows(), dropped) or chains
+            windows = self._search(self.candidates.windows(), dropped)
+            chains = windows if not chains or any(chain.replaceable() for chain in windows) else chains
         if self.traced:
             chains = [Chain(tuple(map(self._as_region, chain.blocks))) for chain in chains]
         if not any(chain.replaceable() for chain in chains):
@@ -138,6 +140,9 @@ class _Search:
         members = members_of(self.root, call.path)
         names = {call.path: ""} if members == [call.path] else {path: str(i) for i, path in enumerate(members)}
         nodes = tuple(self.info.nodes[call.start : call.stop])
+        if call.filled:
+            fills, effects = effects_of(call, set(nodes), given)
+            interface = replace(interface, fills=fills, effects=effects)
         site = Site(call.path, candidate.module, interface, _shape(gives), nodes, given, gives, names)
         return Block(call, site)
 

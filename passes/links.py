@@ -13,7 +13,7 @@ import networkx as nx
 from torch import fx
 
 from replfx.passes.candidates import Candidate
-from replfx.passes.slots import Joined, input_slots, output_slots
+from replfx.passes.slots import Joined, input_slots, output_slots, same_value
 
 __all__ = ["Path", "paths_of"]
 
@@ -76,9 +76,9 @@ class _Origins:
     def __init__(self, candidates: Sequence[Candidate], families: Sequence[Hashable]) -> None:
         self._given: dict[fx.Node, dict[Hashable, _Origin]] = defaultdict(dict)
         for index, candidate in enumerate(candidates):
-            handed = set(input_slots(candidate.call).values())
+            handed = set(map(same_value, input_slots(candidate.call).values()))
             for slot, node in output_slots(candidate.call).items():
-                if node not in handed:  # a mask that a block hands through comes from none
+                if same_value(node) not in handed:  # a mask that a block hands through comes from none
                     self._given[node][families[index]] = (index, slot, True)
         self._of: dict[fx.Node, dict[Hashable, tuple[_Origin, ...]]] = {}
 

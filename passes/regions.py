@@ -1,10 +1,8 @@
 """Regions: pieces of a graph that are like blocks but are no modules; as modules of their own, and replaced."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from replfx.structure import attribute_at, stand_like

@@ -61,7 +61,8 @@ class SelectBlocks(PassBase):
             raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
         for name in ("fraction", "neighbour_gradient"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            said = value is not None or name == "neighbour_gradient"
+            if said and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise PlanError(f"{name} must be a number, not {value!r}")
         if self.fraction is not None and not 0 < self.fraction <= 0.5:
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
@@ -84,6 +85,7 @@ class SelectBlocks(PassBase):
             raise NoChainError(_no_chain(found))
         wanted = None if self.select is None else _matches(self.select, graph_module, found)
         replacements: list[Replacement] = []
+        known = set(found.refused)
         chains = cut_chains(graph_module, found, self.split_at)
         for chain in chains:
             positions = self._positions(chain) if wanted is None else _selected(wanted, chain)
@@ -91,7 +93,7 @@ class SelectBlocks(PassBase):
             found.kept.update(self._kept(chain, made, found))
             replacements += made
         if not replacements:
-            raise NoChainError(_nothing_left(self, chains, found))
+            raise NoChainError(_nothing_left(self, chains, found, known))
         model = type(info_of(graph_module).root).__name__
         graph_module.meta["replfx_plan"] = Plan(model, tuple(replacements))
         return PassResult(graph_module, False)
@@ -251,10 +253,13 @@ def _no_chain(found: Chains) -> str:
     )
 
 
-def _nothing_left(policy: SelectBlocks, chains: Sequence[Chain], found: Chains) -> str:
+def _nothing_left(policy: SelectBlocks, chains: Sequence[Chain], found: Chains, known: Set[str]) -> str:
+    """Why nothing is left to replace: what the operator lacks in the blocks that were chosen, then what was known."""
     longest = max(len(chain.blocks) for chain in chains)
+    declined = [(path, why) for path, why in found.refused.items() if path not in known]
     obstacles = [(b.path, b.obstacle) for chain in found.chains for b in chain.blocks if b.obstacle]
-    reasons = [f"`{path}`: {why}" for path, why in (*obstacles, *found.refused.items())]
+    others = [(path, why) for path, why in found.refused.items() if path in known]
+    reasons = [f"`{path}`: {why}" for path, why in (*declined, *obstacles, *others)]
     if reasons:
         return f"nothing can be replaced: {'; '.join(reasons[:4])}"
     asked = f"every={policy.every}" if policy.every is not None else f"fraction={policy.fraction}"

@@ -7,7 +7,7 @@ from torch import fx
 from replfx.fusion.interface import Interface
 from replfx.tracing import ModuleCall
 
-__all__ = ["Joined", "input_slots", "interface_of", "output_slots"]
+__all__ = ["Joined", "input_slots", "interface_of", "output_slots", "same_value"]
 
 Joined: TypeAlias = tuple[tuple[str, str], ...]  # (output slot, input slot of the next block), …
 
@@ -37,6 +37,13 @@ def output_slots(call: ModuleCall) -> dict[str, fx.Node]:
     return slots
 
 
+def same_value(node: fx.Node) -> fx.Node:
+    """The node whose very value it gives, at most in another layout."""
+    while node.op == "call_method" and node.target == "contiguous":
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
     if isinstance(value, fx.Node):
         slots[slot] = value
@@ -62,11 +69,11 @@ def interface_of(call: ModuleCall, entered: Joined, left: Joined) -> Interface:
     inputs, outputs = input_slots(call), output_slots(call)
     slots = tuple(dict.fromkeys(slot for _, slot in entered if slot in inputs)) or tuple(inputs)[:1]
     carried = {outputs[out]: slot if slot in slots else slots[0] for out, slot in reversed(left) if out in outputs}
-    handed = {node: slot for slot, node in inputs.items()}
+    handed = {same_value(node): slot for slot, node in inputs.items()}
 
     def template(value: object) -> object:
         if isinstance(value, fx.Node):
-            slot = carried.get(value, handed.get(value))
+            slot = carried.get(value, handed.get(same_value(value)))
             return {"computed": True} if slot is None else {"input": slot}
         if isinstance(value, tuple):
             return {"tuple": [template(item) for item in value]}

@@ -7,17 +7,19 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from replfx.blocks import head_of, parameters_of
 from replfx.errors import FusionError, VerifyError, WrittenWeightsError
 from replfx.fusion import operators
 from replfx.live import fusion_layers
 from replfx.live.synthesis import written_weights
 from replfx.passes.chains import chains_of
+from replfx.passes.select_blocks import plan_of
 from replfx.passes.why_not import ancestors
 from replfx.plans import Plan
-from replfx.tracing import Inputs, ghost_of, info_of
+from replfx.tracing import Inputs, ghost_of, info_of, real_twin
 from replfx.tree import shapes_in, tensors_in
 
-__all__ = ["Verify", "does_not_run", "refuse_reads_of_freed"]
+__all__ = ["Verify", "refuse_reads_of_freed"]
 
 
 def refuse_reads_of_freed(graph_module: fx.GraphModule, plan: Plan) -> None:
@@ -27,7 +29,8 @@ def refuse_reads_of_freed(graph_module: fx.GraphModule, plan: Plan) -> None:
         FusionError: an operator that has no such weight.
     """
     freed = {r.path: r.operator.name for r in plan.replacements if not operators[r.operator.name].keeps_block}
-    inside = {n for chain in chains_of(graph_module).chains for b in chain.blocks if b.path in freed for n in b.site.nodes}
+    blocks = [block for chain in chains_of(graph_module).chains for block in chain.blocks if block.path in freed]
+    inside = {node for block in blocks for node in block.site.nodes}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         path = next((above for above in ancestors(str(node.target)) if above in freed), None)
         if path is not None and node not in inside:
@@ -71,17 +74,38 @@ class Verify(PassBase):
             return
         before = self._before(self.original.training)
         if isinstance(before, Exception):  # the capture ran the model for real for the same reason
-            info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
-            return
+            info_of(graph_module).notes.append(f"gradients not verified: {type(before).__name__} under fake tensors")
+            before, after = (self._run_for_real(each) for each in (self.original, model))
+            if isinstance(before, Exception):
+                return
         if isinstance(after, Exception):
             raise _broken(after)
         if before.outputs != after.outputs:
             raise VerifyError(
                 f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
             )
-        lost = sorted((after.without - before.without).intersection(dict(model.named_parameters())))
+        lost = sorted(n for n in after.without - before.without if self._had_gradient(n, before, plan_of(graph_module)))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+
+    def _had_gradient(self, name: str, before: "_Run", plan: Plan) -> bool:
+        """Whether a parameter of the transformed model had a gradient; of what is new in a block, whether any there."""
+        had = dict(self.original.named_parameters()).keys() - before.without
+        if name in before.without or name in had:
+            return name in had
+        for replacement in plan.replacements if self.model is not None else ():
+            if name.startswith(f"{head_of(self.original, replacement.path)}."):
+                return not had.isdisjoint(parameters_of(self.original, replacement.path))
+        return True
+
+    def _run_for_real(self, model: nn.Module) -> "_Run | Exception":
+        assert self.inputs is not None
+        twin, inputs = real_twin(model, self.inputs)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                return _Run(shapes_in(twin(*inputs.args, **inputs.kwargs)), frozenset())
+        except Exception as error:
+            return error
 
     def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
         if isinstance(after, Exception) and isinstance(self._before(training), _Run):
@@ -96,7 +120,7 @@ def _broken(error: Exception, when: str = "") -> VerifyError:
     """What to raise for a transformed model that fails although the original ran."""
     if isinstance(error, WrittenWeightsError):
         return error
-    raised = VerifyError(does_not_run(error, when))
+    raised = VerifyError(_does_not_run(error, when))
     raised.__cause__ = error
     return raised
 
@@ -109,9 +133,12 @@ class _Run:
     without: frozenset[str]
 
 
-def does_not_run(error: BaseException, when: str = "") -> str:
+def _does_not_run(error: BaseException, when: str = "") -> str:
     """What to say of a transformed model that fails although the original ran."""
-    return f"the transformed model does not run{when}: {type(error).__name__}: {error}"
+    return (
+        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for "
+        "what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
+    )
 
 
 def _check_synthesis(model: nn.Module) -> None:
@@ -138,10 +165,10 @@ class _Rehearsal:
                 ghost.train(training)
             ghost.zero_grad()
             with mode, torch.set_grad_enabled(trained), written_weights() as written:
-                tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
-                losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
+                result = ghost(*fakes.args, **fakes.kwargs)
+                losses = [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(result) if t.requires_grad]
                 if losses:
-                    torch.stack([loss.double() for loss in losses]).sum().backward()
+                    torch.stack([loss.sum().double() for loss in losses]).sum().backward()
         except Exception as error:
             return error
         if names := written():
@@ -150,4 +177,4 @@ class _Rehearsal:
             path, (name, *_) = next(iter(found.items()))
             return WrittenWeightsError(f"the model writes to the `{name}` of `{path}`, which is synthesised", found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
-        return _Run(shapes_in(tensors), without)
+        return _Run(shapes_in(result), without)

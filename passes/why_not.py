@@ -62,7 +62,9 @@ def _why(
 ) -> str:
     """What sets a block apart from the next one of its class (or else from the one before)."""
     if not counts[path]:
-        return "it is not called in a forward pass"
+        return _not_called(path, modules, counts)
+    if counts[path] > 1:
+        return f"it is called {counts[path]} times in one forward pass"
     if all(parameter.dim() < 2 for parameter in modules[path].parameters()):
         return "its parameters are vectors alone, which no fusion makes"
     order = {path: position for position, path in enumerate(modules)}
@@ -77,6 +79,16 @@ def _why(
     if differs is None:
         return f"no three like it in a row: it is like `{twin}`, but no chain of three goes through it"
     return f"no three like it in a row: it is not like `{twin}`: {differs}"
+
+
+def _not_called(path: str, modules: Mapping[str, nn.Module], counts: Mapping[str, int]) -> str:
+    above = next((ancestor for ancestor in ancestors(path) if counts[ancestor]), None)
+    if above is None or any(counts[inner] for inner in modules if inner.startswith(f"{above}.")):
+        return "it is not called in a forward pass"
+    kind = type(modules[above]).__name__
+    if is_leaf(modules[above]):
+        return f"it is a part of `{above}`, which is one call of {kind}"
+    return f"it is a part of `{above}`, and without example_inputs {kind} cannot be looked into"
 
 
 def _recurrent(modules: Mapping[str, nn.Module], in_chain: Set[str]) -> dict[str, str]:

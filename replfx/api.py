@@ -10,8 +10,17 @@ from torch.fx.passes.infra.pass_base import PassBase
 from replfx.blocks import head_of
 from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
-from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
-from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReplfxError, WrittenWeightsError
+from replfx.describe import describe_chains, describe_plan, with_layers
+from replfx.errors import (
+    CalibrationError,
+    CaptureError,
+    FusionError,
+    NoChainError,
+    PlanError,
+    ReplfxError,
+    VerifyError,
+    WrittenWeightsError,
+)
 from replfx.fusion.registry import AUTO
 from replfx.passes import (
     FindChains,
@@ -19,17 +28,16 @@ from replfx.passes import (
     Release,
     SelectBlocks,
     Verify,
-    does_not_run,
     plan_of,
     refuse_reads_of_freed,
     run_passes,
 )
 from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
-from replfx.reports import Report
+from replfx.reports import Report, Totals
 from replfx.state import mark, state_of
 from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, info_of
+from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, costs_of, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -109,7 +117,8 @@ def transform(
     else:
         factor = 0.0 if detach_neighbours else neighbour_gradient
         policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
-        made = _transformed(model, example_inputs, policy, inplace)
+        _refuse_transformed(model)
+        made = _Transformation(model, model if inplace else _copy(model), example_inputs, policy).carry_out()
     if calibrate is not None:
         fit(made, model, calibrate)
     return made
@@ -140,25 +149,23 @@ def inspect(
     """
     policy = policy_of(every, fraction, select, fusion, operator, 1.0, split_at)
     _refuse_transformed(model)
-    graph = capture_lazily(model, example_inputs)
-    run_passes(graph, [FindChains()])
+    attempt = _Transformation(model, structural_copy(model), example_inputs, policy)
     try:
-        run_passes(graph, [policy])
+        made = attempt.carry_out()
     except NoChainError as error:
-        draft = describe_chains(graph, model)
-        return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
-    draft, before = describe_chains(graph, model), totals_of(graph)  # InsertFusion takes the replaced nodes out
-    twin = _carried_out_on_twin(graph, model)
-    draft = replace(draft, notes=list(info_of(graph).notes))
-    found = with_layers(draft, plan_of(graph), twin)
-    if example_inputs is None:
+        return attempt.found(str(error).partition(":")[0])
+    except (VerifyError, FusionError) as error:
+        if not attempt.planned:
+            raise
+        refused = attempt.found(f"nothing can be replaced: {error}")
+        why = "the transformed model would not be sound"
+        return replace(refused, blocks=[replace(block, kept=block.kept or why) for block in refused.blocks])
+    found = state_of(made).report
+    if attempt.inputs is None:
         return found
-    try:
-        return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
-    except CaptureError as error:  # the original ran
-        notes = [*draft.notes, f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"]
-        blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
-        return replace(draft, blocks=blocks, notes=notes)
+    return replace(
+        found, before=Totals(*costs_of(model, attempt.inputs)), after=Totals(*costs_of(made, attempt.inputs))
+    )
 
 
 def report(model: nn.Module) -> Report:
@@ -237,21 +244,47 @@ def apply(
 # ---- the pieces
 
 
-def _transformed(
-    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, inplace: bool
-) -> nn.Module:
-    _refuse_transformed(model)
-    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
-    return _carry_out(_planned(target, example_inputs, policy), model, target, inputs)
+class _Transformation:
+    """One policy carried out on one model.
 
+    Args:
+        model: the user's.
+        target: what is changed: a copy of it, or `model` itself.
+        example_inputs: the user's.
+        policy: which blocks are replaced, and how.
+    """
 
-def _carried_out_on_twin(graph: fx.GraphModule, model: nn.Module) -> nn.Module:
-    """Carry the graph's plan out on a copy without weights, or where the blocks are regions on the graph."""
-    twin = structural_copy(model)
-    if has_regions(plan_of(graph)):
-        return run_passes(graph, [InsertFusion(twin)]).graph_module
-    install(twin, build(twin, plan_of(graph)))
-    return twin
+    def __init__(
+        self, model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks
+    ) -> None:
+        self.model, self.target, self.example_inputs, self.policy = model, target, example_inputs, policy
+        self.inputs = Inputs.of(example_inputs, model)
+        self.planned = False  # whether the policy could be met
+        self._draft: Report | None = None
+
+    def carry_out(self) -> nn.Module:
+        """Give the transformed model.
+
+        Raises:
+            NoChainError: there is nothing to replace; `found` then says why.
+            FusionError, VerifyError: what was planned cannot be carried out, or is not sound; the same.
+        """
+        return _carry_out(self._planned(), self.model, self.target, self.inputs)
+
+    def found(self, note: str) -> Report:
+        """What was found of the model where nothing is replaced."""
+        assert self._draft is not None
+        return replace(self._draft, notes=[*self._draft.notes, note])
+
+    def _planned(self) -> fx.GraphModule:
+        graph = capture_lazily(self.target, self.example_inputs)
+        run_passes(graph, [FindChains()])
+        try:
+            run_passes(graph, [self.policy])
+            self.planned = True
+        finally:
+            self._draft = describe_chains(graph, self.target)
+        return graph
 
 
 def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from replfx.blocks import block_at, is_region, is_window, members_of, parent_of, put_blocks
-from replfx.errors import FusionError, PlanError
+from replfx.errors import FusionError, PlanError, of_options
 from replfx.fusion import Fusion, Operator, fusions, operators
 from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
 from replfx.fusion.magnitude import is_finite
@@ -17,10 +17,9 @@ from replfx.live.blocks import Snapshot, replace_block, strip_block
 from replfx.live.skeletons import Skeleton
 from replfx.live.synthesis import Reading, Readings, Synthesis, fusion_layers
 from replfx.plans import Plan, Replacement
-from replfx.structure import structural_copy
-from replfx.structure import block_digest
+from replfx.structure import block_digest, structural_copy
 
-__all__ = ["build_layers"]
+__all__ = ["Built", "build", "install", "refuse_transformed", "stand_for_region"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,8 @@ class _Builder:
             return operators[choice.name](block, self.replacement.interface, **choice.options)
         except (TypeError, AttributeError, ValueError) as error:
             raise FusionError(
-                f"`{self.path}`: operator {choice.name!r} does not take the options {dict(choice.options)}: {error}"
+                f"`{self.path}`: operator {choice.name!r} does not take the options {dict(choice.options)}: "
+                f"{of_options(error)}"
             ) from error
 
     def _readings(
@@ -232,7 +232,8 @@ class _Builder:
             rule = fusions[choice.name](shapes, dtype=like.dtype, device=like.device, **choice.options)
         except TypeError as error:
             raise FusionError(
-                f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: {error}"
+                f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: "
+                f"{of_options(error)}"
             ) from error
         sides = [{name: _part(_read(r).shape, r.rows) for name, r in side.items()} for side in readings]
         if sides == [shapes, shapes]:

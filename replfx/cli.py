@@ -164,7 +164,7 @@ def _from_factory(module: str, name: str) -> tuple[nn.Module, None]:
         raise ReplfxError(f"{module!r} has no callable {name!r}")
     model = factory()
     if not isinstance(model, nn.Module):
-        raise ReplfxError(f"{module}:{name} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise ReplfxError(f"{module}:{name} gave {type(model).__name__}, not a torch.nn.Module")
     return model, None
 
 

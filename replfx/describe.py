@@ -10,16 +10,10 @@ from replfx.live import fusion_layers
 from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
 from replfx.plans import Plan
-from replfx.reports import BlockReport, Report, Totals
+from replfx.reports import BlockReport, Report
 from replfx.tracing import Cost, info_of
 
-__all__ = ["describe_chains", "describe_plan", "totals_of", "with_layers"]
-
-
-def totals_of(graph_module: fx.GraphModule) -> Totals:
-    """FLOPs and saved bytes of a whole measured graph."""
-    flops, saved = _sum_costs(graph_module.graph.nodes)
-    return Totals(flops or 0, saved or 0)
+__all__ = ["describe_chains", "describe_plan", "with_layers"]
 
 
 def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:

@@ -3,6 +3,7 @@
 A message says what was wrong, where (a module path wherever there is one) and what to do about it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 __all__ = [
@@ -12,10 +13,11 @@ __all__ = [
     "FusionError",
     "NoChainError",
     "PlanError",
-    "WrittenWeightsError",
     "ReplfxError",
     "StateDictError",
     "VerifyError",
+    "WrittenWeightsError",
+    "of_options",
 ]
 
 
@@ -65,3 +67,10 @@ class WrittenWeightsError(VerifyError):
     def __init__(self, message: str, names: Mapping[str, Sequence[str]]) -> None:
         super().__init__(message)
         self.names = names
+
+
+def of_options(error: Exception) -> str:
+    """What an error of a constructor says of the options that it was given, in the words of who gave them."""
+    said = re.sub(r"^\S+\(\) ", "", str(error))
+    said = re.sub(r"^got an unexpected keyword argument (.*)$", r"there is no option \1", said)
+    return re.sub(r"^missing \d+ required [\w-]+(?: [\w-]+)*: (.*)$", r"\1 must be given", said)

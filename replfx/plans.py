@@ -8,6 +8,7 @@ from typing import Any
 
 from replfx.blocks import is_region
 from replfx.errors import PlanError
+from replfx.fusion.caches import Filled
 from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
 
@@ -51,7 +52,7 @@ class Replacement:
             "next": self.next,
             "fusion": {"name": self.fusion.name, "options": dict(self.fusion.options)},
             "operator": {"name": self.operator.name, "options": dict(self.operator.options)},
-            "interface": {"inputs": list(self.interface.inputs), "output": self.interface.output},
+            "interface": self.interface.to_dict(),
             "kind": self.kind,
             "previous_kind": self.previous_kind,
             "next_kind": self.next_kind,
@@ -187,12 +188,6 @@ _REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", *
 
 def _read_replacement(entry: object, where: str) -> Replacement:
     fields = _Fields(entry, where, _REPLACEMENT)
-    interface = _Fields(fields.take("interface", dict), f"{where}, interface", ("inputs", "output"))
-    inputs = interface.take("inputs", list)
-    if not inputs or not all(_is_slot(slot) for slot in inputs):
-        raise PlanError(f"{where}: 'inputs' must be a list of slot names")
-    output = interface.value["output"]
-    _check_template(output, where)
     gradient = fields.take("neighbour_gradient", int, float)
     if not 0 <= gradient <= 1:
         raise PlanError(f"{where}: 'neighbour_gradient' must be between 0 and 1, not {_short(gradient)}")
@@ -202,12 +197,42 @@ def _read_replacement(entry: object, where: str) -> Replacement:
         next=fields.take("next", str, type(None)),
         fusion=_read_choice(fields.take("fusion", dict), f"{where}, fusion"),
         operator=_read_choice(fields.take("operator", dict), f"{where}, operator"),
-        interface=Interface(tuple(inputs), output),
+        interface=_read_interface(fields.take("interface", dict), where),
         kind=fields.take("kind", str),
         previous_kind=fields.take("previous_kind", str, type(None)),
         next_kind=fields.take("next_kind", str, type(None)),
         neighbour_gradient=float(gradient),
     )
+
+
+def _read_interface(value: dict[str, object], where: str) -> Interface:
+    optional = [name for name in ("fills", "effects") if name in value]  # few blocks have them
+    fields = _Fields(value, f"{where}, interface", ("inputs", "output", *optional))
+    inputs = fields.take("inputs", list)
+    if not inputs or not all(_is_slot(slot) for slot in inputs):
+        raise PlanError(f"{where}: 'inputs' must be a list of slot names")
+    output = fields.value["output"]
+    _check_template(output, where)
+    fills = fields.take("fills", list) if "fills" in optional else []
+    effects = fields.take("effects", bool) if "effects" in optional else False
+    return Interface(tuple(inputs), output, tuple(_read_filled(entry, where) for entry in fills), effects)
+
+
+def _read_filled(value: object, where: str) -> Filled:
+    fields = _Fields(value, f"{where}, fills", ("slot", "at", "layer", "keys", "values"))
+    slot, at, layer = fields.take("slot", str), fields.take("at", list), fields.take("layer", int)
+    if not _is_slot(slot) or "." in slot or not all(isinstance(name, str) and _is_attribute(name) for name in at):
+        raise PlanError(f"{where}: 'fills' names what is no argument of a block, or no attribute of one")
+    sizes = [fields.take(name, list) for name in ("keys", "values")]
+    numbers = [layer, *(number for size in sizes for number in size)]
+    if any(len(size) != 2 for size in sizes) or any(type(n) is not int or n < 0 for n in numbers):
+        raise PlanError(f"{where}: 'fills' must have a layer's number, and two sizes of keys and of values")
+    (keys, values) = ((size[0], size[1]) for size in sizes)
+    return Filled(slot, tuple(at), layer, keys, values)
+
+
+def _is_attribute(name: str) -> bool:
+    return name.isidentifier() and not name.startswith("_")
 
 
 def _read_choice(value: object, where: str) -> Choice:

@@ -16,11 +16,11 @@ from replfx.reports import Report
 from replfx.stages import refuse_split_points
 
 __all__ = [
+    "Placement",
     "Transformed",
     "fusion_layers",
     "load_state_dict",
     "mark",
-    "Placement",
     "marked",
     "placed_blocks",
     "plan_of",
@@ -112,7 +112,7 @@ def unmark(model: nn.Module) -> None:
 
 
 def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Runs before a forward pass, and looks in the first one whether the neighbours of all replaced blocks are there."""
+    """Runs before a forward pass, and looks in the first one whether all neighbours of replaced blocks are there."""
     if torch.compiler.is_dynamo_compiling():
         return
     state = state_of(model)
@@ -197,7 +197,8 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
     """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
     syntheses = fusion_layers(module)
     for path, synthesis in syntheses.items():
-        gone = next((name for name in _gone(path, synthesis, module.get_submodule(path)) if prefix + name in state_dict), None)
+        inside = _gone(path, synthesis, module.get_submodule(path))
+        gone = next((name for name in inside if prefix + name in state_dict), None)
         if gone is not None:
             raise StateDictError(
                 f"`{path}` is a replaced block, and the state_dict has its own `{gone}`: it is of the untransformed "
@@ -209,8 +210,8 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
         foreign = [key for key in foreign if key not in expected]
     if foreign and not syntheses:
         raise StateDictError(
-            f"the state_dict has `{min(foreign)}`: it is of a transformed model, and this {type(module).__name__} is not "
-            "transformed. Apply its plan first (replfx.apply), or save replfx.materialize(model).state_dict()"
+            f"the state_dict has `{min(foreign)}`: it is of a transformed model, and this {type(module).__name__} is "
+            "not transformed. Apply its plan first (replfx.apply), or save replfx.materialize(model).state_dict()"
         )
     if foreign:
         raise StateDictError(

@@ -8,7 +8,7 @@ decide, because nothing of theirs is fused: two ViT blocks that differ in their 
 import copy
 import hashlib
 from collections.abc import Callable, Hashable, Mapping
-from functools import reduce
+from functools import cache, reduce
 from typing import TypeAlias
 
 import torch
@@ -278,11 +278,23 @@ def unfit_to_share(block: nn.Module) -> str | None:
         if parametrize.is_parametrized(sub):
             return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
     for name, parameter in block.named_parameters():
-        if not parameter.dtype.is_floating_point:
+        if not (parameter.dtype.is_floating_point or parameter.dtype.is_complex):
             return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
+        if not _combines(parameter.dtype):
+            return f"its parameter `{name}` is {parameter.dtype}, which PyTorch stores but does not add"
         if is_wrapped(parameter):
-            return f"its parameter `{name}` is a {type(parameter.data).__name__}: quantised weights are not fused"
+            return f"its parameter `{name}` is of type {type(parameter.data).__name__}: quantised weights are not fused"
     return None
+
+
+@cache
+def _combines(dtype: torch.dtype) -> bool:
+    """Whether there are linear combinations of such numbers; eight bits of floating point are for storage alone."""
+    try:
+        one = torch.ones(1, dtype=dtype)
+        return bool((0.5 * one + 0.5 * one).isfinite().all())
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def is_wrapped(parameter: Tensor) -> bool:
@@ -306,6 +318,9 @@ def unfit_to_replace(named: Mapping[str, Tensor], owners: Mapping[int, list[str]
         outside = [other for other in owners[id(parameter)] if other not in named]
         if outside:
             return f"its parameter `{name}` is shared with `{outside[0]}`"
+        one, *others = owners[id(parameter)]
+        if others and parameter.dim() >= 2:
+            return f"its `{one}` and `{others[0]}` are one parameter (tied): each would be made anew"
         if not parameter.requires_grad:
             return f"its parameter `{name}` is frozen and the others are not"
     return None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["parts_of", "shapes_in", "tensors_in", "with_tensors"]
+__all__ = ["arguments_hold", "is_cache", "parts_of", "shapes_in", "tensors_in", "with_tensors"]
 
 T = TypeVar("T")
 
@@ -27,10 +27,19 @@ def parts_of(value: object) -> Iterator[tuple[object, object]]:
         yield from list(getattr(value, "__dict__", {}).items())
 
 
-def tensors_in(tree: object) -> list[Tensor]:
+def is_cache(value: object) -> bool:
+    """Whether an object, or objects of a class, append keys and values and count tokens, as transformers' caches do."""
+    return all(callable(getattr(value, name, None)) for name in ("update", "get_seq_length"))
+
+
+def tensors_in(tree: object, *, caches: bool = True) -> list[Tensor]:
     """All tensors in `tree`, however deep, in order; one that is twice in its containers is given twice.
 
     A plain object is looked into once: what hangs together in circles and diamonds would never end.
+
+    Args:
+        tree: anything.
+        caches: look into caches of keys and values too.
     """
     if isinstance(tree, Tensor):
         return [tree]
@@ -42,7 +51,7 @@ def tensors_in(tree: object) -> list[Tensor]:
             found.append(item)
         elif id(item) not in seen and not isinstance(item, _OPAQUE) and item is not None:
             seen.add(id(item))
-            for _, part in parts_of(item):
+            for _, part in parts_of(item) if caches or not is_cache(item) else ():
                 visit(part)
             if isinstance(item, tuple | list | dict):
                 seen.discard(id(item))
@@ -51,9 +60,32 @@ def tensors_in(tree: object) -> list[Tensor]:
     return found
 
 
+def arguments_hold(
+    arguments: tuple[tuple[Any, ...], dict[str, Any]], kind: type = Tensor
+) -> Iterator[tuple[tuple[object, ...], Any]]:
+    """The tensors (or others of a `kind`) in objects, lists and dicts among a call's arguments, with their places.
+
+    A place is the argument's position or name, and the keys, indices and names of attributes that lead on from there.
+    """
+    args, kwargs = arguments
+    seen: set[int] = set()
+
+    def visit(item: object, place: tuple[object, ...], held: bool) -> Iterator[tuple[tuple[object, ...], Any]]:
+        if isinstance(item, kind):
+            if held:
+                yield place, item
+        elif item is not None and not isinstance(item, _OPAQUE) and id(item) not in seen:
+            seen.add(id(item))
+            for key, part in parts_of(item):
+                yield from visit(part, (*place, key), held or not isinstance(item, tuple))
+
+    for key, part in (*enumerate(args), *kwargs.items()):
+        yield from visit(part, (key,), held=False)
+
+
 def shapes_in(tree: object) -> list[tuple[int, ...]]:
-    """The shapes of all tensors in `tree`, in order."""
-    return [tuple(tensor.shape) for tensor in tensors_in(tree)]
+    """The shapes of all tensors in `tree`, in order, but those in caches: a block that is left out keeps others."""
+    return [tuple(tensor.shape) for tensor in tensors_in(tree, caches=False)]
 
 
 def with_tensors(tree: T, replace: Callable[[Tensor], Tensor]) -> T:

@@ -18,8 +18,8 @@ from benchmarks.accuracy.resnet import BasicBlock
 from benchmarks.models import CausalBlock
 from replfx import Interface, Match, Operator, Site, Source
 from replfx.fusion.interface import read_slot
-from replfx.live import fusion_layers
 from replfx.kernels import synthesize_low_rank
+from replfx.live import fusion_layers
 
 __all__ = ["FUSION_TRIALS", "TRIALS", "connect_trials", "register_trial"]
 

@@ -41,7 +41,6 @@ TINY: Mapping[str, object] = {
     "decoder_start_token_id": 1,
     "image_size": 32,
     "patch_size": 8,
-    "use_cache": False,
 }
 
 TEXT, TEXT_PAIR, IMAGE, WAVE, SPECTROGRAM, MEL_TO_TEXT, IMAGE_AND_TEXT = (

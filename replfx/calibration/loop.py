@@ -22,9 +22,9 @@ __all__ = ["calibrate"]
 def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *, progress: bool = True) -> None:
     """Start the replaced blocks of a transformed model where they best imitate the blocks that they were.
 
-    `original` runs over the loader once, in evaluation mode and without gradients; the coefficients of each replaced block
-    (and the light operator's gain and bias) are then set by least squares in float64 (`replfx.calibration.fits` has
-    the formulas, which are ours). Memory is bounded by what one batch takes. On the first batch each layer is held
+    `original` runs over the loader once, in evaluation mode and without gradients; the coefficients of each replaced
+    block (and the light operator's gain and bias) are then set by least squares in float64 (`replfx.calibration.fits`
+    has the formulas, which are ours). Memory is bounded by what one batch takes. On the first batch each layer is held
     against its start, and goes back to it if that imitates the block better.
 
     Args:

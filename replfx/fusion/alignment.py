@@ -205,7 +205,7 @@ class Alignment(nn.Module):
             for i, step in enumerate(steps):
                 starts += [1.0 if i else first] * step.size
         self.sizes = [step.size for steps in self.steps.values() for step in steps]
-        self.gains = nn.Parameter(torch.tensor(starts, dtype=dtype, device=device)) if starts else None
+        self.gains = nn.Parameter(torch.tensor(starts, dtype=dtype.to_real(), device=device)) if starts else None
 
     def forward(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same parameters in the block's shapes."""

@@ -84,7 +84,8 @@ class LinearFusion(Fusion):
 
     All a of a block are one vector and all b another: few parameters for an optimizer to loop over, of one
     dimension, so that neither FSDP (which refuses scalars) nor channels_last (which refuses five
-    dimensions) stumbles over them.
+    dimensions) stumbles over them. They are real for complex θ too: beside a complex weight a block has real ones,
+    which one vector of complex coefficients would make complex.
 
     Args:
         initial: start of all a and b. At ½ a block starts as the mean of its neighbours (ours; the paper
@@ -106,7 +107,7 @@ class LinearFusion(Fusion):
             raise FusionError(f"option `initial` must be a finite number, not {initial!r}")
         self.initial = float(initial)
         self.sizes = {name: self.coefficients(shape) for name, shape in shapes.items()}
-        total = self.total(list(self.sizes.values()))
+        total, dtype = self.total(list(self.sizes.values())), dtype.to_real()
         self.previous = nn.Parameter(torch.full((total,), self.initial, dtype=dtype, device=device))
         self.next = nn.Parameter(torch.full((total,), self.initial, dtype=dtype, device=device))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from replfx.errors import PlanError
+from replfx.fusion.caches import Filled
 
 __all__ = ["Interface", "read_slot"]
 
@@ -21,10 +22,19 @@ class Interface:
         output: what the block gives, as plain JSON: `{"input": slot}` where an activation is carried or an
             input is handed through, `{"computed": true}` what only the block itself knows,
             `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}` and constants.
+        fills: the caches of keys and values among its inputs that it fills.
+        effects: it puts something else into an object that it is given, or what it fills is read by others.
     """
 
     inputs: tuple[str, ...]
     output: object
+    fills: tuple[Filled, ...] = ()
+    effects: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain JSON values; what few blocks have is named only where one has it."""
+        few: dict[str, object] = {"fills": [f.to_dict() for f in self.fills], "effects": self.effects}
+        return {"inputs": list(self.inputs), "output": self.output, **{k: v for k, v in few.items() if v}}
 
     @property
     def main(self) -> str:
@@ -33,7 +43,7 @@ class Interface:
 
     def computed(self) -> bool:
         """Whether the block gives something besides its activations that a light operator cannot know."""
-        return _any_computed(self.output)
+        return self.effects or _any_computed(self.output)
 
     def main_of(self, result: Any) -> Any:
         """The main activation in what a call gave."""
@@ -44,6 +54,12 @@ class Interface:
         raise PlanError(f"the plan's output template {self.output!r} names no activation")
 
     def result(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
+        """What takes the block's place gives: `with_main`; and caches are kept in step."""
+        for filled in self.fills:
+            filled.pass_over(args, kwargs, main)
+        return self.with_main(args, kwargs, main)
+
+    def with_main(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
         """The block's output with `main` for the main activation and the other inputs handed through."""
         return _build(self.output, args, kwargs, self.main, main)
 

@@ -11,10 +11,11 @@ __all__ = ["is_finite", "largest"]
 
 
 def largest(tensor: Tensor) -> float:
-    """Give max |x| over all elements x; NaN if one of them is, 0 if there are none."""
+    """Give max |x| over all elements x, and over both parts of complex ones; NaN if one is, 0 if there are none."""
     if tensor.numel() == 0:
         return 0.0
-    low, high = torch.aminmax(tensor.detach())
+    values = tensor.detach()
+    low, high = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
     ends = gathered({"low": low, "high": high})  # of a sharded tensor, over all shards
     return float(torch.stack([*ends.values()]).abs().max())  # a tensor's max gives NaN where there is one
 

@@ -2,9 +2,9 @@
 
 Neighbours of one class need not be alike: one has a shortcut convolution, another no expansion, and then names
 shift. A parameter's *role* is what owns it (class of the module, and of the one inside the block that holds it:
-a layer alone is like the same layer in a window), its name there, its number of dimensions, and for kernels
-whether they are pointwise, depthwise or dense. Parameters pair by name where the roles agree, and of what is
-left as many as can be by role, in the order of registration. Their shapes may differ:
+a layer alone is like the same layer in a window), its name there, its number of dimensions, whether its numbers are
+real or complex, and for kernels whether they are pointwise, depthwise or dense. Parameters pair by name where the
+roles agree, and of what is left as many as can be by role, in the order of registration. Their shapes may differ:
 `replfx.fusion.alignment` makes up for that.
 """
 
@@ -30,6 +30,7 @@ class _Role:
     leaf: str
     dims: int
     kernel: str
+    numbers: str
 
 
 def synthesizable(block: nn.Module) -> dict[str, Tensor]:
@@ -101,6 +102,8 @@ def first_unpaired(block: nn.Module, neighbour: nn.Module) -> str | None:
         return f"`{name}`: {differs}"
     if mine.dims != theirs.dims:
         return f"`{name}`: {mine.dims} dimensions ≠ {theirs.dims}"
+    if mine.numbers != theirs.numbers:
+        return f"`{name}`: {mine.numbers} ≠ {theirs.numbers}"
     return f"`{name}`: held by {_held(mine)} ≠ by {_held(theirs)}"
 
 
@@ -134,7 +137,8 @@ def _role(block: nn.Module, name: str, parameter: Tensor) -> _Role:
     path, _, leaf = name.rpartition(".")
     owner = block.get_submodule(path)
     holder = class_of(block.get_submodule(path.rpartition(".")[0])) if "." in path else None
-    return _Role(class_of(owner), holder, leaf, parameter.dim(), _kernel(owner, parameter))
+    numbers = "complex" if parameter.is_complex() else "real"
+    return _Role(class_of(owner), holder, leaf, parameter.dim(), _kernel(owner, parameter), numbers)
 
 
 def _kernel(owner: nn.Module, parameter: Tensor) -> str:

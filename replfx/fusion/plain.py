@@ -17,16 +17,22 @@ def plain_module(body: nn.Module, interface: Interface) -> nn.Module:
     The wrapper is a `torch.fx.GraphModule`: it needs no replfx to run, to pickle or to be copied.
     """
     graph = fx.Graph()
-    names = {slot.split(".")[0] for slot in _slots(interface)}
+    caches = {filled.slot for filled in interface.fills}
+    names = {slot.split(".")[0] for slot in _slots(interface)} | caches
     positions = max([int(name) for name in names if name.isdigit()], default=-1) + 1
     args = [graph.placeholder(f"arg_{position}") for position in range(positions)]
     graph.placeholder("*args")
-    kwargs = {name: graph.placeholder(name) for name in sorted(names) if not name.isdigit()}
+    needed, given = (sorted(n for n in names if not n.isdigit() and (n in caches) is late) for late in (False, True))
+    kwargs = {name: graph.placeholder(name) for name in needed}
+    kwargs.update({name: graph.placeholder(name, default_value=None) for name in given})
     graph.placeholder("**kwargs")
     main = _node_of_slot(graph, interface.main, args, kwargs)
     result = graph.call_module("body", (main,))
+    for filled in interface.fills:
+        filled.emit(graph, _node_of_slot(graph, filled.slot, args, kwargs), result)
     graph.output(_emit(graph, interface.output, interface.main, result, args, kwargs))
-    return fx.GraphModule({"body": body}, graph, "Plain")
+    nothing = {"nothing": slice} if interface.fills else {}  # takes three arguments and does nothing with them
+    return fx.GraphModule({"body": body, **nothing}, graph, "Plain")
 
 
 def _slots(interface: Interface) -> set[str]:

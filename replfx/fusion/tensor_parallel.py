@@ -63,7 +63,7 @@ class TensorParallel:
         if self.sequence is None or isinstance(read_slot(interface.main, args, kwargs), DTensor):
             return result
         y = interface.main_of(result)
-        return interface.result(args, kwargs, y.redistribute(placements=[Shard(self.sequence)]).to_local())
+        return interface.with_main(args, kwargs, y.redistribute(placements=[Shard(self.sequence)]).to_local())
 
 
 def laid_out(
@@ -134,7 +134,7 @@ def refuse_unprepared(owners: Sequence[nn.Module]) -> None:
     for owner in owners:
         if is_tensor_parallel(owner):
             raise FusionError(
-                f"a neighbour's {type(owner).__name__} is tensor parallel, and this replaced block does not know how its "
-                "own activation lies: call replfx.parallelize_module(model, mesh, plan) where you call that of "
+                f"a neighbour's {type(owner).__name__} is tensor parallel, and this replaced block does not know how "
+                "its own activation lies: call replfx.parallelize_module(model, mesh, plan) where you call that of "
                 "torch.distributed.tensor.parallel"
             )

@@ -13,7 +13,7 @@ from replfx.live.graphs import bring_to_life, calls_synthesis, settle_graph
 from replfx.live.synthesis import Synthesis
 from replfx.tree import tensors_in
 
-__all__ = ["Snapshot", "Slot", "owners_of", "replace_block", "settle_block", "slots_of", "strip_block"]
+__all__ = ["Slot", "Snapshot", "owners_of", "replace_block", "settle_block", "slots_of", "strip_block"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def replace_block(block: nn.Module, synthesis: Synthesis, holder: nn.Module | No
     for slot in slots:
         if slot.name not in of_graph:
             leaves.setdefault(slot.owner, {})[slot.leaf] = slot.name
-    if not isinstance(holder, fx.GraphModule):  # whose class is its own, and whose graph calls nothing that it does not name
+    if not isinstance(holder, fx.GraphModule):
         leaves.setdefault(holder, {})
     for owner, names in leaves.items():
         role = ("block" if holder is block else "member") if owner is holder else None
@@ -188,4 +188,3 @@ def _keeper(module: nn.Module) -> Callable[[], None]:
             module.graph = graph
 
     return restore
-

@@ -203,8 +203,8 @@ def _reader(leaf: str) -> Callable[[nn.Module], Any]:
 def _refuse_to_set(leaf: str) -> Callable[[nn.Module, Any], None]:
     def write(self: nn.Module, value: Any) -> None:
         raise FusionError(
-            f"the `{leaf}` of this {type(self).__name__} is synthesised from the neighbouring blocks and cannot be set: "
-            "call replfx.materialize or replfx.unroll first"
+            f"the `{leaf}` of this {type(self).__name__} is synthesised from the neighbouring blocks and cannot be "
+            "set: call replfx.materialize or replfx.unroll first"
         )
 
     return write
@@ -221,7 +221,7 @@ def _registrar(base: type[nn.Module]) -> Callable[[nn.Module, str, nn.Parameter 
 
 
 class _Guarded:
-    """What `torch.nn.utils.parametrize` asks a module for: there are none, and there can be none of a computed weight."""
+    """What `torch.nn.utils.parametrize` asks a module for. There can be none of a computed weight."""
 
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if module is None:

@@ -1,6 +1,6 @@
 """Weights that a hook of `torch.nn.utils` makes anew before each call of the module that has them."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -28,8 +28,8 @@ def made_by_hook(owner: nn.Module, leaf: str) -> Tensor:
             return made
     raise FusionError(
         f"the `{leaf}` of a neighbour's {type(owner).__name__} is no parameter but a tensor that something else makes: "
-        "a replaced block cannot tell whether it is made anew before it is read; call replfx.materialize first, or make "
-        f"`{leaf}` a parameter again (torch.nn.utils.prune.remove)"
+        "a replaced block cannot tell whether it is made anew before it is read; call replfx.materialize first, or "
+        f"make `{leaf}` a parameter again (torch.nn.utils.prune.remove)"
     )
 
 
@@ -37,9 +37,7 @@ def _made(hook: Any, owner: nn.Module, leaf: str) -> Tensor | None:
     if isinstance(hook, prune.BasePruningMethod):
         return hook.apply_mask(owner) if hook._tensor_name == leaf else None
     if type(hook).__module__ == "torch.nn.utils.weight_norm" and hook.name == leaf:
-        made: Tensor = hook.compute_weight(owner)
-        return made
+        return cast(Tensor, hook.compute_weight(owner))
     if type(hook).__module__ == "torch.nn.utils.spectral_norm" and hook.name == leaf:
-        made = hook.compute_weight(owner, do_power_iteration=False)
-        return made
+        return cast(Tensor, hook.compute_weight(owner, do_power_iteration=False))
     return None

@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from replfx.fusion.operators import Operator
     from replfx.live.skeletons import Skeleton
 
-__all__ = ["Held", "Reading", "Readings", "Synthesis", "check_neighbours", "fusion_layers", "synthesis_of", "written_weights"]
+__all__ = [
+    "Held",
+    "Reading",
+    "Readings",
+    "Synthesis",
+    "check_neighbours",
+    "fusion_layers",
+    "synthesis_of",
+    "written_weights",
+]
 
 
 class Reading(NamedTuple):
@@ -146,8 +155,8 @@ class Synthesis(nn.Module):
         """
         if not isinstance(name, str):
             raise FusionError(
-                f"the block calls all of its children in turn, and its `{SUBMODULE}`, which synthesises its weights, is "
-                "no layer: let it name its layers, or hold them in an nn.Sequential or nn.ModuleList"
+                f"the block calls all of its children in turn, and its `{SUBMODULE}`, which synthesises its weights, "
+                "is no layer: let it name its layers, or hold them in an nn.Sequential or nn.ModuleList"
             )
         return self.weight(name)
 
@@ -170,7 +179,8 @@ class Synthesis(nn.Module):
         """Within it each weight is synthesised once.
 
         Args:
-            args, kwargs: what the block is called with.
+            args: what the block is called with.
+            kwargs: the same, by keyword.
         """
         self._check_stage()
         if self.fusion is None or self.held is not None or self in _running():
@@ -254,9 +264,7 @@ class Synthesis(nn.Module):
     def rebind(self, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> None:
         """Read from where the neighbours' parameters are now: `home` gives owner and name for what they were."""
         if self._readings is not None:
-            before, after = (
-                {name: _moved(reading, home) for name, reading in side.items()} for side in self._readings
-            )
+            before, after = ({name: _moved(reading, home) for name, reading in side.items()} for side in self._readings)
             self._readings = (before, after)
 
     def readings(self) -> Iterator[Reading]:
@@ -289,8 +297,8 @@ class Synthesis(nn.Module):
     def parted(path: str, neighbour: str, why: str) -> str:
         """What to say of a replaced block at `path` that is parted from its neighbour."""
         return (
-            f"`{path}` is a replaced block, and it reads the weights of its neighbour `{neighbour}`: {why}, so it would "
-            "read a copy that nothing trains along. Transform with split_at= the modules with which your pipeline "
+            f"`{path}` is a replaced block, and it reads the weights of its neighbour `{neighbour}`: {why}, so it "
+            "would read a copy that nothing trains along. Transform with split_at= the modules with which your pipeline "
             "stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
             "replfx.materialize first"
         )
@@ -409,8 +417,8 @@ def _checked(owner: nn.Module, leaf: str, theta: object) -> Tensor:
         theta = made_by_hook(owner, leaf)
     if not isinstance(theta, Tensor):
         raise FusionError(
-            f"the `{leaf}` of a neighbour's {type(owner).__name__} is gone (it is {theta!r}): call replfx.materialize before "
-            "a model is rebuilt"
+            f"the `{leaf}` of a neighbour's {type(owner).__name__} is gone (it is {theta!r}): call replfx.materialize "
+            "before a model is rebuilt"
         )
     # Of a tensor without subclass its numbers are what they seem.
     if is_wrapped(theta) or not (theta.dtype.is_floating_point or theta.dtype.is_complex):
@@ -439,7 +447,9 @@ def _scale_gradient(theta: Tensor, factor: float) -> Tensor:
 
 def synthesis_of(module: nn.Module) -> Synthesis | None:
     """The synthesis of a replaced block; None for any other module."""
-    found = module._modules[SUBMODULE] if SUBMODULE in module._modules else None  # TorchScript's has no `get`
+    if SUBMODULE not in module._modules:
+        return None
+    found = module._modules[SUBMODULE]
     return found if isinstance(found, Synthesis) else None
 
 

@@ -1,13 +1,16 @@
 """What a capture knows besides its graph: every module call, and what each node costs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
 
-__all__ = ["CaptureInfo", "Cost", "ModuleCall", "info_of", "nodes_in"]
+__all__ = ["CaptureInfo", "Cost", "ModuleCall", "Place", "info_of", "nodes_in"]
 
 META_KEY = "replfx"
+
+Place: TypeAlias = tuple[object, ...]
 
 
 @dataclass
@@ -18,6 +21,9 @@ class ModuleCall:
         path: the module's path in the model.
         args, kwargs, output: as the call had them, with a `torch.fx.Node` for every tensor.
         start, stop: the nodes recorded during the call are `CaptureInfo.nodes[start:stop]`.
+        held: what objects, lists and dicts among its arguments held before, as a cache does: by its place, which
+            begins with the argument's position or name, the node.
+        filled: what they hold after it that they did not hold before.
     """
 
     path: str
@@ -26,6 +32,12 @@ class ModuleCall:
     start: int
     stop: int = -1
     output: object = None
+    held: dict[Place, fx.Node] = field(default_factory=dict)
+    filled: dict[Place, fx.Node] = field(default_factory=dict)
+
+    def fill(self, held: Mapping[Place, fx.Node]) -> None:
+        """Note what its arguments hold after it."""
+        self.filled = {place: node for place, node in held.items() if self.held.get(place) is not node}
 
 
 @dataclass

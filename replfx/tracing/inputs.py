@@ -39,7 +39,7 @@ class Inputs:
             inputs = cls(example, {})
         else:
             raise CaptureError(
-                f"example_inputs is a {type(example).__name__}; give a tensor, a tuple of positional inputs, "
+                f"example_inputs is of type {type(example).__name__}; give a tensor, a tuple of positional inputs, "
                 "or a dict of keyword inputs (a model that takes one list: `(the_list,)`)"
             )
         inputs._check_devices(model)

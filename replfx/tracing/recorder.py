@@ -24,12 +24,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.structure import set_submodule
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
-from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of
+from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, Place, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
-from replfx.tracing.symbolic import is_leaf, is_small, own_tensors, training_flag
+from replfx.tracing.symbolic import is_composite, is_leaf, is_small, own_tensors, training_flag
 from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
-from replfx.tree import parts_of, shapes_in, tensors_in
+from replfx.tree import arguments_hold, parts_of, shapes_in, tensors_in
 
 __all__ = ["HiddenResult", "record"]
 
@@ -273,6 +273,7 @@ class Recorder(TorchFunctionMode):
         if path is None or self._paused or _under_transform():
             return call(module, *args, **kwargs)
         record = ModuleCall(path, self.to_nodes(args), self.to_nodes(kwargs), len(self.nodes))
+        record.held = self._held((args, kwargs))
         key = path if path not in self._stack else f"{path}@{len(self._stack)}"
         self._stack[key] = (path, type(module))
         try:
@@ -283,15 +284,20 @@ class Recorder(TorchFunctionMode):
         finally:
             self._stack.pop(key)
         record.stop, record.output = len(self.nodes), self.to_nodes(result)
+        record.fill(self._held((args, kwargs)))
         self.calls.append(record)
         return result
+
+    def _held(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Place, fx.Node]:
+        """What the objects among a call's arguments hold, as far as nodes made it."""
+        return {place: node for place, t in arguments_hold(arguments) if (node := self._node_of.get(t)) is not None}
 
     def _is_whole(self, path: str, module: nn.Module, arguments: tuple[Any, Any]) -> bool:
         """Whether the call can be one node: it computes with its own tensors, on what a graph can hold.
 
         The model itself never is one, even if it has no submodules but only parameters.
         """
-        if not path or type(module) in self.opened:
+        if not path or type(module) in self.opened or is_composite(module):
             return False
         if not (is_leaf(module) or (is_small(module) and _reads_training(module))):
             return False
@@ -300,13 +306,16 @@ class Recorder(TorchFunctionMode):
 
     def _whole_call(self, path: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._keep_constants((args, kwargs))
-        self._owner = path
+        self._owner, self._mutated = path, False
+        given = [(t, node) for t in tensors_in((args, kwargs)) if (node := self._node_of.get(t)) is not None]
         try:
             with self._pause():
                 result = call(module, *args, **kwargs)
         finally:
             self._owner = ""
         self.bind(self.node("call_module", path, self.to_arguments(args), self.to_arguments(kwargs)), result)
+        if not isinstance(result, Tensor) and not self._mutated:
+            self._node_of.update(given)  # what it hands through beside its result is what it was given
         return result
 
     # ---- what is watched besides

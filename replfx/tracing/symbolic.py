@@ -21,12 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from replfx.structure import class_of
-from replfx.tracing.info import CaptureInfo, ModuleCall
+from replfx.tracing.info import CaptureInfo, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
+from replfx.tree import arguments_hold
 
-__all__ = ["is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
+__all__ = ["is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
 _SET_GRAD = torch._C._set_grad_enabled
 
@@ -45,9 +46,22 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules that are called as they are: torch.nn's own (but containers), scripted ones, those without parts."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    if issubclass(class_of(module), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    if _is_container(module) or is_composite(module):
         return False
     return not module._modules or class_of(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def _is_container(module: nn.Module) -> bool:
+    return issubclass(class_of(module), nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def is_composite(module: nn.Module) -> bool:
+    """One of torch.nn's modules whose parts have parts: a transformer or a layer of one, which holds blocks or is one.
+
+    It computes the same in both modes; what it asks of `training` is whether it may take a faster way.
+    """
+    own = class_of(module).__module__.startswith("torch.nn.modules.") and not _is_container(module)
+    return own and any(child._modules for child in module.children())
 
 
 def is_small(module: nn.Module) -> bool:
@@ -163,9 +177,10 @@ class SymbolicTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path) and any(own_tensors(p) != self._own.get(id(p)) for p in m.modules()):
             raise _UntraceableError(f"other tensors than its own in `{path}` while it is called")
-        call = ModuleCall(path, _to_nodes(args), _to_nodes(kwargs), len(self.nodes))
+        call = ModuleCall(path, _to_nodes(args), _to_nodes(kwargs), len(self.nodes), held=_held((args, kwargs)))
         result = super().call_module(m, forward, args, kwargs)
         call.stop, call.output = len(self.nodes), _to_nodes(result)
+        call.fill(_held((args, kwargs)))
         self.calls.append(call)
         return result
 
@@ -233,7 +248,7 @@ class SymbolicTracer(fx.Tracer):
             raise _UntraceableError("inputs that go through *args or **kwargs")
         for name, value in bound.items():
             if not isinstance(value, Tensor):
-                raise _UntraceableError(f"input `{name}` is a {type(value).__name__}, not a tensor")
+                raise _UntraceableError(f"input `{name}` is of type {type(value).__name__}, not a tensor")
         return set(bound)
 
     def training_of(self, module: nn.Module) -> Any:
@@ -273,6 +288,10 @@ class _GradModes(TorchFunctionMode):
 
 def _to_nodes(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.node if isinstance(leaf, Proxy) else leaf, tree)
+
+
+def _held(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Place, fx.Node]:
+    return {place: proxy.node for place, proxy in arguments_hold(arguments, Proxy)}
 
 
 @contextmanager
@@ -343,13 +362,20 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     Raises whatever torch.fx raises when the model's Python code cannot be traced.
     """
     whole: frozenset[str] = frozenset()
-    state = _State(root)
+    state, composite = _State(root), {path for path, module in root.named_modules() if path and is_composite(module)}
     while True:
         tracer = SymbolicTracer(inputs, whole, traces)
         tracer.prepare(root)
-        with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
-            graph = tracer.trace(root)
-        found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole
+        try:
+            with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
+                graph = tracer.trace(root)
+        except Exception:
+            if inputs is not None or composite <= whole:  # with inputs, the recorder looks into these
+                raise
+            whole |= composite
+            state.restore()
+            continue
+        found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole - composite
         if not found:
             break
         whole |= found
@@ -362,7 +388,8 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     graph_module = _LazyGraphModule(root, graph, type(root).__name__)
     alive = set(graph.nodes)
     notes = [
-        f"`{p or type(root).__name__}` branches on `training`: captured as it is now" for p in sorted(tracer.branched)
+        f"`{p or type(root).__name__}` branches on `training`: captured as it is now"
+        for p in sorted(tracer.branched - composite)
     ]
     info = CaptureInfo("symbolic", root, tracer.nodes, tracer.calls, notes)
     _drop_dead(info, alive)

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from replfx.live import Synthesis
-from replfx.live import fusion_layers
+from replfx.live import Synthesis, fusion_layers
 from tests.distributed.layouts import by_block
 from tests.distributed.processes import on_ranks
 from tests.distributed.ranks import BATCH, STEPS, whole_tensor
