@@ -1,6 +1,5 @@
 """The public face: transform, inspect, report, plan, apply."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from replfx.blocks import block_at, put_blocks
 from replfx.building import build_layers
 from replfx.calibration import calibrate as fit
+from replfx.copying import faithful_copy, structural_copy
 from replfx.describe import describe_chains, describe_plan, totals_of, with_layers
 from replfx.errors import CalibrationError, CaptureError, NoChainError, PlanError, ReadFromOutsideError, ReplfxError
 from replfx.fusion.registry import AUTO
@@ -28,7 +28,6 @@ from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
-from replfx.structure import structural_copy
 from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
@@ -224,7 +223,7 @@ def apply(
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a replfx.Plan, not {type(plan).__name__}; JSON text goes through Plan.from_json")
     check_is_whole(model)
-    target = model if inplace else _copy(model)
+    target = model if inplace else faithful_copy(model)
     if has_regions(plan):
         graph = capture_lazily(target, example_inputs)
         run_passes(graph, [FindChains()])
@@ -244,7 +243,7 @@ def _transformed(
     model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, inplace: bool
 ) -> nn.Module:
     _refuse_transformed(model)
-    target, inputs = model if inplace else _copy(model), Inputs.of(example_inputs, model)
+    target, inputs = model if inplace else faithful_copy(model), Inputs.of(example_inputs, model)
     read: dict[str, list[str]] = {}
     while True:  # with one weight more each time that has to stay
         graph = _planned(target, example_inputs, policy)
@@ -308,12 +307,3 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
 def _refuse_transformed(model: nn.Module) -> None:
     check_is_whole(model)
     build_layers(model, Plan(type(model).__name__))
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} could not be copied ({type(error).__name__}: {error}); pass inplace=True"
-        ) from error
