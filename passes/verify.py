@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import ReadFromOutsideError, VerifyError
 from replfx.state import fusion_layers
-from replfx.tracing import Inputs, ghost_of, info_of
+from replfx.tracing import Draws, Inputs, Look, ghost_of, info_of, restart, steered, undisturbed
 from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["Verify", "does_not_run"]
@@ -42,15 +42,20 @@ class Verify(PassBase):
         model = graph_module if self.model is None else self.model
         _check_synthesis(model)
         if self.inputs is not None:
-            rehearsal = _Rehearsal(model, self.inputs)
-            self._check_run(graph_module, model, rehearsal.run(model.training))
-            self._check_other_mode(rehearsal.run(not model.training), not model.training)
+            look = info_of(graph_module).look or Look(Draws.HIGH, model.training)
+            with undisturbed(model), steered(look.draws, model):
+                rehearsal = _Rehearsal(model, self.inputs)
+                self._check_run(graph_module, model, rehearsal.run(look.training, trained=True), look.training)
+                training = not look.training
+                self._check_other_mode(rehearsal.run(training, trained=training), training)
         return PassResult(graph_module, False)
 
-    def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception") -> None:
+    def _check_run(
+        self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception", training: bool
+    ) -> None:
         if after == _Run(info_of(graph_module).outputs, frozenset()):
             return
-        before = self._before(self.original.training)
+        before = self._before(training, trained=True)
         if isinstance(before, Exception):  # the capture ran the model for real for the same reason
             info_of(graph_module).notes.append(f"shapes not verified: {type(before).__name__} under fake tensors")
             return
@@ -65,12 +70,12 @@ class Verify(PassBase):
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
 
     def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
-        if isinstance(after, Exception) and isinstance(self._before(training), _Run):
+        if isinstance(after, Exception) and isinstance(self._before(training, trained=training), _Run):
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
 
-    def _before(self, training: bool) -> "_Run | Exception":
+    def _before(self, training: bool, *, trained: bool) -> "_Run | Exception":
         assert self.inputs is not None
-        return _Rehearsal(self.original, self.inputs).run(training)
+        return _Rehearsal(self.original, self.inputs).run(training, trained=trained)
 
 
 def _broken(error: Exception, when: str = "") -> VerifyError:
@@ -113,15 +118,15 @@ class _Rehearsal:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
         self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
+        self.modes: list[tuple[nn.Module, bool]] = []
 
-    def run(self, training: bool) -> _Run | Exception:
-        """Run forward, and backward but where a model in training is evaluated; where that fails, the error."""
-        trained = training or not self.model.training
+    def run(self, training: bool, *, trained: bool) -> _Run | Exception:
+        """Run forward and, if `trained`, backward; where that fails, the error."""
         found: dict[str, list[str]] = {}
         try:
             mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
-            if training is not self.model.training:  # what is inside may have a mode of its own, as a frozen norm has
-                ghost.train(training)
+            self._put_in_mode(ghost, training)
+            restart()
             ghost.zero_grad()
             with mode, torch.set_grad_enabled(trained), _reads_of_vacant(ghost, found):
                 tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
@@ -138,6 +143,14 @@ class _Rehearsal:
             return ReadFromOutsideError(said, found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
         return _Run(shapes_in(tensors), without)
+
+    def _put_in_mode(self, ghost: nn.Module, training: bool) -> None:
+        """In a mode; in the model's own, what is inside may have another one, as a frozen norm has."""
+        self.modes = self.modes or [(module, module.training) for module in ghost.modules()]
+        for module, mode in self.modes:
+            module.training = mode
+        if training is not self.model.training:
+            ghost.train(training)
 
 
 @contextmanager

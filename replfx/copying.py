@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from replfx.errors import CaptureError
 from replfx.tree import tensors_in
 
-__all__ = ["MODULE_HOOKS", "faithful_copy", "structural_copy"]
+__all__ = ["MODULE_HOOKS", "faithful_copy", "held_in", "structural_copy"]
 
 MODULE_HOOKS = (
     "_forward_hooks",
@@ -181,6 +181,17 @@ class _Refusals:
             self.found.append((path, value))
             self._memo[id(value)] = value
         return True
+
+
+def held_in(model: nn.Module) -> Iterator[object]:
+    """What the attributes of its modules hold, containers and plain objects included, each object once."""
+    seen: set[int] = set()
+    level = [value for module in model.modules() for name, value in vars(module).items() if name not in _REGISTERED]
+    for _ in range(_DEPTH):
+        fresh = {id(value): value for value in level if id(value) not in seen}
+        yield from fresh.values()
+        seen.update(fresh)
+        level = [part for value in fresh.values() if not isinstance(value, nn.Module) for part in members_of(value)]
 
 
 def members_of(value: object) -> list[Any]:

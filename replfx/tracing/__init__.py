@@ -1,14 +1,18 @@
 """Capture: symbolic tracing, the recorder, and what each node costs."""
 
-from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of, nodes_in
+from replfx.tracing.chance import Draws, restart, steered
+from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
 from replfx.tracing.ladder import capture, capture_lazily, ghost_of
+from replfx.tracing.undisturbed import undisturbed
 
 __all__ = [
     "CaptureInfo",
     "Cost",
+    "Draws",
     "ExampleInputs",
     "Inputs",
+    "Look",
     "ModuleCall",
     "capture",
     "capture_lazily",
@@ -17,4 +21,7 @@ __all__ = [
     "ghost_of",
     "info_of",
     "nodes_in",
+    "restart",
+    "steered",
+    "undisturbed",
 ]

@@ -1,11 +1,13 @@
 """What a capture knows besides its graph: every module call, and what each node costs."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
 
-__all__ = ["CaptureInfo", "Cost", "ModuleCall", "info_of", "nodes_in"]
+from replfx.tracing.chance import Draws
+
+__all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "info_of", "nodes_in"]
 
 META_KEY = "replfx"
 
@@ -28,6 +30,22 @@ class ModuleCall:
     output: object = None
 
 
+Frozen: TypeAlias = Literal["random numbers", "values of tensors"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model is looked at.
+
+    Attributes:
+        draws: to which end chance is steered.
+        training: whether in training mode, which is the model's own but where chance skips blocks in training alone.
+    """
+
+    draws: Draws
+    training: bool
+
+
 @dataclass
 class CaptureInfo:
     """Kept at `graph_module.meta["replfx"]`.
@@ -40,6 +58,8 @@ class CaptureInfo:
         notes: what a reader of the graph should know, such as a branch taken on `training`.
         measured: the nodes carry shapes and costs (example inputs were given).
         outputs: shapes of the tensors in the model's output; None if unmeasured.
+        look: how the model was looked at; None for Dynamo's graph.
+        frozen: what the model's Python code asked for as it ran, so that the graph goes on as it was answered.
     """
 
     rung: Literal["symbolic", "recorded", "dynamo"]
@@ -49,6 +69,8 @@ class CaptureInfo:
     notes: list[str] = field(default_factory=list)
     measured: bool = False
     outputs: list[tuple[int, ...]] | None = None
+    look: Look | None = None
+    frozen: set[Frozen] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
         """A copied graph has other nodes, so its info keeps only what does not speak of nodes."""

@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.structure import set_submodule
+from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
-from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, info_of
+from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
 from replfx.tracing.symbolic import is_leaf, is_small, own_tensors, training_flag
@@ -33,7 +34,9 @@ from replfx.tree import parts_of, shapes_in, tensors_in
 
 __all__ = ["HiddenResult", "record"]
 
+_KINDS = ("bool", "int", "float", "complex", "index", "array")
 _SET_GRAD = torch._C._set_grad_enabled
+_TO_PYTHON = frozenset(("item", "tolist", "numpy", "is_nonzero", *(f"__{kind}__" for kind in _KINDS)))
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -66,6 +69,7 @@ class Recorder(TorchFunctionMode):
         self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
         self.flags: dict[str, bool] = {}  # targets of the `training_flag` submodules that the graph needs
+        self.frozen: set[Frozen] = set()
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -195,6 +199,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if _under_transform():  # the tensors are wrapped: what happens is seen below, by `run_operator`
             return self._detaching_if(func in (Tensor.detach, torch.detach), func, args, kwargs)
+        self._note_freezing(func)
         target = _target(func)
         if target is None or (self._inside and func is _SET_GRAD):  # one of the interpreter's own questions
             return func(*args, **kwargs)
@@ -210,6 +215,13 @@ class Recorder(TorchFunctionMode):
             self.bind(self.node(op, name, (*self.to_arguments(args), *extra), self.to_arguments(kwargs)), result)
         return result
 
+    def _note_freezing(self, func: Callable[..., Any]) -> None:
+        """Python code asks for a tensor's value; on fakes it gets only what was drawn, or what it itself gave."""
+        if getattr(func, "__name__", "") in _TO_PYTHON:
+            chance = steering()
+            if self.real or (chance is not None and chance.has_drawn()):
+                self.frozen.add("values of tensors")
+
     def _detaching_if(self, detaching: bool, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before, self._detaching = self._detaching, self._detaching or detaching
         try:
@@ -220,6 +232,8 @@ class Recorder(TorchFunctionMode):
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator; one that no recorded call is about becomes a node itself."""
         self._mutated |= func._schema.is_mutable
+        if self.real and is_draw(func) and (chance := steering()) is not None:
+            chance.steer_torch(kwargs.get("generator"))
         if self._paused:
             result = func(*args, **kwargs)
             if self._owner:
@@ -467,6 +481,6 @@ def _graph_module(root: nn.Module, recorder: Recorder) -> fx.GraphModule:
         set_submodule(root, target, training_flag(training))
     graph_module = _LazyGraphModule(root, recorder.graph, type(root).__name__)
     graph_module.meta["replfx"] = CaptureInfo(
-        "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True
+        "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True, frozen=recorder.frozen
     )
     return graph_module

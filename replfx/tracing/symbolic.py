@@ -29,6 +29,8 @@ from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
 __all__ = ["is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
 _SET_GRAD = torch._C._set_grad_enabled
+_DRAWS = frozenset((torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli))
+_DRAWS_IN_PLACE = frozenset(("bernoulli_", "exponential_", "geometric_", "normal_", "random_", "uniform_"))
 
 
 def training_flag(training: bool) -> nn.Module:
@@ -256,8 +258,8 @@ class SymbolicTracer(fx.Tracer):
         return super().to_bool(obj)
 
 
-class _GradModes(TorchFunctionMode):
-    """Puts `torch.no_grad()` and its like into the graph; no proxy takes part in them."""
+class _WithoutProxies(TorchFunctionMode):
+    """Puts into the graph what no proxy takes part in: `torch.no_grad()` and its like, and drawn numbers."""
 
     def __init__(self, tracer: SymbolicTracer) -> None:
         super().__init__()
@@ -268,6 +270,10 @@ class _GradModes(TorchFunctionMode):
     ) -> Any:
         if func is _SET_GRAD and not self.tracer.inside:
             self.tracer.create_proxy("call_function", func, args, {})
+        if func in _DRAWS:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        if getattr(func, "__name__", "") in _DRAWS_IN_PLACE:
+            raise _UntraceableError("random numbers drawn into a tensor that no input takes part in")
         return func(*args, **(kwargs or {}))
 
 
@@ -347,7 +353,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     while True:
         tracer = SymbolicTracer(inputs, whole, traces)
         tracer.prepare(root)
-        with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
+        with _symbolic_training(root, tracer), watching(tracer), _WithoutProxies(tracer):
             graph = tracer.trace(root)
         found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole
         if not found:
