@@ -1,6 +1,6 @@
 """verify: is the transformed model sound?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import ReadFromOutsideError, VerifyError
 from replfx.state import fusion_layers
-from replfx.tracing import Draws, Inputs, Look, ghost_of, info_of, restart, steered, undisturbed
+from replfx.tracing import Draws, Held, Inputs, Look, ghost_of, info_of, restart, steered, undisturbed
 from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["Verify", "does_not_run"]
@@ -44,7 +44,7 @@ class Verify(PassBase):
         if self.inputs is not None:
             look = info_of(graph_module).look or Look(Draws.HIGH, model.training)
             with undisturbed(model), steered(look.draws, model):
-                rehearsal = _Rehearsal(model, self.inputs)
+                rehearsal = _Rehearsal(model, self.inputs, list(self.original.parameters()))
                 self._check_run(graph_module, model, rehearsal.run(look.training, trained=True), look.training)
                 training = not look.training
                 self._check_other_mode(rehearsal.run(training, trained=training), training)
@@ -75,7 +75,7 @@ class Verify(PassBase):
 
     def _before(self, training: bool, *, trained: bool) -> "_Run | Exception":
         assert self.inputs is not None
-        return _Rehearsal(self.original, self.inputs).run(training, trained=trained)
+        return _Rehearsal(self.original, self.inputs, list(self.original.parameters())).run(training, trained=trained)
 
 
 def _broken(error: Exception, when: str = "") -> VerifyError:
@@ -113,10 +113,17 @@ def _check_synthesis(model: nn.Module) -> None:
 
 
 class _Rehearsal:
-    """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules."""
+    """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules.
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    Args:
+        model: any module.
+        inputs: the example inputs.
+        reachable: parameters that the model's code may reach although they are none of its own any more.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter]) -> None:
         self.model, self.inputs = model, inputs
+        self.reachable = [*reachable, *model.parameters()]
         self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
         self.modes: list[tuple[nn.Module, bool]] = []
 
@@ -128,7 +135,7 @@ class _Rehearsal:
             self._put_in_mode(ghost, training)
             restart()
             ghost.zero_grad()
-            with mode, torch.set_grad_enabled(trained), _reads_of_vacant(ghost, found):
+            with mode, torch.set_grad_enabled(trained), _reads_of_vacant(ghost, found), self._untouched(ghost):
                 tensors = tensors_in(ghost(*fakes.args, **fakes.kwargs))
                 losses = [tensor.sum() for tensor in tensors if tensor.requires_grad and tensor.dtype.is_floating_point]
                 if losses:
@@ -143,6 +150,18 @@ class _Rehearsal:
             return ReadFromOutsideError(said, found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
         return _Run(shapes_in(tensors), without)
+
+    @contextmanager
+    def _untouched(self, ghost: nn.Module) -> Iterator[None]:
+        """The code may reach the model rather than the copy: its modules mean the copy's, its gradients stay."""
+        gradients = [(parameter, parameter.grad) for parameter in self.reachable]
+        try:
+            with Held(self.model, None).redirected(ghost):
+                yield
+        finally:
+            for parameter, gradient in gradients:
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
 
     def _put_in_mode(self, ghost: nn.Module, training: bool) -> None:
         """In a mode; in the model's own, what is inside may have another one, as a frozen norm has."""

@@ -28,7 +28,7 @@ from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
-from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, info_of
+from replfx.tracing import ExampleInputs, HeldElsewhereError, Inputs, capture_lazily, check_is_whole, info_of
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -155,11 +155,13 @@ def inspect(
     if example_inputs is None:
         return found
     try:
-        return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs)))
+        return replace(found, before=before, after=totals_of(capture_lazily(twin, example_inputs, model)))
+    except HeldElsewhereError as error:
+        why = f"nothing can be replaced without inplace=True: {error}"
     except CaptureError as error:  # the original ran
-        notes = [*draft.notes, f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"]
-        blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
-        return replace(draft, blocks=blocks, notes=notes)
+        why = f"nothing can be replaced: {does_not_run(error.__cause__ or error)}"
+    blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
+    return replace(draft, blocks=blocks, notes=[*draft.notes, why])
 
 
 def report(model: nn.Module) -> Report:
@@ -225,7 +227,7 @@ def apply(
     check_is_whole(model)
     target = model if inplace else faithful_copy(model)
     if has_regions(plan):
-        graph = capture_lazily(target, example_inputs)
+        graph = capture_lazily(target, example_inputs, model)
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
         return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
@@ -246,7 +248,7 @@ def _transformed(
     target, inputs = model if inplace else faithful_copy(model), Inputs.of(example_inputs, model)
     read: dict[str, list[str]] = {}
     while True:  # with one weight more each time that has to stay
-        graph = _planned(target, example_inputs, policy)
+        graph = _planned(target, example_inputs, policy, model)
         graph.meta["replfx_plan"] = keeping(plan_of(graph), read)
         try:
             return _carry_out(graph, model, target, inputs)
@@ -266,9 +268,11 @@ def _inserted(graph: fx.GraphModule, model: nn.Module) -> tuple[nn.Module, fx.Gr
     return twin, run_passes(graph, [InsertFusion(twin)]).graph_module
 
 
-def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:
-    """A captured graph with the plan of the policy in its meta."""
-    graph = capture_lazily(model, example_inputs)
+def _planned(
+    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, original: nn.Module | None = None
+) -> fx.GraphModule:
+    """A captured graph with the plan of the policy in its meta; `original` is what the model was copied from."""
+    graph = capture_lazily(model, example_inputs, original)
     run_passes(graph, [FindChains(), policy])
     return graph
 

@@ -1,6 +1,7 @@
 """Capture: symbolic tracing, the recorder, and what each node costs."""
 
 from replfx.tracing.chance import Draws, restart, steered
+from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
 from replfx.tracing.ladder import capture, capture_lazily, ghost_of
@@ -11,6 +12,8 @@ __all__ = [
     "Cost",
     "Draws",
     "ExampleInputs",
+    "Held",
+    "HeldElsewhereError",
     "Inputs",
     "Look",
     "ModuleCall",

@@ -14,6 +14,7 @@ from replfx.errors import CaptureError
 from replfx.structure import attribute_at
 from replfx.tracing.chance import Draws, Steering, is_draw, restart, steered, steered_generators, steering
 from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count
+from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import Cost, Look, info_of
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_is_whole
 from replfx.tracing.leaks import Traces
@@ -58,33 +59,42 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
     return graph_module
 
 
-def capture_lazily(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+def capture_lazily(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, original: nn.Module | None = None
+) -> fx.GraphModule:
     """Capture as `capture` does; Python code is generated only when the graph is run.
 
     For passes: torch.fx generates and compiles the code of the whole graph after each, for nobody.
+
+    Args:
+        model: as for `capture`.
+        example_inputs: as for `capture`.
+        original: what `model` was copied from, of which its code may reach nothing.
     """
     check_is_whole(model)
     inputs = Inputs.of(example_inputs, model)
     with undisturbed(model):
-        return _fullest(model, inputs)
+        return _fullest(model, inputs, Held(model, original))
 
 
-def _fullest(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+def _fullest(model: nn.Module, inputs: Inputs | None, held: Held) -> fx.GraphModule:
     """The capture of the look that sees the most of the model: chance may skip some of it in another one."""
-    first, drawn = _look(model, inputs, Look(Draws.HIGH, model.training))
+    first, drawn = _look(model, inputs, held, Look(Draws.HIGH, model.training))
     if not drawn or _sees_all(first):
         return first
-    found = [first, *_other_looks(model, inputs, first)]
+    found = [first, *_other_looks(model, inputs, held, first)]
     return max(found, key=_seen)  # the first of equals
 
 
-def _other_looks(model: nn.Module, inputs: Inputs | None, first: fx.GraphModule) -> Iterator[fx.GraphModule]:
+def _other_looks(
+    model: nn.Module, inputs: Inputs | None, held: Held, first: fx.GraphModule
+) -> Iterator[fx.GraphModule]:
     """With draws that are low; and where it was seen that chance decides, in evaluation mode too."""
     decides = False
     for look in (Look(Draws.LOW, model.training), Look(Draws.HIGH, False)):
         if look.training == model.training or (decides and model.training):
             try:
-                other, _ = _look(model, inputs, look)
+                other, _ = _look(model, inputs, held, look)
             except CaptureError:  # with less of its blocks it need not run
                 continue
             decides = decides or _seen(other) != _seen(first)
@@ -112,13 +122,13 @@ def _parameters_of(graph_module: fx.GraphModule) -> set[int]:
     return found
 
 
-def _look(model: nn.Module, inputs: Inputs | None, look: Look) -> tuple[fx.GraphModule, bool]:
+def _look(model: nn.Module, inputs: Inputs | None, held: Held, look: Look) -> tuple[fx.GraphModule, bool]:
     """A capture, and whether random numbers were drawn that its code could see."""
     seen = model if look.training == model.training else structural_copy(model, plain=_same).train(look.training)
     traces = Traces(model)
     try:
         with steered(look.draws, model) as steering:
-            made = _symbolic(seen, None, traces)[0] if inputs is None else _measured(seen, inputs, traces)
+            made = _symbolic(seen, None, traces)[0] if inputs is None else _measured(seen, inputs, held, traces)
             info, drawn = info_of(made), steering.has_drawn()
             info.look = look
             if steering.has_drawn_in_python():
@@ -148,13 +158,13 @@ def _symbolic(
     return graph_module, root
 
 
-def _measured(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
+def _measured(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> fx.GraphModule:
     try:
         return symbolic_on_fakes(model, inputs, traces)
     except Exception:  # any reason will do: the recorder is the answer to all of them
         pass
     traces.clear()
-    return _recorded(model, inputs, traces)
+    return _recorded(model, inputs, held, traces)
 
 
 def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
@@ -236,14 +246,18 @@ def _fake_run(model: nn.Module, inputs: Inputs, traces: Traces | None) -> tuple[
         return _facts(output), *meter.take()
 
 
-def _recorded(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
+def _recorded(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> fx.GraphModule:
     try:
-        return record_on_fakes(model, inputs, traces)
+        return record_on_fakes(model, inputs, traces, held)
+    except HeldElsewhereError:
+        raise
     except Exception:  # values are needed, or an operator has no fake form: run it for real
         pass
     traces.close()
     try:
-        return record_on_values(model, inputs)
+        return record_on_values(model, inputs, held)
+    except HeldElsewhereError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs in "
@@ -251,7 +265,9 @@ def _recorded(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModul
         ) from error
 
 
-def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
+def record_on_fakes(
+    model: nn.Module, inputs: Inputs, traces: Traces | None = None, held: Held | None = None
+) -> fx.GraphModule:
     """The second rung: no compute, no memory."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
@@ -259,12 +275,12 @@ def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = No
         root = structural_copy(model, plain=_same)
         restart()
         with mode:
-            return record(root, ghost, fakes, opened=opened)
+            return record(root, ghost, fakes, held or Held(model, None), opened=opened)
 
     return _opening(attempt)
 
 
-def record_on_values(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def record_on_values(model: nn.Module, inputs: Inputs, held: Held | None = None) -> fx.GraphModule:
     """The last rung: a real run, on copies of the buffers and of the inputs."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
@@ -272,7 +288,9 @@ def record_on_values(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             model, lambda t: t if isinstance(t, nn.Parameter) else t.clone(), given=steered_generators(model)
         )
         restart()
-        return record(structural_copy(model), ghost, inputs.map(_twin), opened=opened, real=True)
+        return record(
+            structural_copy(model), ghost, inputs.map(_twin), held or Held(model, None), opened=opened, real=True
+        )
 
     return _opening(attempt)
 

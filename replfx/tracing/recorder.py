@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from replfx.structure import set_submodule
 from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
+from replfx.tracing.held import Held
 from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
@@ -53,13 +54,15 @@ class Recorder(TorchFunctionMode):
 
     Args:
         ghost: the module to be run.
+        held: the parts of the model that `ghost` was copied from, which its code may reach too.
         opened: classes of modules that are not to be called whole.
         real: the run is on real tensors, so constants have to be copied before they are changed in place.
     """
 
-    def __init__(self, ghost: nn.Module, opened: frozenset[type[nn.Module]], real: bool) -> None:
+    def __init__(self, ghost: nn.Module, held: Held, opened: frozenset[type[nn.Module]], real: bool) -> None:
         super().__init__()
         self.ghost = ghost
+        self.held = held
         self.opened = opened
         self.real = real
         self.meter = Meter((*ghost.parameters(), *ghost.buffers()), self.run_operator)
@@ -73,7 +76,8 @@ class Recorder(TorchFunctionMode):
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._names = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
+        own = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
+        self._names = {**held.names, **own}
         self._modules = list(ghost.modules())  # kept: a model may drop some on the way, and their ids would be others'
         self._paths = {id(m): path for path, m in ghost.named_modules()}
         self._own = {id(m): own_tensors(m) for m in ghost.modules()}
@@ -171,6 +175,7 @@ class Recorder(TorchFunctionMode):
             owner = self._hidden.get(tensor)
             if owner:
                 raise HiddenResult(type(self.ghost.get_submodule(owner)))
+            self.held.check(tensor)
             if isinstance(tensor, FakeTensor):
                 raise RuntimeError("a fake tensor of unknown origin")
             name = self._constant_names[tensor] = f"_tensor_constant{len(self.constants)}"
@@ -284,6 +289,8 @@ class Recorder(TorchFunctionMode):
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called: one node if it is a leaf, else what happens inside it."""
         path = self._paths.get(id(module))
+        if path is None and (path := self.held.path_of(module)) is not None:
+            module = self.ghost.get_submodule(path)
         if path is None or self._paused or _under_transform():
             return call(module, *args, **kwargs)
         record = ModuleCall(path, self.to_nodes(args), self.to_nodes(kwargs), len(self.nodes))
@@ -433,6 +440,7 @@ def record(
     root: nn.Module,
     ghost: nn.Module,
     inputs: Inputs,
+    held: Held,
     *,
     opened: frozenset[type[nn.Module]] = frozenset(),
     real: bool = False,
@@ -443,13 +451,15 @@ def record(
         root: the structural copy that the GraphModule will hold.
         ghost: a copy of the same structure to run, on fake or on real tensors.
         inputs: the example inputs, as fake or as real as `ghost`.
+        held: the parts of the model itself.
         opened: classes of modules to look into, however small they are.
         real: whether the tensors are real ones.
 
     Raises:
         HiddenResult: a module has to be looked into.
+        HeldElsewhereError: the code reaches parts of what the model was copied from.
     """
-    recorder = Recorder(ghost, opened, real)
+    recorder = Recorder(ghost, held, opened, real)
     with recorder.meter:
         for index, tensor in enumerate(inputs.tensors()):
             recorder.bind(recorder.node("placeholder", f"input_{index}"), tensor)
