@@ -9,6 +9,7 @@ from replfx.passes.find_chains import FindChains
 from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.passes.release import Release
+from replfx.passes.rewritten import limit
 from replfx.passes.select_blocks import SelectBlocks, plan_of
 from replfx.passes.verify import Verify, does_not_run
 
@@ -23,6 +24,7 @@ __all__ = [
     "Verify",
     "chains_of",
     "does_not_run",
+    "limit",
     "plan_of",
     "run_passes",
 ]

@@ -21,6 +21,7 @@ from replfx.passes import (
     SelectBlocks,
     Verify,
     does_not_run,
+    limit,
     plan_of,
     run_passes,
 )
@@ -28,7 +29,16 @@ from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
 from replfx.reports import Report
 from replfx.state import mark, placed_layers, state_of
-from replfx.tracing import ExampleInputs, HeldElsewhereError, Inputs, capture_lazily, check_is_whole, info_of
+from replfx.tracing import (
+    ExampleInputs,
+    HeldElsewhereError,
+    Inputs,
+    Limits,
+    capture_lazily,
+    check_is_whole,
+    info_of,
+    limits_of,
+)
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -290,6 +300,7 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
             f"the blocks of this {type(target).__name__} are no modules (`{planned.replacements[0].path}`): only its "
             "graph can be rewritten, not the model itself; leave inplace=True out"
         )
+    limits = _limits(graph, target, inputs) if rewritten else None
     blocks = {r.path: block_at(target, r.path) for r in planned.replacements if not rewritten}
     try:
         spent: list[PassBase] = [] if rewritten else [Release()]
@@ -298,14 +309,29 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
     except ReplfxError:
         put_blocks(target, blocks)  # with inplace=True the model is the user's
         raise
-    if rewritten:
+    if limits is not None:
         assert isinstance(result, fx.GraphModule)
+        limit(result, limits)
         target, draft = result, replace(draft, notes=list(info_of(graph).notes))
         for key in [key for key in target.meta if key.startswith("replfx")]:
             del target.meta[key]  # it speaks of nodes of the captured graph
     layers = placed_layers(target, planned)
     mark(target, planned, with_layers(draft, planned, layers, trainable_parameters(target)))
     return target
+
+
+def _limits(graph: fx.GraphModule, model: nn.Module, inputs: Inputs | None) -> Limits:
+    """What a graph that takes the model's place holds for.
+
+    Raises:
+        PlanError: it has taken up what would be another thing in the next call.
+    """
+    for what in sorted(info_of(graph).frozen):
+        raise PlanError(
+            f"the blocks of this {type(model).__name__} are no modules, so that only its graph can be rewritten; but "
+            f"its Python code decides by {what}, and a graph would go on as it was decided once"
+        )
+    return limits_of(graph, model, inputs)
 
 
 def _refuse_transformed(model: nn.Module) -> None:

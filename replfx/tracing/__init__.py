@@ -5,6 +5,7 @@ from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
 from replfx.tracing.ladder import capture, capture_lazily, ghost_of
+from replfx.tracing.limits import Limits, limits_of
 from replfx.tracing.undisturbed import undisturbed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Held",
     "HeldElsewhereError",
     "Inputs",
+    "Limits",
     "Look",
     "ModuleCall",
     "capture",
@@ -23,6 +25,7 @@ __all__ = [
     "check_is_whole",
     "ghost_of",
     "info_of",
+    "limits_of",
     "nodes_in",
     "restart",
     "steered",
