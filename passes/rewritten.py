@@ -89,7 +89,7 @@ def _compare(graph: fx.Graph, found: fx.Node, wanted: int, message: str) -> None
 
 _WRONG_SIZE = (
     "dimension {} of `{}` has to be {}, as it was when the model was recorded: its Python code would compute another "
-    "thing for another size, or does not run. Give replfx.transform inputs of that size"
+    "thing for another size, or does not run. Transform it with inputs of that size"
 )
 _WRONG_MODE = (
     "the model was captured in {} mode and holds in no other: its Python code branches on `training`. Transform a "
