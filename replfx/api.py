@@ -33,7 +33,6 @@ from replfx.tracing import (
     ExampleInputs,
     HeldElsewhereError,
     Inputs,
-    Limits,
     capture_lazily,
     check_is_whole,
     info_of,
@@ -156,6 +155,9 @@ def inspect(
     except NoChainError as error:
         draft = describe_chains(graph, model)
         return replace(draft, notes=[*draft.notes, str(error).partition(":")[0]])
+    if has_regions(plan_of(graph)) and (why := _frozen(graph, model)):
+        draft = describe_chains(graph, model)
+        return replace(draft, notes=[*draft.notes, why])
     draft, before = describe_chains(graph, model), totals_of(graph)  # InsertFusion takes the replaced nodes out
     twin, result = _inserted(graph, model)
     if has_regions(plan_of(graph)):
@@ -300,7 +302,9 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
             f"the blocks of this {type(target).__name__} are no modules (`{planned.replacements[0].path}`): only its "
             "graph can be rewritten, not the model itself; leave inplace=True out"
         )
-    limits = _limits(graph, target, inputs) if rewritten else None
+    if rewritten and (why := _frozen(graph, model)):
+        raise PlanError(why)
+    limits = limits_of(graph, target, inputs) if rewritten else None
     blocks = {r.path: block_at(target, r.path) for r in planned.replacements if not rewritten}
     try:
         spent: list[PassBase] = [] if rewritten else [Release()]
@@ -320,18 +324,13 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
     return target
 
 
-def _limits(graph: fx.GraphModule, model: nn.Module, inputs: Inputs | None) -> Limits:
-    """What a graph that takes the model's place holds for.
-
-    Raises:
-        PlanError: it has taken up what would be another thing in the next call.
-    """
-    for what in sorted(info_of(graph).frozen):
-        raise PlanError(
-            f"the blocks of this {type(model).__name__} are no modules, so that only its graph can be rewritten; but "
-            f"its Python code decides by {what}, and a graph would go on as it was decided once"
-        )
-    return limits_of(graph, model, inputs)
+def _frozen(graph: fx.GraphModule, model: nn.Module) -> str:
+    """Why a graph may not take the model's place: it has taken up what would be another thing in the next call."""
+    what = " and ".join(sorted(info_of(graph).frozen))
+    return what and (
+        f"the blocks of this {type(model).__name__} are no modules, so that only its graph can be rewritten; but its "
+        f"Python code decides by {what}, and a graph would go on as it was decided once"
+    )
 
 
 def _refuse_transformed(model: nn.Module) -> None:

@@ -136,9 +136,16 @@ def _look(model: nn.Module, inputs: Inputs | None, held: Held, look: Look) -> tu
     finally:
         traces.close()
     if seen is not model:
-        for path, module in model.named_modules():
-            info.root.get_submodule(path).training = module.training
+        _put_in_mode_of(model, info.root)
     return made, drawn
+
+
+def _put_in_mode_of(model: nn.Module, root: nn.Module) -> None:
+    """Give each module of a copy the mode that it has in the model; one that was added, that of its parent."""
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in root.named_modules():
+        modes.setdefault(path, modes[path.rpartition(".")[0]] if path else model.training)
+        module.training = modes[path]
 
 
 def _symbolic(

@@ -8,6 +8,7 @@ Python code branches on it becomes a leaf and is called as it is.
 
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -113,6 +114,7 @@ class SymbolicTracer(fx.Tracer):
     def __init__(self, inputs: Inputs | None, whole: frozenset[str], traces: Traces | None = None) -> None:
         super().__init__(param_shapes_constant=True)
         self.traces = traces
+        self._thread = threading.get_ident()
         self.inputs = inputs
         self.whole = whole
         self.calls: list[ModuleCall] = []
@@ -147,7 +149,7 @@ class SymbolicTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
+        if name is None or threading.get_ident() != self._thread:
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy(
@@ -162,6 +164,8 @@ class SymbolicTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:  # torch.fx patches the whole process
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path) and any(own_tensors(p) != self._own.get(id(p)) for p in m.modules()):
             raise _UntraceableError(f"other tensors than its own in `{path}` while it is called")

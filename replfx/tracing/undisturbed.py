@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with _LOCK, ExitStack() as stack:
         stack.enter_context(kept_random_states(model))
         stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what its code has to say, it says to its user in a run of his own
         stack.enter_context(torch.inference_mode(False))
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled yet, and it is slow to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
