@@ -118,7 +118,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 HARD: dict[str, Callable[[], Any]] = {
     "generator": generator,
     "iterator in a list": lambda: [iter({1: 2}.items()), generator()],
-    "file": lambda: Path(__file__).open(),
+    "file": lambda: Path(__file__).open(),  # noqa: SIM115
     "memory": lambda: memoryview(b"abc"),
     "partial of a generator": lambda: functools.partial(print, generator()),
 }

@@ -78,6 +78,7 @@ class Recorder(TorchFunctionMode):
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         own = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
         self._names = {**held.names, **own}
+        self._targets = frozenset(self._names.values())
         self._modules = list(ghost.modules())  # kept: a model may drop some on the way, and their ids would be others'
         self._paths = {id(m): path for path, m in ghost.named_modules()}
         self._own = {id(m): own_tensors(m) for m in ghost.modules()}
@@ -204,7 +205,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if _under_transform():  # the tensors are wrapped: what happens is seen below, by `run_operator`
             return self._detaching_if(func in (Tensor.detach, torch.detach), func, args, kwargs)
-        self._note_freezing(func)
+        self._note_freezing(func, args)
         target = _target(func)
         if target is None or (self._inside and func is _SET_GRAD):  # one of the interpreter's own questions
             return func(*args, **kwargs)
@@ -220,12 +221,23 @@ class Recorder(TorchFunctionMode):
             self.bind(self.node(op, name, (*self.to_arguments(args), *extra), self.to_arguments(kwargs)), result)
         return result
 
-    def _note_freezing(self, func: Callable[..., Any]) -> None:
-        """Python code asks for a tensor's value; on fakes it gets only what was drawn, or what it itself gave."""
+    def _note_freezing(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Python code asks for a tensor's value; on fakes it gets only what was drawn, or what it gave itself."""
         if getattr(func, "__name__", "") in _TO_PYTHON:
             chance = steering()
-            if self.real or (chance is not None and chance.has_drawn()):
+            if (chance is not None and chance.has_drawn()) or (self.real and self._is_variable(args[0])):
                 self.frozen.add("values of tensors")
+
+    def _is_variable(self, tensor: Tensor) -> bool:
+        """Whether an input or the model's state takes part in it."""
+        above, seen = [self._node_for(tensor)], set[fx.Node]()
+        while above:
+            node = above.pop()
+            if node.op in ("placeholder", "call_module") or (node.op == "get_attr" and node.target in self._targets):
+                return True
+            above += [other for other in node.all_input_nodes if other not in seen]
+            seen.update(above)
+        return False
 
     def _detaching_if(self, detaching: bool, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before, self._detaching = self._detaching, self._detaching or detaching
