@@ -9,6 +9,7 @@ from replfx.passes.find_chains import FindChains
 from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.passes.release import Release
+from replfx.passes.rewritten import limit
 from replfx.passes.select_blocks import SelectBlocks, plan_of
 from replfx.passes.verify import Verify, refuse_reads_of_freed
 
@@ -22,6 +23,7 @@ __all__ = [
     "SelectBlocks",
     "Verify",
     "chains_of",
+    "limit",
     "plan_of",
     "refuse_reads_of_freed",
     "run_passes",

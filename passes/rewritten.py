@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
+from replfx.errors import CaptureError
 from replfx.passes.regions import Region, put_value, root_of
 from replfx.passes.why_not import ancestors
 from replfx.structure import attribute_at
+from replfx.tracing import Limits
+from replfx.tracing.symbolic import training_flag
 
-__all__ = ["Rewritten", "restore_region", "without_regions"]
+__all__ = ["Rewritten", "limit", "restore_region", "without_regions"]
 
 
 class Rewritten(fx.GraphModule):
@@ -35,6 +41,8 @@ class Rewritten(fx.GraphModule):
 
     def become_plain(self) -> None:
         """Become a GraphModule of torch's own class, which needs no replfx."""
+        for node in self.graph.find_nodes(op="call_function", target=_check):
+            node.target = torch._assert
         name = type(self).__name__
         self.__class__ = type(fx.GraphModule.__new__(fx.GraphModule))  # type: ignore[assignment]
         type(self).__name__ = name
@@ -43,6 +51,50 @@ class Rewritten(fx.GraphModule):
 
 def _unfilled() -> Rewritten:
     return Rewritten.__new__(Rewritten)
+
+
+def _check(condition: Any, message: str) -> Any:
+    """As `torch._assert`, with an error of ours."""
+    if has_torch_function((condition,)):  # it is being traced
+        return handle_torch_function(_check, (condition,), condition, message)
+    if not condition:
+        raise CaptureError(message)
+    return None
+
+
+fx.node.has_side_effect(_check)
+
+
+def limit(graph_module: fx.GraphModule, limits: Limits) -> None:
+    """Let a graph check, whenever it runs, that it holds for its inputs and in its mode."""
+    graph = graph_module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        for node, sizes in zip(inputs, limits.shapes or (), strict=limits.shapes is not None):
+            for dimension, size in enumerate(sizes):
+                if size is not None:
+                    found = graph.call_method("size", (node, dimension))
+                    _compare(graph, found, size, _WRONG_SIZE.format(dimension, node.target, size))
+        if limits.training is not None:
+            if not hasattr(graph_module, "training_flag"):
+                graph_module.add_module("training_flag", training_flag(limits.training))
+            mode = "training" if limits.training else "evaluation"
+            _compare(graph, graph.call_module("training_flag"), limits.training, _WRONG_MODE.format(mode))
+    graph_module.recompile()
+
+
+def _compare(graph: fx.Graph, found: fx.Node, wanted: int, message: str) -> None:
+    graph.call_function(_check, (graph.call_function(operator.eq, (found, wanted)), message))
+
+
+_WRONG_SIZE = (
+    "dimension {} of `{}` has to be {}, as it was when the model was recorded: its Python code would compute another "
+    "thing for another size, or does not run. Transform it with inputs of that size"
+)
+_WRONG_MODE = (
+    "the model was captured in {} mode and holds in no other: its Python code branches on `training`. Transform a "
+    "model in the other mode for that"
+)
 
 
 def without_regions(graph_module: fx.GraphModule, replaced: Sequence[Region]) -> Rewritten:

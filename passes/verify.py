@@ -1,5 +1,7 @@
 """verify: is the transformed model sound?"""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from replfx.passes.chains import chains_of
 from replfx.passes.select_blocks import plan_of
 from replfx.passes.why_not import ancestors
 from replfx.plans import Plan
-from replfx.tracing import Inputs, ghost_of, info_of, real_twin
+from replfx.tracing import Draws, Held, Inputs, Look, ghost_of, info_of, real_twin, restart, steered, undisturbed
 from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["Verify", "refuse_reads_of_freed"]
@@ -64,15 +66,20 @@ class Verify(PassBase):
         model = graph_module if self.model is None else self.model
         _check_synthesis(model)
         if self.inputs is not None:
-            rehearsal = _Rehearsal(model, self.inputs)
-            self._check_run(graph_module, model, rehearsal.run(model.training))
-            self._check_other_mode(rehearsal.run(not model.training), not model.training)
+            look = info_of(graph_module).look or Look(Draws.HIGH, model.training)
+            with undisturbed(model), steered(look.draws, model):
+                rehearsal = _Rehearsal(model, self.inputs, list(self.original.parameters()))
+                self._check_run(graph_module, model, rehearsal.run(look.training, trained=True), look.training)
+                training = not look.training
+                self._check_other_mode(rehearsal.run(training, trained=training), training)
         return PassResult(graph_module, False)
 
-    def _check_run(self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception") -> None:
+    def _check_run(
+        self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception", training: bool
+    ) -> None:
         if after == _Run(info_of(graph_module).outputs, frozenset()):
             return
-        before = self._before(self.original.training)
+        before = self._before(training, trained=True)
         if isinstance(before, Exception):  # the capture ran the model for real for the same reason
             info_of(graph_module).notes.append(f"gradients not verified: {type(before).__name__} under fake tensors")
             before, after = (self._run_for_real(each) for each in (self.original, model))
@@ -108,12 +115,12 @@ class Verify(PassBase):
             return error
 
     def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
-        if isinstance(after, Exception) and isinstance(self._before(training), _Run):
+        if isinstance(after, Exception) and isinstance(self._before(training, trained=training), _Run):
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
 
-    def _before(self, training: bool) -> "_Run | Exception":
+    def _before(self, training: bool, *, trained: bool) -> "_Run | Exception":
         assert self.inputs is not None
-        return _Rehearsal(self.original, self.inputs).run(training)
+        return _Rehearsal(self.original, self.inputs, list(self.original.parameters())).run(training, trained=trained)
 
 
 def _broken(error: Exception, when: str = "") -> VerifyError:
@@ -150,21 +157,28 @@ def _check_synthesis(model: nn.Module) -> None:
 
 
 class _Rehearsal:
-    """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules."""
+    """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules.
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    Args:
+        model: any module.
+        inputs: the example inputs.
+        reachable: parameters that the model's code may reach although they are none of its own any more.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter]) -> None:
         self.model, self.inputs = model, inputs
+        self.reachable = [*reachable, *model.parameters()]
         self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
+        self.modes: list[tuple[nn.Module, bool]] = []
 
-    def run(self, training: bool) -> _Run | Exception:
-        """Run forward, and backward but where a model in training is evaluated; where that fails, the error."""
-        trained = training or not self.model.training
+    def run(self, training: bool, *, trained: bool) -> _Run | Exception:
+        """Run forward and, if `trained`, backward; where that fails, the error."""
         try:
             mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
-            if training is not self.model.training:  # what is inside may have a mode of its own, as a frozen norm has
-                ghost.train(training)
+            self._put_in_mode(ghost, training)
+            restart()
             ghost.zero_grad()
-            with mode, torch.set_grad_enabled(trained), written_weights() as written:
+            with mode, torch.set_grad_enabled(trained), written_weights() as written, self._untouched(ghost):
                 result = ghost(*fakes.args, **fakes.kwargs)
                 losses = [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(result) if t.requires_grad]
                 if losses:
@@ -178,3 +192,23 @@ class _Rehearsal:
             return WrittenWeightsError(f"the model writes to the `{name}` of `{path}`, which is synthesised", found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
         return _Run(shapes_in(result), without)
+
+    @contextmanager
+    def _untouched(self, ghost: nn.Module) -> Iterator[None]:
+        """The code may reach the model rather than the copy: its modules mean the copy's, its gradients stay."""
+        gradients = [(parameter, parameter.grad) for parameter in self.reachable]
+        try:
+            with Held(self.model, None).redirected(ghost):
+                yield
+        finally:
+            for parameter, gradient in gradients:
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
+
+    def _put_in_mode(self, ghost: nn.Module, training: bool) -> None:
+        """In a mode; in the model's own, what is inside may have another one, as a frozen norm has."""
+        self.modes = self.modes or [(module, module.training) for module in ghost.modules()]
+        for module, mode in self.modes:
+            module.training = mode
+        if training is not self.model.training:
+            ghost.train(training)

@@ -1,6 +1,5 @@
 """The public face: transform, inspect, report, plan, apply."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -10,10 +9,10 @@ from torch.fx.passes.infra.pass_base import PassBase
 from replfx.blocks import head_of
 from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
+from replfx.copying import faithful_copy
 from replfx.describe import describe_chains, describe_plan, with_layers
 from replfx.errors import (
     CalibrationError,
-    CaptureError,
     FusionError,
     NoChainError,
     PlanError,
@@ -28,6 +27,7 @@ from replfx.passes import (
     Release,
     SelectBlocks,
     Verify,
+    limit,
     plan_of,
     refuse_reads_of_freed,
     run_passes,
@@ -36,8 +36,16 @@ from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
 from replfx.reports import Report, Totals
 from replfx.state import mark, state_of
-from replfx.structure import structural_copy
-from replfx.tracing import ExampleInputs, Inputs, capture_lazily, check_is_whole, costs_of, info_of
+from replfx.tracing import (
+    ExampleInputs,
+    HeldElsewhereError,
+    Inputs,
+    capture_lazily,
+    check_is_whole,
+    costs_of,
+    info_of,
+    limits_of,
+)
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -118,7 +126,7 @@ def transform(
         factor = 0.0 if detach_neighbours else neighbour_gradient
         policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
         _refuse_transformed(model)
-        made = _Transformation(model, model if inplace else _copy(model), example_inputs, policy).carry_out()
+        made = _Transformation(model, model if inplace else faithful_copy(model), example_inputs, policy).carry_out()
     if calibrate is not None:
         fit(made, model, calibrate)
     return made
@@ -154,7 +162,9 @@ def inspect(
         made = attempt.carry_out()
     except NoChainError as error:
         return attempt.found(str(error).partition(":")[0])
-    except (VerifyError, FusionError) as error:
+    except HeldElsewhereError as error:
+        return _not_copied(model, example_inputs, error)
+    except (VerifyError, FusionError, PlanError) as error:
         if not attempt.planned:
             raise
         refused = attempt.found(f"nothing can be replaced: {error}")
@@ -229,9 +239,9 @@ def apply(
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a replfx.Plan, not {type(plan).__name__}; JSON text goes through Plan.from_json")
     check_is_whole(model)
-    target = model if inplace else _copy(model)
+    target = model if inplace else faithful_copy(model)
     if has_regions(plan):
-        graph = capture_lazily(target, example_inputs)
+        graph = capture_lazily(target, example_inputs, model)
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
         return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
@@ -277,7 +287,7 @@ class _Transformation:
         return replace(self._draft, notes=[*self._draft.notes, note])
 
     def _planned(self) -> fx.GraphModule:
-        graph = capture_lazily(self.target, self.example_inputs)
+        graph = capture_lazily(self.target, self.example_inputs, self.model)
         run_passes(graph, [FindChains()])
         try:
             run_passes(graph, [self.policy])
@@ -287,9 +297,11 @@ class _Transformation:
         return graph
 
 
-def _planned(model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks) -> fx.GraphModule:
-    """A captured graph with the plan of the policy in its meta."""
-    graph = capture_lazily(model, example_inputs)
+def _planned(
+    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, original: nn.Module | None = None
+) -> fx.GraphModule:
+    """A captured graph with the plan of the policy in its meta; `original` is what the model was copied from."""
+    graph = capture_lazily(model, example_inputs, original)
     run_passes(graph, [FindChains(), policy])
     return graph
 
@@ -308,9 +320,13 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
             "graph can be rewritten, not the model itself; leave inplace=True out"
         )
     if rewritten:
+        if why := _frozen(graph, model):
+            raise PlanError(why)
+        limits = limits_of(graph, target, inputs)
         passes: list[PassBase] = [InsertFusion(target), Verify(None, original, inputs)]
         result = run_passes(graph, passes).graph_module
         assert isinstance(result, fx.GraphModule)
+        limit(result, limits)
         target, draft = result, replace(draft, notes=list(info_of(graph).notes))
         for key in [key for key in target.meta if key.startswith("replfx")]:
             del target.meta[key]  # it speaks of nodes of the captured graph
@@ -320,6 +336,15 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
         draft = replace(draft, notes=list(info_of(graph).notes))
     mark(target, planned, with_layers(draft, planned, target))
     return target
+
+
+def _not_copied(model: nn.Module, example_inputs: ExampleInputs | None, error: Exception) -> Report:
+    """What `inspect` says of a model that cannot be copied: what there is, and that nothing will be replaced."""
+    graph = capture_lazily(model, example_inputs)
+    run_passes(graph, [FindChains()])
+    draft = describe_chains(graph, model)
+    blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
+    return replace(draft, blocks=blocks, notes=[*draft.notes, f"nothing can be replaced without inplace=True: {error}"])
 
 
 def _carry_out_on_modules(graph: fx.GraphModule, target: nn.Module, planned: Plan, verify: Verify) -> Plan:
@@ -339,15 +364,15 @@ def _carry_out_on_modules(graph: fx.GraphModule, target: nn.Module, planned: Pla
             return planned
 
 
+def _frozen(graph: fx.GraphModule, model: nn.Module) -> str:
+    """Why a graph may not take the model's place: it has taken up what would be another thing in the next call."""
+    what = " and ".join(sorted(info_of(graph).frozen))
+    return what and (
+        f"the blocks of this {type(model).__name__} are no modules, so that only its graph can be rewritten; but its "
+        f"Python code decides by {what}, and a graph would go on as it was decided once"
+    )
+
+
 def _refuse_transformed(model: nn.Module) -> None:
     check_is_whole(model)
     refuse_transformed(model)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} could not be copied ({type(error).__name__}: {error}); pass inplace=True"
-        ) from error

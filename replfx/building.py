@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from replfx.blocks import block_at, is_region, is_window, members_of, parent_of, put_blocks
+from replfx.copying import structural_copy
 from replfx.errors import FusionError, PlanError, of_options
 from replfx.fusion import Fusion, Operator, fusions, operators
 from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
@@ -17,7 +18,7 @@ from replfx.live.blocks import Snapshot, replace_block, strip_block
 from replfx.live.skeletons import Skeleton
 from replfx.live.synthesis import Reading, Readings, Synthesis, fusion_layers
 from replfx.plans import Plan, Replacement
-from replfx.structure import block_digest, structural_copy
+from replfx.structure import block_digest
 
 __all__ = ["Built", "build", "install", "refuse_transformed", "stand_for_region"]
 

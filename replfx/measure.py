@@ -9,6 +9,7 @@ import gc
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.benchmark import timer
 
 from replfx.accumulation import synthesize_once
 from replfx.version import __version__
@@ -269,7 +269,7 @@ def interleaved_times(
     *,
     warmup: int = 2,
     on_round: Callable[[], object] = lambda: None,
-    clock: Callable[[], float] = timer,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Sample]:
     """Time the steps in turn, A B C A B C …, so that a slow spell of the machine meets all of them.
 
@@ -278,8 +278,7 @@ def interleaved_times(
         repeats: how often each is timed.
         warmup: how often each runs untimed before.
         on_round: called after every round, timed or not; for a progress bar.
-        clock: gives seconds; the default is ``torch.utils.benchmark.timer``, which waits for the accelerator
-            where there is one.
+        clock: gives seconds; the default waits for the accelerator where there is one.
 
     Returns:
         name → seconds a step.
@@ -294,9 +293,16 @@ def interleaved_times(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            seconds[name].append(_seconds(step, clock))
+            seconds[name].append(_seconds(step, clock or _now))
         on_round()
     return {name: Sample(tuple(values)) for name, values in seconds.items()}
+
+
+def _now() -> float:
+    """As torch.utils.benchmark.timer, whose package prints a line when it is imported where CUDA is half installed."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -1,13 +1,12 @@
-"""Questions about modules that need no graph: what kind a block is, how to copy structure, how to reach in.
+"""Questions about modules that need no graph: what kind a block is, how to reach in.
 
 A block's *kind* is its parameter tree: the classes of the submodules that own parameters, and every
 parameter's name, shape and dtype. Submodules without parameters (activations, dropout, drop-path) do not
 decide, because nothing of theirs is fused: two ViT blocks that differ in their drop-path rate are one kind.
 """
 
-import copy
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache, reduce
 from typing import TypeAlias
 
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from replfx.errors import CaptureError
-from replfx.tree import tensors_in
+from replfx.copying import MODULE_HOOKS, structural_copy
 
 __all__ = [
     "Signature",
@@ -43,15 +41,6 @@ Signature: TypeAlias = Mapping[str, object]
 
 _CLASS = "_replfx_stands_for"
 _REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def attribute_at(module: nn.Module, path: str) -> object:
@@ -108,7 +97,7 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     The very dicts, so that the handles that a user holds go on removing them. Hooks of `target` come first: it was
     called by `source`.
     """
-    for name in _HOOKS:
+    for name in MODULE_HOOKS:
         hooks, own = getattr(source, name), dict(getattr(target, name))
         if own:
             later = dict(hooks)
@@ -121,64 +110,8 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
 
 def drop_hooks(module: nn.Module) -> None:
     """Remove all forward and backward hooks of `module` itself."""
-    for name in _HOOKS:
+    for name in MODULE_HOOKS:
         getattr(module, name).clear()
-
-
-def structural_copy(
-    model: nn.Module,
-    replace: Callable[[Tensor], Tensor] | None = None,
-    *,
-    plain: Callable[[Tensor], Tensor] | None = None,
-    hooks: bool = False,
-) -> nn.Module:
-    """Copy the modules of `model` but not its tensors.
-
-    Args:
-        model: any module.
-        replace: gives the tensor to put for each parameter and buffer (tied ones stay tied); without it
-            the copy shares the tensors of `model`.
-        plain: the same for tensors that are mere attributes; without it they are copied.
-        hooks: keep the user's forward and backward hooks. Off by default: a capture must not fire them. Those of
-            `torch.nn.utils` are kept anyway: without its hook, a weight norm would not compute its weight.
-
-    Raises:
-        CaptureError: the model holds something that `copy.deepcopy` cannot copy.
-    """
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo: dict[int, object] = {key: replace(t) if replace else t for key, t in tensors.items()}
-    for tensor in _plain_tensors(model):
-        if id(tensor) not in memo:  # deepcopy refuses those that autograd made
-            memo[id(tensor)] = plain(tensor) if plain else _copied(tensor)
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} could not be copied ({type(error).__name__}: {error}); "
-            "make it work with copy.deepcopy first"
-        ) from error
-    if not hooks:
-        for module in twin.modules():
-            _drop_foreign_hooks(module)
-    return twin
-
-
-def _plain_tensors(model: nn.Module) -> list[Tensor]:
-    attributes: dict[int, object] = {}  # by identity: a configuration is held by many modules
-    for module in model.modules():
-        attributes.update((id(value), value) for name, value in vars(module).items() if name not in _REGISTERED)
-    return tensors_in(list(attributes.values()))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-
-def _drop_foreign_hooks(module: nn.Module) -> None:
-    for name in _HOOKS:
-        hooks = getattr(module, name)
-        for key in [k for k, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
-            del hooks[key]
 
 
 def signature(module: nn.Module) -> Signature:

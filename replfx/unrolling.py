@@ -1,6 +1,5 @@
 """The ways out of a transformed model: materialize and unroll."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from replfx.blocks import head_of, is_region
+from replfx.copying import faithful_copy
 from replfx.errors import FusionError
 from replfx.fusion.interface import read_slot
 from replfx.fusion.mixer import MixerOperator
@@ -46,7 +46,7 @@ def materialize(model: nn.Module) -> nn.Module:
         >>> torch.equal(plain(x), model(x))
         True
     """
-    twin = copy.deepcopy(model)
+    twin = faithful_copy(model)
     root, placed = placed_blocks(twin)
     with torch.no_grad():
         theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
@@ -140,7 +140,7 @@ def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
     """What each replaced block gets as its main activation, in a run of a copy of the model."""
     inputs = Inputs.of(example_inputs, model)
     assert inputs is not None
-    twin, seen = copy.deepcopy(model), {}
+    twin, seen = faithful_copy(model), {}
     for path, placement in placed_blocks(twin)[1].items():
 
         def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, at: Placement = placement) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from replfx.copying import structural_copy
 from replfx.errors import FusionError
 from replfx.fusion.anatomy import Anatomy, activation_of, dissect
 from replfx.fusion.folding import Fold
@@ -34,7 +35,6 @@ from replfx.fusion.light_fold import light_fold, restore_light
 from replfx.fusion.operators import Match, Operator, Site, Source, operators, run_with
 from replfx.fusion.plain import plain_module
 from replfx.fusion.sharded import linear
-from replfx.structure import structural_copy
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["LightOperator"]

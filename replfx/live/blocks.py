@@ -185,6 +185,6 @@ def _keeper(module: nn.Module) -> Callable[[], None]:
             registry.clear()
             registry.update(content)
         if graph is not None:
-            module.graph = graph
+            setattr(module, "graph", graph)  # noqa: B010 (a property, of which the type checker knows nothing)
 
     return restore

@@ -7,9 +7,9 @@ class and the names in its place.
 
 import copyreg
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     cls = type(self)
     mine = next(known for known in cls.__mro__ if "_replfx_traits" in known.__dict__)
     base, traits = mine.__bases__[0], mine.__dict__["_replfx_traits"]
-    rebuild, arguments, *rest = super(mine, self).__reduce_ex__(protocol)
+    rebuild, arguments, *rest = super(cast(type, mine), self).__reduce_ex__(protocol)
     if rebuild is copyreg.__newobj__ and arguments[0] is mine:  # type: ignore[attr-defined]
         return _new, (base, traits, arguments[1:]), *rest
     if cls is not mine:  # made by something else, which knows how
@@ -356,8 +356,7 @@ def _iterate(self: nn.Module) -> Iterator[nn.Module]:
 
 
 def _item(self: nn.Module, index: int | slice) -> Any:
-    found: Sequence[nn.Module] = list(_iterate(self))
+    found = list(_iterate(self))
     if isinstance(index, slice):
-        kind = nn.Sequential if isinstance(self, nn.Sequential) else nn.ModuleList
-        return kind(*found[index]) if kind is nn.Sequential else kind(found[index])
+        return nn.Sequential(*found[index]) if isinstance(self, nn.Sequential) else nn.ModuleList(found[index])
     return found[index]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replfx.copying import structural_copy
 from replfx.errors import FusionError
-from replfx.structure import structural_copy
 
 __all__ = ["Skeleton"]
 

@@ -298,8 +298,8 @@ class Synthesis(nn.Module):
         """What to say of a replaced block at `path` that is parted from its neighbour."""
         return (
             f"`{path}` is a replaced block, and it reads the weights of its neighbour `{neighbour}`: {why}, so it "
-            "would read a copy that nothing trains along. Transform with split_at= the modules with which your pipeline "
-            "stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
+            "would read a copy that nothing trains along. Transform with split_at= the modules with which your "
+            "pipeline stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
             "replfx.materialize first"
         )
 

@@ -6,7 +6,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
 
-__all__ = ["CaptureInfo", "Cost", "ModuleCall", "Place", "info_of", "nodes_in"]
+from replfx.tracing.chance import Draws
+
+__all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "Place", "info_of", "nodes_in"]
 
 META_KEY = "replfx"
 
@@ -40,6 +42,22 @@ class ModuleCall:
         self.filled = {place: node for place, node in held.items() if self.held.get(place) is not node}
 
 
+Frozen: TypeAlias = Literal["random numbers", "values of tensors"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model is looked at.
+
+    Attributes:
+        draws: to which end chance is steered.
+        training: whether in training mode, which is the model's own but where chance skips blocks in training alone.
+    """
+
+    draws: Draws
+    training: bool
+
+
 @dataclass
 class CaptureInfo:
     """Kept at `graph_module.meta["replfx"]`.
@@ -52,6 +70,8 @@ class CaptureInfo:
         notes: what a reader of the graph should know, such as a branch taken on `training`.
         measured: the nodes carry shapes and costs (example inputs were given).
         outputs: shapes of the tensors in the model's output; None if unmeasured.
+        look: how the model was looked at; None for Dynamo's graph.
+        frozen: what the model's Python code asked for as it ran, so that the graph goes on as it was answered.
     """
 
     rung: Literal["symbolic", "recorded", "dynamo"]
@@ -61,6 +81,8 @@ class CaptureInfo:
     notes: list[str] = field(default_factory=list)
     measured: bool = False
     outputs: list[tuple[int, ...]] | None = None
+    look: Look | None = None
+    frozen: set[Frozen] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
         """A copied graph has other nodes, so its info keeps only what does not speak of nodes."""

@@ -1,25 +1,26 @@
 """From any model to one torch.fx.GraphModule: symbolic tracing first, recording where that stops."""
 
 import inspect
-import logging
-import random
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from replfx.copying import structural_copy
 from replfx.errors import CaptureError
-from replfx.structure import structural_copy
+from replfx.structure import attribute_at
+from replfx.tracing.chance import Draws, Steering, is_draw, restart, steered, steered_generators, steering
 from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count
-from replfx.tracing.info import Cost, info_of
+from replfx.tracing.held import Held, HeldElsewhereError
+from replfx.tracing.info import Cost, Look, info_of
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_is_whole
 from replfx.tracing.leaks import Traces
 from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
+from replfx.tracing.undisturbed import undisturbed
 from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["capture", "capture_lazily", "ghost_of"]
@@ -58,30 +59,100 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx
     return graph_module
 
 
-def capture_lazily(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+def capture_lazily(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, original: nn.Module | None = None
+) -> fx.GraphModule:
     """Capture as `capture` does; Python code is generated only when the graph is run.
 
     For passes: torch.fx generates and compiles the code of the whole graph after each, for nobody.
+
+    Args:
+        model: as for `capture`.
+        example_inputs: as for `capture`.
+        original: what `model` was copied from, of which its code may reach nothing.
     """
     check_is_whole(model)
     inputs = Inputs.of(example_inputs, model)
-    with (
-        torch.random.fork_rng(devices=_cuda_devices(model)),
-        _python_random_states(),
-        _quiet(),
-        torch.inference_mode(False),
-    ):
-        traces = Traces(model)
-        try:
-            return _symbolic(model, None, traces)[0] if inputs is None else _measured(model, inputs, traces)
-        finally:
-            traces.close()
+    with undisturbed(model):
+        return _fullest(model, inputs, Held(model, original))
+
+
+def _fullest(model: nn.Module, inputs: Inputs | None, held: Held) -> fx.GraphModule:
+    """The capture of the look that sees the most of the model: chance may skip some of it in another one."""
+    first, drawn = _look(model, inputs, held, Look(Draws.HIGH, model.training))
+    if not drawn or _sees_all(first):
+        return first
+    found = [first, *_other_looks(model, inputs, held, first)]
+    return max(found, key=_seen)  # the first of equals
+
+
+def _other_looks(
+    model: nn.Module, inputs: Inputs | None, held: Held, first: fx.GraphModule
+) -> Iterator[fx.GraphModule]:
+    """With draws that are low; and where it was seen that chance decides, in evaluation mode too."""
+    decides = False
+    for look in (Look(Draws.LOW, model.training), Look(Draws.HIGH, False)):
+        if look.training == model.training or (decides and model.training):
+            try:
+                other, _ = _look(model, inputs, held, look)
+            except CaptureError:  # with less of its blocks it need not run
+                continue
+            decides = decides or _seen(other) != _seen(first)
+            yield other
+
+
+def _seen(graph_module: fx.GraphModule) -> tuple[int, int]:
+    """How many of the parameters a capture has seen, and how many calls."""
+    info = info_of(graph_module)
+    return len(_parameters_of(graph_module)), len(info.calls)
+
+
+def _sees_all(graph_module: fx.GraphModule) -> bool:
+    return len(_parameters_of(graph_module)) == len({id(p) for p in info_of(graph_module).root.parameters()})
+
+
+def _parameters_of(graph_module: fx.GraphModule) -> set[int]:
+    root, found = info_of(graph_module).root, set[int]()
+    for target in {(node.op, str(node.target)) for node in graph_module.graph.nodes}:
+        if target[0] == "call_module":
+            found.update(map(id, root.get_submodule(target[1]).parameters()))
+        elif target[0] == "get_attr":
+            value = attribute_at(root, target[1])
+            found.update((id(value),) if isinstance(value, nn.Parameter) else ())
+    return found
+
+
+def _look(model: nn.Module, inputs: Inputs | None, held: Held, look: Look) -> tuple[fx.GraphModule, bool]:
+    """A capture, and whether random numbers were drawn that its code could see."""
+    seen = model if look.training == model.training else structural_copy(model, plain=_same).train(look.training)
+    traces = Traces(model)
+    try:
+        with steered(look.draws, model) as steering:
+            made = _symbolic(seen, None, traces)[0] if inputs is None else _measured(seen, inputs, held, traces)
+            info, drawn = info_of(made), steering.has_drawn()
+            info.look = look
+            if steering.has_drawn_in_python():
+                info.frozen.add("random numbers")
+    finally:
+        traces.close()
+    if seen is not model:
+        _put_in_mode_of(model, info.root)
+    return made, drawn
+
+
+def _put_in_mode_of(model: nn.Module, root: nn.Module) -> None:
+    """Give each module of a copy the mode that it has in the model; one that was added, that of its parent."""
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in root.named_modules():
+        modes.setdefault(path, modes[path.rpartition(".")[0]] if path else model.training)
+        module.training = modes[path]
 
 
 def _symbolic(
     model: nn.Module, inputs: Inputs | None, traces: Traces | None = None
 ) -> tuple[fx.GraphModule, nn.Module]:
     root = structural_copy(model)
+    restart()
     try:
         graph_module = trace_symbolically(root, inputs, traces)
     except Exception as error:
@@ -94,13 +165,13 @@ def _symbolic(
     return graph_module, root
 
 
-def _measured(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
+def _measured(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> fx.GraphModule:
     try:
         return symbolic_on_fakes(model, inputs, traces)
     except Exception:  # any reason will do: the recorder is the answer to all of them
         pass
     traces.clear()
-    return _recorded(model, inputs, traces)
+    return _recorded(model, inputs, held, traces)
 
 
 def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
@@ -134,6 +205,9 @@ def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs
     return tuple(bound[name] for name in names)
 
 
+_NO_KEYWORDS: Mapping[str, object] = {}
+
+
 class _NotedFakes(FakeTensorMode):
     """Tells `traces` what it makes."""
 
@@ -141,11 +215,23 @@ class _NotedFakes(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.traces = traces
 
-    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().dispatch(*args, **kwargs)
+    def dispatch(
+        self, func: Any, types: Any, args: Sequence[object] = (), kwargs: Mapping[str, object] = _NO_KEYWORDS
+    ) -> Any:
+        result = super().dispatch(func, types, args, kwargs)
+        if is_draw(func) and (chance := steering()) is not None and isinstance(result, FakeTensor):
+            result = self._drawn(chance, result, func, args, kwargs)
         if self.traces is not None:
             self.traces.note(result)
         return result
+
+    def _drawn(self, chance: Steering, result: FakeTensor, func: Any, args: object, kwargs: object) -> FakeTensor:
+        """The result of a draw, with its value if it is a single one: a model may ask for it, to skip a block."""
+        given = [arg.constant for arg in tree_leaves((args, kwargs)) if isinstance(arg, FakeTensor)]
+        if result.numel() != 1 or result.device.type != "cpu" or func._schema.is_mutable or None in given:
+            return result
+        real = tree_map_only(FakeTensor, lambda tensor: tensor.constant, (args, kwargs))
+        return self.fake_tensor_converter.from_real_tensor(self, chance.draw(func, *real), make_constant=True)
 
 
 def ghost_of(
@@ -154,25 +240,31 @@ def ghost_of(
     """A fake mode, the structure of `model` with fake tensors in it, and fake inputs for it."""
     mode = _NotedFakes(traces)
     # Plain attributes stay as they are: an operator on them gives a fake tensor, and so keeps them unchanged.
-    return mode, structural_copy(model, mode.from_tensor, plain=lambda t: t), inputs.map(mode.from_tensor)
+    ghost = structural_copy(model, mode.from_tensor, plain=_same, given=steered_generators(model))
+    return mode, ghost, inputs.map(mode.from_tensor)
 
 
 def _fake_run(model: nn.Module, inputs: Inputs, traces: Traces | None) -> tuple[object, int, int]:
     """Run `model` under fake tensors: facts of its output, FLOPs and saved bytes, at no compute and no memory."""
     mode, ghost, fakes = ghost_of(model, inputs, traces)
+    restart()
     with mode, torch.enable_grad(), Meter((*ghost.parameters(), *ghost.buffers())) as meter:
         output = ghost(*fakes.args, **fakes.kwargs)
         return _facts(output), *meter.take()
 
 
-def _recorded(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModule:
+def _recorded(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> fx.GraphModule:
     try:
-        return record_on_fakes(model, inputs, traces)
+        return record_on_fakes(model, inputs, traces, held)
+    except HeldElsewhereError:
+        raise
     except Exception:  # values are needed, or an operator has no fake form: run it for real
         pass
     traces.close()
     try:
-        return record_on_values(model, inputs)
+        return record_on_values(model, inputs, held)
+    except HeldElsewhereError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs in "
@@ -180,24 +272,32 @@ def _recorded(model: nn.Module, inputs: Inputs, traces: Traces) -> fx.GraphModul
         ) from error
 
 
-def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
+def record_on_fakes(
+    model: nn.Module, inputs: Inputs, traces: Traces | None = None, held: Held | None = None
+) -> fx.GraphModule:
     """The second rung: no compute, no memory."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
         mode, ghost, fakes = ghost_of(model, inputs, traces)
-        root = structural_copy(model, plain=lambda t: t)
+        root = structural_copy(model, plain=_same)
+        restart()
         with mode:
-            return record(root, ghost, fakes, opened=opened)
+            return record(root, ghost, fakes, held or Held(model, None), opened=opened)
 
     return _opening(attempt)
 
 
-def record_on_values(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def record_on_values(model: nn.Module, inputs: Inputs, held: Held | None = None) -> fx.GraphModule:
     """The last rung: a real run, on copies of the buffers and of the inputs."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
-        ghost = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.clone())
-        return record(structural_copy(model), ghost, inputs.map(_twin), opened=opened, real=True)
+        ghost = structural_copy(
+            model, lambda t: t if isinstance(t, nn.Parameter) else t.clone(), given=steered_generators(model)
+        )
+        restart()
+        return record(
+            structural_copy(model), ghost, inputs.map(_twin), held or Held(model, None), opened=opened, real=True
+        )
 
     return _opening(attempt)
 
@@ -214,6 +314,10 @@ def _opening(attempt: Callable[[frozenset[type[nn.Module]]], fx.GraphModule]) ->
             opened |= {hidden.kind}
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _twin(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
@@ -225,31 +329,3 @@ def _facts(tree: object) -> list[tuple[object, ...]]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-@contextmanager
-def _python_random_states() -> Iterator[None]:
-    """Put back the random states of Python and, if it was imported, of numpy."""
-    numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What fails under fake tensors is tried again for real: PyTorch need not print it."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

@@ -23,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.structure import set_submodule
+from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
-from replfx.tracing.info import CaptureInfo, Cost, ModuleCall, Place, info_of
+from replfx.tracing.held import Held
+from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, Place, info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
 from replfx.tracing.symbolic import is_composite, is_leaf, is_small, own_tensors, training_flag
@@ -33,7 +35,9 @@ from replfx.tree import arguments_hold, parts_of, shapes_in, tensors_in
 
 __all__ = ["HiddenResult", "record"]
 
+_KINDS = ("bool", "int", "float", "complex", "index", "array")
 _SET_GRAD = torch._C._set_grad_enabled
+_TO_PYTHON = frozenset(("item", "tolist", "numpy", "is_nonzero", *(f"__{kind}__" for kind in _KINDS)))
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -50,13 +54,15 @@ class Recorder(TorchFunctionMode):
 
     Args:
         ghost: the module to be run.
+        held: the parts of the model that `ghost` was copied from, which its code may reach too.
         opened: classes of modules that are not to be called whole.
         real: the run is on real tensors, so constants have to be copied before they are changed in place.
     """
 
-    def __init__(self, ghost: nn.Module, opened: frozenset[type[nn.Module]], real: bool) -> None:
+    def __init__(self, ghost: nn.Module, held: Held, opened: frozenset[type[nn.Module]], real: bool) -> None:
         super().__init__()
         self.ghost = ghost
+        self.held = held
         self.opened = opened
         self.real = real
         self.meter = Meter((*ghost.parameters(), *ghost.buffers()), self.run_operator)
@@ -66,10 +72,13 @@ class Recorder(TorchFunctionMode):
         self.notes: list[str] = []
         self.constants: dict[str, Tensor] = {}
         self.flags: dict[str, bool] = {}  # targets of the `training_flag` submodules that the graph needs
+        self.frozen: set[Frozen] = set()
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._names = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
+        own = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
+        self._names = {**held.names, **own}
+        self._targets = frozenset(self._names.values())
         self._modules = list(ghost.modules())  # kept: a model may drop some on the way, and their ids would be others'
         self._paths = {id(m): path for path, m in ghost.named_modules()}
         self._own = {id(m): own_tensors(m) for m in ghost.modules()}
@@ -167,6 +176,7 @@ class Recorder(TorchFunctionMode):
             owner = self._hidden.get(tensor)
             if owner:
                 raise HiddenResult(type(self.ghost.get_submodule(owner)))
+            self.held.check(tensor)
             if isinstance(tensor, FakeTensor):
                 raise RuntimeError("a fake tensor of unknown origin")
             name = self._constant_names[tensor] = f"_tensor_constant{len(self.constants)}"
@@ -195,6 +205,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if _under_transform():  # the tensors are wrapped: what happens is seen below, by `run_operator`
             return self._detaching_if(func in (Tensor.detach, torch.detach), func, args, kwargs)
+        self._note_freezing(func, args)
         target = _target(func)
         if target is None or (self._inside and func is _SET_GRAD):  # one of the interpreter's own questions
             return func(*args, **kwargs)
@@ -210,6 +221,24 @@ class Recorder(TorchFunctionMode):
             self.bind(self.node(op, name, (*self.to_arguments(args), *extra), self.to_arguments(kwargs)), result)
         return result
 
+    def _note_freezing(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Python code asks for a tensor's value; on fakes it gets only what was drawn, or what it gave itself."""
+        if getattr(func, "__name__", "") in _TO_PYTHON:
+            chance = steering()
+            if (chance is not None and chance.has_drawn()) or (self.real and self._is_variable(args[0])):
+                self.frozen.add("values of tensors")
+
+    def _is_variable(self, tensor: Tensor) -> bool:
+        """Whether an input or the model's state takes part in it."""
+        above, seen = [self._node_for(tensor)], set[fx.Node]()
+        while above:
+            node = above.pop()
+            if node.op in ("placeholder", "call_module") or (node.op == "get_attr" and node.target in self._targets):
+                return True
+            above += [other for other in node.all_input_nodes if other not in seen]
+            seen.update(above)
+        return False
+
     def _detaching_if(self, detaching: bool, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before, self._detaching = self._detaching, self._detaching or detaching
         try:
@@ -220,6 +249,8 @@ class Recorder(TorchFunctionMode):
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator; one that no recorded call is about becomes a node itself."""
         self._mutated |= func._schema.is_mutable
+        if self.real and is_draw(func) and (chance := steering()) is not None:
+            chance.steer_torch(kwargs.get("generator"))
         if self._paused:
             result = func(*args, **kwargs)
             if self._owner:
@@ -270,6 +301,8 @@ class Recorder(TorchFunctionMode):
     def module_call(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called: one node if it is a leaf, else what happens inside it."""
         path = self._paths.get(id(module))
+        if path is None and (path := self.held.path_of(module)) is not None:
+            module = self.ghost.get_submodule(path)
         if path is None or self._paused or _under_transform():
             return call(module, *args, **kwargs)
         record = ModuleCall(path, self.to_nodes(args), self.to_nodes(kwargs), len(self.nodes))
@@ -428,6 +461,7 @@ def record(
     root: nn.Module,
     ghost: nn.Module,
     inputs: Inputs,
+    held: Held,
     *,
     opened: frozenset[type[nn.Module]] = frozenset(),
     real: bool = False,
@@ -438,13 +472,15 @@ def record(
         root: the structural copy that the GraphModule will hold.
         ghost: a copy of the same structure to run, on fake or on real tensors.
         inputs: the example inputs, as fake or as real as `ghost`.
+        held: the parts of the model itself.
         opened: classes of modules to look into, however small they are.
         real: whether the tensors are real ones.
 
     Raises:
         HiddenResult: a module has to be looked into.
+        HeldElsewhereError: the code reaches parts of what the model was copied from.
     """
-    recorder = Recorder(ghost, opened, real)
+    recorder = Recorder(ghost, held, opened, real)
     with recorder.meter:
         for index, tensor in enumerate(inputs.tensors()):
             recorder.bind(recorder.node("placeholder", f"input_{index}"), tensor)
@@ -476,6 +512,6 @@ def _graph_module(root: nn.Module, recorder: Recorder) -> fx.GraphModule:
         set_submodule(root, target, training_flag(training))
     graph_module = _LazyGraphModule(root, recorder.graph, type(root).__name__)
     graph_module.meta["replfx"] = CaptureInfo(
-        "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True
+        "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True, frozen=recorder.frozen
     )
     return graph_module

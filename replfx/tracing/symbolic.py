@@ -8,6 +8,7 @@ Python code branches on it becomes a leaf and is called as it is.
 
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -30,6 +31,8 @@ from replfx.tree import arguments_hold
 __all__ = ["is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
 _SET_GRAD = torch._C._set_grad_enabled
+_DRAWS = frozenset((torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli))
+_DRAWS_IN_PLACE = frozenset(("bernoulli_", "exponential_", "geometric_", "normal_", "random_", "uniform_"))
 
 
 def training_flag(training: bool) -> nn.Module:
@@ -125,6 +128,7 @@ class SymbolicTracer(fx.Tracer):
     def __init__(self, inputs: Inputs | None, whole: frozenset[str], traces: Traces | None = None) -> None:
         super().__init__(param_shapes_constant=True)
         self.traces = traces
+        self._thread = threading.get_ident()
         self.inputs = inputs
         self.whole = whole
         self.calls: list[ModuleCall] = []
@@ -159,7 +163,7 @@ class SymbolicTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
+        if name is None or threading.get_ident() != self._thread:
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy(
@@ -174,6 +178,8 @@ class SymbolicTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:  # torch.fx patches the whole process
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path) and any(own_tensors(p) != self._own.get(id(p)) for p in m.modules()):
             raise _UntraceableError(f"other tensors than its own in `{path}` while it is called")
@@ -271,8 +277,8 @@ class SymbolicTracer(fx.Tracer):
         return super().to_bool(obj)
 
 
-class _GradModes(TorchFunctionMode):
-    """Puts `torch.no_grad()` and its like into the graph; no proxy takes part in them."""
+class _WithoutProxies(TorchFunctionMode):
+    """Puts into the graph what no proxy takes part in: `torch.no_grad()` and its like, and drawn numbers."""
 
     def __init__(self, tracer: SymbolicTracer) -> None:
         super().__init__()
@@ -283,6 +289,10 @@ class _GradModes(TorchFunctionMode):
     ) -> Any:
         if func is _SET_GRAD and not self.tracer.inside:
             self.tracer.create_proxy("call_function", func, args, {})
+        if func in _DRAWS:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        if getattr(func, "__name__", "") in _DRAWS_IN_PLACE:
+            raise _UntraceableError("random numbers drawn into a tensor that no input takes part in")
         return func(*args, **(kwargs or {}))
 
 
@@ -367,7 +377,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
         tracer = SymbolicTracer(inputs, whole, traces)
         tracer.prepare(root)
         try:
-            with _symbolic_training(root, tracer), watching(tracer), _GradModes(tracer):
+            with _symbolic_training(root, tracer), watching(tracer), _WithoutProxies(tracer):
                 graph = tracer.trace(root)
         except Exception:
             if inputs is not None or composite <= whole:  # with inputs, the recorder looks into these

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import autocast
 
+from replfx.tracing.undisturbed import patched
 from replfx.tree import parts_of
 
 __all__ = [
@@ -97,39 +98,25 @@ class Watcher(Protocol):
 def watching(watcher: Watcher) -> Iterator[None]:
     """Tell `watcher`, while open."""
     with ExitStack() as stack:
-        stack.enter_context(_patched(torch.autograd.Function, "apply", _apply(watcher)))
+        stack.enter_context(patched(torch.autograd.Function, "apply", _apply(watcher)))
         for cls in (autocast, torch.inference_mode):
             enter, leave_ = _context(watcher, cls)
-            stack.enter_context(_patched(cls, "__enter__", enter))
-            stack.enter_context(_patched(cls, "__exit__", leave_))
-        stack.enter_context(_patched(torch, "manual_seed", _seed(watcher)))
-        stack.enter_context(_patched(Tensor, "as_subclass", _as_subclass(watcher)))
-        stack.enter_context(_patched(torch.autograd.graph, "disable_saved_tensors_hooks", _disable(watcher)))
+            stack.enter_context(patched(cls, "__enter__", enter))
+            stack.enter_context(patched(cls, "__exit__", leave_))
+        stack.enter_context(patched(torch, "manual_seed", _seed(watcher)))
+        stack.enter_context(patched(Tensor, "as_subclass", _as_subclass(watcher)))
+        stack.enter_context(patched(torch.autograd.graph, "disable_saved_tensors_hooks", _disable(watcher)))
         yield
 
 
-@contextmanager
-def _patched(owner: Any, name: str, value: object) -> Iterator[None]:
-    inherited = name not in vars(owner)
-    before = None if inherited else vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
-def _apply(watcher: Watcher) -> object:
+def _apply(watcher: Watcher) -> Callable[..., Any]:
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         call = original.__get__(None, cls)
         return watcher.applied(cls, call, args, kwargs)
 
-    return classmethod(apply)
+    return apply
 
 
 def runs_modules(function: type[torch.autograd.Function], arguments: object) -> bool:
@@ -205,5 +192,5 @@ def watching_modules(call: Callable[[nn.Module, Callable[..., Any], Any, Any], A
     def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(module, original, args, kwargs)
 
-    with _patched(nn.Module, "__call__", watched):
+    with patched(nn.Module, "__call__", watched):
         yield

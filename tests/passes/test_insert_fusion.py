@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.building import build, install
+from replfx.copying import structural_copy
 from replfx.live import Synthesis, fusion_layers
 from replfx.passes import FindChains, InsertFusion, SelectBlocks, plan_of, run_passes
-from replfx.structure import structural_copy
 from replfx.tracing import info_of
 from tests.models import GPT, ConvNet, tower
 from tests.passes.test_find_chains import WithExtras

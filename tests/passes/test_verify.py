@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import replfx
 from replfx import Fusion, Match, Operator, Site
 from replfx.building import build, install
+from replfx.copying import structural_copy
 from replfx.fusion import fusions, operators
 from replfx.passes import FindChains, SelectBlocks, Verify, plan_of, run_passes
-from replfx.structure import structural_copy
 from replfx.tracing import Inputs
 from tests.models import ConvNet, tower
 from tests.snapshots import assert_unchanged, snapshot

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
-from replfx.structure import structural_copy
+from replfx.copying import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import record_on_fakes, record_on_values

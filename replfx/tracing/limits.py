@@ -1,0 +1,113 @@
+"""For which inputs, and in which mode, a captured graph holds: found by capturing again and comparing.
+
+Python code sees sizes and `training` as plain values, so that a graph can go on with those that it was captured with.
+Whether it does cannot be read off the model; it shows when another batch, or the other mode, gives another graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from replfx.copying import structural_copy
+from replfx.errors import CaptureError
+from replfx.structure import attribute_at
+from replfx.tracing.info import info_of
+from replfx.tracing.inputs import Inputs
+from replfx.tracing.ladder import capture_lazily
+
+__all__ = ["Limits", "limits_of"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a graph holds for.
+
+    Attributes:
+        shapes: for each tensor among the inputs its sizes, None for those that may be others; None altogether if the
+            graph is free of sizes.
+        training: the only mode in which it holds; None if it holds in both.
+    """
+
+    shapes: tuple[tuple[int | None, ...], ...] | None
+    training: bool | None
+
+
+def limits_of(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs | None) -> Limits:
+    """Find the limits of a graph that was just captured of `model` on `inputs`."""
+    recorded = _Shape(graph_module)
+
+    def same(model: nn.Module, inputs: Inputs | None) -> bool:
+        try:
+            return _Shape(_captured(model, inputs)) == recorded
+        except CaptureError:
+            return False
+
+    other = structural_copy(model, plain=lambda tensor: tensor).train(not model.training)
+    training = None if same(other, inputs) else model.training
+    if inputs is None or info_of(graph_module).rung == "symbolic":  # sizes are asked of proxies
+        return Limits(None, training)
+    tensors = inputs.tensors()
+    free = {axis for axis in _axes(tensors) if all(same(model, _resized(inputs, axis, by)) for by in _CHANGES)}
+    shapes = tuple(tuple(None if (d, n) in free else n for d, n in enumerate(tensor.shape)) for tensor in tensors)
+    return Limits(shapes, training)
+
+
+def _captured(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+    return capture_lazily(model, None if inputs is None else inputs.kwargs or inputs.args)
+
+
+_CHANGES: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size)
+_AXES = 8  # each costs two captures
+
+
+def _axes(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """Dimensions with their sizes: those that are alike in both, such as the batch's, can only change together."""
+    found = dict.fromkeys((d, n) for tensor in tensors for d, n in enumerate(tensor.shape) if n)
+    return list(found)[:_AXES]
+
+
+def _resized(inputs: Inputs, axis: tuple[int, int], change: Callable[[int], int]) -> Inputs:
+    dimension, size = axis
+
+    def resized(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= dimension or tensor.shape[dimension] != size:
+            return tensor
+        index = torch.arange(change(size), device=tensor.device).remainder(size)
+        return tensor.detach().index_select(dimension, index).requires_grad_(tensor.requires_grad)
+
+    return inputs.map(resized)
+
+
+class _Shape:
+    """What a graph does, to be compared with another's."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._root = info_of(graph_module).root
+        self._nodes = list(graph_module.graph.nodes)
+        self._places = {node: f"%{place}" for place, node in enumerate(self._nodes)}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Shape) or len(self._nodes) != len(other._nodes):
+            return False
+        return all(map(_alike, self._facts(), other._facts()))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _facts(self) -> Iterator[tuple[Any, ...]]:
+        for node in self._nodes:
+            value = attribute_at(self._root, str(node.target)) if node.op == "get_attr" else None
+            held = value if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else None
+            yield node.op, node.target, fx.node.map_arg((node.args, node.kwargs), self._places.__getitem__), held
+
+
+def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    *facts, tensor = one
+    *others, another = other
+    if isinstance(tensor, Tensor) and isinstance(another, Tensor):
+        return facts == others and (tensor is another or torch.equal(tensor, another))
+    return facts == others and tensor is another

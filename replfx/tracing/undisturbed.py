@@ -1,0 +1,76 @@
+"""While a model is looked at: its user's random states are kept, nothing is printed, and nothing is compiled."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from replfx.tracing.chance import kept_random_states
+
+__all__ = ["patched", "undisturbed"]
+
+_LOCK = threading.RLock()  # what is watched is the whole process's, as are Python's random states
+_LOUD = ("torch._subclasses.fake_tensor",)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let the code of `model` run for us while open; one thread at a time."""
+    with _LOCK, ExitStack() as stack:
+        stack.enter_context(kept_random_states(model))
+        stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what its code has to say, it says to its user in a run of his own
+        stack.enter_context(torch.inference_mode(False))
+        if "torch._dynamo" in sys.modules:  # else nothing has been compiled yet, and it is slow to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What fails under fake tensors is tried again for real: PyTorch need not print it."""
+    logs = [logging.getLogger(name) for name in _LOUD]
+    before = [log.disabled for log in logs]
+    for log in logs:
+        log.disabled = True
+    try:
+        yield
+    finally:
+        for log, disabled in zip(logs, before, strict=True):
+            log.disabled = disabled
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    """Let `value` stand for a function or method while open, for this thread; others get what was there.
+
+    If it was a class method, `value` is called with the class.
+    """
+    inherited = name not in vars(owner)
+    before = getattr(owner, name) if inherited else vars(owner)[name]
+    of_class = isinstance(before, classmethod | types.ClassMethodDescriptorType)
+    here = threading.get_ident()
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == here:
+            return value(*args, **kwargs)
+        return before.__get__(None, args[0])(*args[1:], **kwargs) if of_class else before(*args, **kwargs)
+
+    setattr(owner, name, classmethod(either) if of_class else either)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,97 @@
+"""While a model is looked at, nothing is printed and nothing is compiled."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import replfx
+from tests.test_copying import Net, X
+
+
+def test_importing_prints_nothing() -> None:
+    code = "import replfx, replfx.measure, replfx.kernels, replfx.compile"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+class Deciding(Net):
+    """Not to be traced symbolically, nor to be run on fake tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("mind the gap", stacklevel=1)
+        return super().forward(x) * (2 if x.sum().item() > 0 else 1)
+
+
+@pytest.mark.parametrize("kind", [Net, Deciding])
+def test_a_dry_run_says_nothing(kind: type[Net], capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replfx.transform(kind(), X)
+        replfx.inspect(kind(), X)
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+# ---- compiled parts
+
+
+def wrapped(model: Net) -> None:
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend=never)
+
+
+def in_place(model: Net) -> None:
+    for block in model.blocks:
+        block.compile(backend=never)
+
+
+def whole(model: Net) -> None:
+    model.compile(backend=never)
+
+
+def function(model: Net) -> None:
+    model.last = torch.compile(torch.relu, backend=never)
+
+
+def never(graph: object, inputs: object) -> Callable[..., object]:
+    raise AssertionError("it was compiled")
+
+
+@pytest.mark.parametrize("compile_parts", [wrapped, in_place, whole, function])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_compiled_parts_run_as_they_are_written(compile_parts: Callable[[Net], None], inplace: bool) -> None:
+    model = Net()
+    compile_parts(model)
+    made = replfx.transform(model, X, inplace=inplace)
+    assert replfx.report(made).replaced == ["blocks.1", "blocks.3"]
+    assert replfx.inspect(model if not inplace else Net(), X).replaced == ["blocks.1", "blocks.3"]
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = torch.compile(Net())
+    plan = replfx.plan(Net())
+    for use in (
+        lambda: replfx.transform(model, X),
+        lambda: replfx.transform(model, X, inplace=True),
+        lambda: replfx.inspect(model),
+        lambda: replfx.plan(model, X),
+        lambda: replfx.apply(model, plan),
+        lambda: replfx.capture(model, X),
+    ):
+        with pytest.raises(replfx.CaptureError, match=r"transform the Net in it.*torch\.compile\(replfx\.transform"):
+            use()
+
+
+def test_the_users_stance_stays() -> None:
+    compiled = torch.compile(nn.Linear(8, 8), backend="eager")
+    replfx.transform(Net(), X)
+    seen: list[object] = []
+    torch._dynamo.reset()
+    other = torch.compile(nn.Linear(8, 8), backend=lambda graph, inputs: seen.append(graph) or graph.forward)
+    other(X), compiled(X)
+    assert seen
