@@ -9,7 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from replfx.blocks import head_of
 from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
-from replfx.copying import faithful_copy
+from replfx.copying import faithful_copy, structural_copy
 from replfx.describe import describe_chains, describe_plan, with_layers
 from replfx.errors import (
     CalibrationError,

@@ -51,9 +51,9 @@ def parallelize_module(
 
     Raises:
         FusionError: the mesh has more than one dimension, a path names nothing, or a replaced block has been
-            parallelised before: nothing is changed then. Also if a style does not fit what it names,
-            as `ColwiseParallel` does not fit a normalisation; then a part of the model has its styles already. A replaced block whose neighbours were
-            parallelised by torch's function alone raises one as it runs.
+            parallelised before: nothing is changed then. Also if a style does not fit what it names, as
+            `ColwiseParallel` does not fit a normalisation; then a part of the model has its styles already. A replaced
+            block whose neighbours were parallelised by torch's function alone raises one as it runs.
 
     Example:
         >>> model = replfx.transform(model, tokens, operator="block")

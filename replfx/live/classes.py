@@ -9,7 +9,7 @@ import copyreg
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     cls = type(self)
     mine = next(known for known in cls.__mro__ if "_replfx_traits" in known.__dict__)
     base, traits = mine.__bases__[0], mine.__dict__["_replfx_traits"]
-    rebuild, arguments, *rest = super(cast(type, mine), self).__reduce_ex__(protocol)
+    rebuild, arguments, *rest = super(mine, self).__reduce_ex__(protocol)  # type: ignore[arg-type]
     if rebuild is copyreg.__newobj__ and arguments[0] is mine:  # type: ignore[attr-defined]
         return _new, (base, traits, arguments[1:]), *rest
     if cls is not mine:  # made by something else, which knows how
