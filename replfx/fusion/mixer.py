@@ -5,29 +5,25 @@ token alone. Most of a block's FLOPs are the MLP's, and what replacing keeps of 
 (docs/findings.md), so this one keeps the first and drops the second: y = x + attention(N(x); θ, own).
 """
 
-import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
-from replfx.fusion.anatomy import is_norm, is_residual, name_of
-from replfx.fusion.folding import Branch, Fold, branches, is_layout, is_product, is_scale, silence
+from replfx.fusion.folding import Fold, branch_silencers, silence
 from replfx.fusion.interface import Interface
 from replfx.fusion.operators import BlockOperator, Match, Site, operators
 from replfx.fusion.pairing import synthesizable
-from replfx.structure import is_stand_in, set_submodule, structural_copy
+from replfx.fusion.probe import Unmeasured, name_of
+from replfx.fusion.residual import Branch, Residual, gives
+from replfx.structure import set_submodule, structural_copy
 
 __all__ = ["MixerOperator"]
 
-# Functions that see each token alone, beside layout, products and what `_keeps_zero` finds: activations, dropout.
-_TOKENWISE = ("add", "add_", "iadd", "addmm", "chunk", "getattr", "getitem", "linear", "size", "split", "to")
-
-_TRIED = ((1, 1, 1), (2, 4, 6))
+_PRODUCTS = ("mul", "mul_", "imul")
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,12 @@ class Dropped:
     Attributes:
         units: the modules that it is made of, the largest that are all in it.
         scales: parameters of the block itself that scale it.
-        last: the layer that has to begin at zero for it to give nothing; None if there is no such.
+        silenced: the modules that have to begin at zero for it to give nothing; none if there are no such.
     """
 
     units: tuple[str, ...]
     scales: tuple[str, ...]
-    last: str | None
+    silenced: tuple[str, ...]
 
 
 @operators.register("mixer")
@@ -58,7 +54,7 @@ class MixerOperator(BlockOperator):
         block, interface, keep: as for `BlockOperator`.
         dropped: paths in the block of the modules that make up its MLP, found by `match`.
         scales: its parameters that scale the MLP's branch.
-        silenced: the layer that is zero at the start when the block is unrolled; None if there is no such.
+        silenced: the modules that are zero at the start when the block is unrolled; none if it cannot be.
 
     Example:
         >>> model = replfx.transform(timm.create_model("vit_small_patch16_224"), operator="mixer")
@@ -74,14 +70,14 @@ class MixerOperator(BlockOperator):
         keep: Sequence[str] = (),
         dropped: Sequence[str] = (),
         scales: Sequence[str] = (),
-        silenced: str | None = None,
+        silenced: Sequence[str] = (),
     ) -> None:
         names = {name for name, _ in block.named_modules()}
         if not dropped or not names.issuperset(dropped):
             raise FusionError(f"the mixer operator's options are malformed: dropped={list(dropped)!r}")
         super().__init__(_without(block, dropped, scales), interface, keep=keep)
         self.dropped = tuple(dropped)
-        self.silenced = silenced
+        self.silenced = tuple(silenced)
         self.scales = tuple(scales)
 
     @classmethod
@@ -92,20 +88,20 @@ class MixerOperator(BlockOperator):
         rest = synthesizable(_without(site.block, found.units, found.scales))
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
-        options = {"dropped": list(found.units), "scales": list(found.scales), "silenced": found.last}
+        options = {"dropped": list(found.units), "scales": list(found.scales), "silenced": list(found.silenced)}
         kept = [name for name in site.without_counterpart() if name in rest]
         if len(kept) == len(rest):
             return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
         return Match({**options, "keep": kept} if kept else options)
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
-        if self.silenced is None:
-            raise FusionError("nothing with a weight ends the MLP that it lacks")
+        if not self.silenced:
+            raise FusionError("whichever layers of the MLP that it lacks start at zero, that gives something")
         own = {n: t for n, t in (*self.block.named_parameters(), *self.block.named_buffers()) if n not in self.scales}
         full = dict((*block.named_parameters(), *block.named_buffers()))
         for name, value in {**own, **theta}.items():
             full[name].copy_(value)
-        silence(block, Fold((self.silenced,)))
+        silence(block, Fold(self.silenced))
 
 
 def _without(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> nn.Module:
@@ -140,97 +136,71 @@ def _nothing() -> fx.GraphModule:
 
 def _mlp(site: Site) -> Dropped | str:
     """The branch of a block that sees each token alone, or why there is none to leave out."""
-    if is_stand_in(site.block):
-        return "its layers are functions in Dynamo's graph, and the mixer operator takes over modules"
-    if not is_residual(site):
-        return "it is not residual: its output is not a sum with its own input as a term"
-    found = branches(site)
-    if len(found) < 2:
+    residual = Residual.of(site)
+    if isinstance(residual, str):
+        return residual
+    if len(residual.branches) < 2:
         return "it has one branch alone, and nothing is left without that"
     reasons = []
-    for branch in found:
-        nodes = _exclusive(site, branch)
-        stranger = next((node for node in nodes if not _is_tokenwise(site, node)), None)
-        if stranger is not None:
-            reasons.append(f"`{_label(stranger)}` of its branch at `{branch.end.name}` may mix tokens")
+    for branch in residual.branches:
+        if not branch.entries:
             continue
-        dropped = _dropped(site, branch, nodes)
+        try:
+            dropped = f"its branch at `{branch.end.name}` mixes tokens" if branch.mixes_tokens else _dropped(branch)
+        except Unmeasured as error:
+            return str(error)
         if not isinstance(dropped, str):
             return dropped
         reasons.append(dropped)
-    return "none of its branches is an MLP: " + "; ".join(reasons)
+    return "none of its branches is an MLP that can be left out: " + "; ".join(reasons)
 
 
-def _label(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else name_of(node)
-
-
-def _exclusive(site: Site, branch: Branch) -> list[fx.Node]:
+def _exclusive(branch: Branch) -> list[fx.Node]:
     """The nodes that lead to the branch's end and to nothing else, in the order of the graph."""
-    found = {branch.end}
+    site, found = branch.residual.site, {branch.end}
     for node in reversed(site.nodes):
-        if node not in branch.main and node.users and all(user in found for user in node.users):
+        if node not in branch.residual.main and node.users and all(user in found for user in node.users):
             found.add(node)
     return [node for node in site.nodes if node in found]
 
 
-def _is_tokenwise(site: Site, node: fx.Node) -> bool:
-    if not node.all_input_nodes:  # a parameter, or a flag that capturing put in
-        return True
-    if node.op != "call_module":
-        return is_layout(node) or is_product(node) or _keeps_zero(site, node) or name_of(node) in _TOKENWISE
-    module = site.block.get_submodule(site.inside(node))
-    if isinstance(module, nn.Linear) or next(module.parameters(), None) is None or is_scale(module):
-        return True
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return set(module.kernel_size) == {1} and set(module.stride) == {1}
-    return is_norm(module, len(next(module.parameters())))
-
-
-def _keeps_zero(site: Site, node: fx.Node) -> bool:
-    """Whether it is a function of one tensor that makes zero of zero, tried on two shapes: activations, dropout."""
-    if name_of(node) == "dropout":  # it may have a second input, which tells whether it is trained
-        return True
-    if node.op == "get_attr" or len(node.all_input_nodes) != 1:
-        return False
-    try:
-        with torch.no_grad():
-            made = [_applied(site, node, torch.zeros(shape)) for shape in _TRIED]
-    except Exception:  # it is not of the kind asked for
-        return False
-    return all(
-        isinstance(m, Tensor) and m.shape == shape and not m.any() for m, shape in zip(made, _TRIED, strict=True)
-    )
-
-
-def _applied(site: Site, node: fx.Node, z: Tensor) -> Any:
-    args = [z if isinstance(argument, fx.Node) else argument for argument in node.args]
-    kwargs = {key: z if isinstance(value, fx.Node) else value for key, value in node.kwargs.items()}
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_module":
-        return copy.deepcopy(site.block.get_submodule(site.inside(node))).train()(*args, **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _dropped(site: Site, branch: Branch, nodes: Sequence[fx.Node]) -> Dropped | str:
-    """How the nodes of a branch are left out: which modules are to give nothing, and whether nothing comes out then."""
+def _dropped(branch: Branch) -> Dropped | str:
+    """How a branch is left out: which modules are to give nothing, and whether nothing comes out then."""
+    residual, nodes = branch.residual, _exclusive(branch)
+    site = residual.site
     units = _units(site, nodes)
-    zero: set[fx.Node] = set()
     scales: list[str] = []
     for node in nodes:
-        if any(_is_in(path, unit) for unit in units for path in _owners(site, node)[-1:]):
-            zero.add(node)
-        elif node.op == "get_attr":
-            if not all(is_product(user) for user in node.users):
+        if node.op == "get_attr" and not _is_in_one(site, node, units):
+            if not all(name_of(user) in _PRODUCTS for user in node.users):
                 return f"its parameter `{site.inside(node)}` is read between the modules of its MLP"
             scales.append(site.inside(node))
-        elif any(term in zero for term in node.all_input_nodes) and (is_product(node) or _keeps_zero(site, node)):
-            zero.add(node)
-    if branch.end not in zero:
+    if not _silent(branch, nodes, units):
         return f"its MLP is not made of modules alone: `{branch.end.name}` would not be zero without them"
-    return Dropped(units, tuple(dict.fromkeys(scales)), branch.last_layer())
+    return Dropped(units, tuple(dict.fromkeys(scales)), branch_silencers(branch))
+
+
+def _is_in_one(site: Site, node: fx.Node, units: Sequence[str]) -> bool:
+    return any(_is_in(path, unit) for unit in units for path in _owners(site, node)[-1:])
+
+
+def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str]) -> bool:
+    """Whether the branch gives nothing where its modules give one zero that a sum spreads.
+
+    What only leads to them is not run: it may ask for a shape that such a zero has not.
+    """
+    residual = branch.residual
+    inside = {node for node in nodes if node.all_input_nodes and _is_in_one(residual.site, node, units)}
+    values = branch.gives(watch=inside)
+    zeros = {
+        node: value.new_zeros([1] * value.dim())
+        for node in inside
+        if isinstance(value := values[node], Tensor) and (node is branch.end or not inside.issuperset(node.users))
+    }
+    start = {**{entry: residual.values[entry] for entry in branch.entries}, **zeros}
+    rest = [node for node in branch.nodes if node not in inside]
+    nothing = torch.tensor(False)
+    return gives(lambda: residual.probe.replay(rest, start, [branch.end])[branch.end].any(), nothing)
 
 
 def _units(site: Site, nodes: Sequence[fx.Node]) -> tuple[str, ...]:

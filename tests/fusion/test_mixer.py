@@ -258,7 +258,7 @@ class After(Mixing):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Attentive, "`scaled_dot_product_attention` of its branch at `[_a-z0-9]*` may mix tokens"),
+        (Attentive, "its branch at `[_a-z0-9]*` mixes tokens; its branch at `[_a-z0-9]*` mixes tokens"),
         (Shaped, "its MLP is not made of modules alone"),
         (Alone, "it has one branch alone"),
         (After, "it is not residual"),
