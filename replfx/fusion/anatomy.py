@@ -7,7 +7,7 @@ gets is what the value map makes, in the order in which the heads are joined and
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,7 @@ class MapPair:
         rows: the rows of the first that are read; None for all.
         taken: of these rows, the ranges that the last one gets, in its order; None for all as they are.
         columns: those of the two that have an output's weights in a column.
+        proven: of tokens that are all alike, the branch computes just these two maps.
     """
 
     first: str
@@ -41,6 +42,7 @@ class MapPair:
     rows: tuple[int, int] | None = None
     taken: tuple[tuple[int, int], ...] | None = None
     columns: tuple[str, ...] = ()
+    proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def _depthwise(residual: Residual) -> tuple[str, fx.Node] | None:
 
 
 def _narrowest(residual: Residual) -> tuple[Branch, MapPair]:
-    """The pair of maps with the fewest channels between, and its branch; the first of those that are as narrow.
+    """The pair of maps to be taken, and its branch: value and output map of an attention, or else the narrowest.
+
+    Of several the narrowest, and of those the first.
 
     Raises:
         Unmeasured: there is none, or the value map of an attention cannot be told.
@@ -162,7 +166,7 @@ def _narrowest(residual: Residual) -> tuple[Branch, MapPair]:
             found.append((branch, pair))
     if not found:
         raise Unmeasured(f"it has no map from its {residual.width} channels and back to them")
-    return min(found, key=lambda each: each[1].hidden)
+    return min(found, key=lambda each: (not each[1].proven, each[1].hidden))
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ class _Maps:
             made = self._rows_of(first) @ (self._normalised(starts[0]) - self._normalised(starts[1]))
             order = _order(change, made)
             if order is not None:
-                return self._paired(first, last, order, len(made))
+                return replace(self._paired(first, last, order, len(made)), proven=True)
         return self._by_width(firsts, last, len(change), starts[0])
 
     def _by_width(
@@ -271,15 +275,17 @@ class _Maps:
         return weight.T if reading.column else weight
 
     def _gradient(self, name: str, node: fx.Node, start: dict[fx.Node, Tensor], along: Tensor) -> Tensor | None:
-        """Of what a node gives along one direction of channels, summed over tokens, for a parameter."""
+        """Of what a node gives for one token along one direction of channels, for a parameter.
+
+        It is a token in the middle: what a block pads its activation with is another one than all the others.
+        """
         parameter = self.probe.block.get_parameter(name)
         with torch.enable_grad():
             made = self.branch.gives(start, watch=[node])[node]
             axis = self.residual.axis if made.dim() == self.probe.x.dim() else made.dim() - 1
-            shape = [1] * made.dim()
-            shape[axis] = -1
-            loss = (made * along.view(shape)).sum() / (made.numel() // made.shape[axis])
-            (gradient,) = torch.autograd.grad(loss, [parameter], allow_unused=True)
+            tokens = made.movedim(axis, -1)
+            token = tokens[tuple(size // 2 for size in tokens.shape[:-1])]
+            (gradient,) = torch.autograd.grad((token * along).sum(), [parameter], allow_unused=True)
         return None if gradient is None else gradient if gradient.dim() == 2 else gradient.flatten(2).sum(2)
 
     def _last(self) -> _Reading | None:
@@ -304,7 +310,7 @@ class _Maps:
         return made.shape[axis] == self.residual.width
 
     def _what_goes_in(self, last: _Reading, start: dict[fx.Node, Tensor]) -> Tensor:
-        """What the last map gets, on average over tokens: its gradient is that, times the direction."""
+        """What the last map gets: its gradient is that, times the direction."""
         along = self.probe.draw((self.residual.width,))
         gradient = self._gradient(last.name, last.node, start, along)
         assert gradient is not None
@@ -312,7 +318,7 @@ class _Maps:
 
     def _as_first(self, name: str, last: _Reading, start: dict[fx.Node, Tensor]) -> _Reading | None:
         """The parameter as a map that is applied to the normalised activation and changes what the last one gets."""
-        if name == last.name or list(self.readers).index(name) > list(self.readers).index(last.name):
+        if name == last.name:
             return None
         gradient = self._gradient(name, last.node, start, self.probe.draw((self.residual.width,)))
         if gradient is None or gradient.abs().max() < _CLOSE:

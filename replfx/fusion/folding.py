@@ -30,7 +30,7 @@ from replfx.errors import FusionError
 from replfx.fusion.norms import is_norm
 from replfx.fusion.operators import Site
 from replfx.fusion.probe import Probe, Unmeasured, module_at, number_of
-from replfx.fusion.residual import NOT_RESIDUAL, Branch, Residual, gives, is_passing, is_residual
+from replfx.fusion.residual import Branch, Residual, gives, is_passing, is_residual, not_residual
 
 __all__ = ["Fold", "branch_silencers", "fold_of", "identity_fold", "set_linear", "silence", "silencers"]
 
@@ -197,7 +197,7 @@ def identity_fold(site: Site) -> Fold | str:
         return Fold(found)
     if is_residual(site):
         return "whichever of its layers start at zero, it gives something else than its input"
-    return NOT_RESIDUAL
+    return not_residual(site)
 
 
 def branch_silencers(branch: Branch) -> tuple[str, ...]:
@@ -317,8 +317,9 @@ class _Reader:
         weights = {name: value(probe.block.get_parameter(name)) for name in names}
         if any(sum(size > 1 for size in weight.shape) > 1 for weight in weights.values()):
             return False
+        nodes = [each for term in node.all_input_nodes if term is not inner for each in probe.handles(term)] + [node]
         start = self.branch.gives(watch=[inner])[inner]
-        return gives(lambda: probe.replay([node], {inner: start}, [node], weights=weights)[node], start)
+        return gives(lambda: probe.replay(nodes, {inner: start}, [node], weights=weights)[node], start)
 
     def _layer(self, node: fx.Node | None) -> tuple[str | None, fx.Node | None]:
         """The path of the linear or convolution layer that a node is, and the node before it."""

@@ -14,6 +14,7 @@ __all__ = ["Norm", "first_norm", "grows", "is_norm", "last_norm", "nameless_norm
 
 _SCALE = 64.0  # a power of two
 _GROWN = 8.0
+_SIDES = (3, 5, 7, 4)
 _FUNCTIONS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")  # of torch.nn.functional
 
 
@@ -115,10 +116,11 @@ def _norm(residual: Residual, path: str, *, first: bool) -> Norm:
 
 def _takes_channels_second(residual: Residual, path: str) -> bool:
     """Ask the module itself, on a shape that no last dimension can fit."""
-    width, dims = residual.width, residual.probe.x.dim()
+    width = residual.width
+    sides = [side for side in _SIDES if side != width][: residual.probe.x.dim() - 2]
     try:
         twin = copy.deepcopy(residual.probe.block.get_submodule(path))
-        twin(torch.zeros(2, width, *range(width + 1, width + dims - 1), dtype=torch.float64))
+        twin(torch.zeros(2, width, *sides, dtype=torch.float64))
     except (RuntimeError, ValueError, IndexError):
         return False
     return True

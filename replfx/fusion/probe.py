@@ -15,12 +15,13 @@ from replfx.errors import CaptureError
 from replfx.fusion.operators import Site
 from replfx.structure import is_wrapped, structural_copy
 
-__all__ = ["Probe", "Unmeasured", "is_layout", "module_at", "name_of", "number_of"]
+__all__ = ["Probe", "Unmeasured", "activations_of", "is_cast", "is_layout", "module_at", "name_of", "number_of"]
 
 _SEED = 7
 _LAYOUT = ("reshape", "view", "flatten", "contiguous", "permute", "transpose", "unflatten", "squeeze", "unsqueeze", "t")
-_CASTS = ("float", "half", "bfloat16", "double")
-_HANDLES = ("getattr", "to", "type_as", "detach", *_CASTS)  # which leave a weight what it is
+_FLOATS = ("float", "half", "bfloat16", "double")
+_CASTS = (*_FLOATS, "to", "type_as")
+_HANDLES = ("getattr", "detach", *_CASTS)  # which leave a weight what it is
 _MOVES = ("cpu", "cuda")
 _FLAG = "training_flag"
 _DIMS = (3, 4, 2, 5)  # of an activation whose shape is not known, the likely ones first
@@ -205,7 +206,7 @@ class Probe:
                 (f"{path}.{name}".lstrip("."), self.block.get_parameter(f"{path}.{name}".lstrip(".")))
                 for name, _ in module.named_parameters()
             ]
-        if node.op == "get_attr" or is_layout(node):
+        if node.op == "get_attr" or is_layout(node) or name_of(node) in _HANDLES:
             return []
         known = dict(self.block.named_parameters())
         names = [name for term in node.all_input_nodes if (name := self.parameter_behind(term)) is not None]
@@ -213,9 +214,16 @@ class Probe:
 
     def parameter_behind(self, node: fx.Node) -> str | None:
         """The name of the block's parameter that a node reads, perhaps in another layout."""
-        while (is_layout(node) or name_of(node) in _HANDLES) and node.all_input_nodes:
-            node = node.all_input_nodes[0]
+        node = self.handles(node)[0]
         return self.site.inside(node) if node.op == "get_attr" else None
+
+    @staticmethod
+    def handles(node: fx.Node) -> list[fx.Node]:
+        """The nodes from what a node lays out, or gives in another type, to the node."""
+        found = [node]
+        while is_layout(found[0]) or name_of(found[0]) in _HANDLES:
+            found.insert(0, found[0].all_input_nodes[0])
+        return found
 
     # ---- running
 
@@ -293,7 +301,7 @@ class Probe:
         if node.op == "call_method":
             if target in _MOVES:
                 return args[0]
-            return getattr(args[0], "double" if target in _CASTS else target)(*args[1:], **kwargs)
+            return getattr(args[0], "double" if target in _FLOATS else target)(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
@@ -320,6 +328,18 @@ def is_layout(node: fx.Node) -> bool:
 def module_at(site: Site, node: fx.Node) -> nn.Module | None:
     """The module that a node calls."""
     return site.block.get_submodule(site.inside(node)) if node.op == "call_module" else None
+
+
+def activations_of(node: fx.Node) -> list[fx.Node]:
+    """What a node takes, but for flags that capturing put in."""
+    return [
+        term for term in node.all_input_nodes if not (term.op == "call_module" and str(term.target).endswith(_FLAG))
+    ]
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether it gives the same numbers in another type."""
+    return node.op == "call_method" and name_of(node) in _CASTS
 
 
 def number_of(module: nn.Module) -> int:

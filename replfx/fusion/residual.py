@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from replfx.fusion.operators import Site
-from replfx.fusion.probe import Probe, Unmeasured, is_layout, module_at, name_of, number_of
+from replfx.fusion.probe import Probe, Unmeasured, activations_of, is_cast, is_layout, module_at, name_of, number_of
 from replfx.structure import is_stand_in
 
 __all__ = [
     "ACTIVATIONS",
-    "NOT_RESIDUAL",
     "Branch",
     "Residual",
     "is_residual",
     "keeps_shape",
+    "not_residual",
 ]
 
-NOT_RESIDUAL = "it is not residual: its output is not a sum with its own input as a term"
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
 ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
 
@@ -36,21 +35,51 @@ ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.func
 
 
 def is_residual(site: Site) -> bool:
-    """Whether the block is a sum that has its own input as a term, so that it keeps its shape."""
-    node = site.output
-    if not _is_sum(node):
-        if not _is_elementwise(site, node) or not node.all_input_nodes:
-            return False
-        node = node.all_input_nodes[0]
-    return _reaches_input(site, node)
+    """Whether the block is a sum that has its own input as a term, before an activation or not."""
+    return _is_sum_with_input(site, layouts=True)
+
+
+def not_residual(site: Site) -> str:
+    """What to say of a block that is not."""
+    module = module_at(site, site.output) if site.output in site.nodes else None
+    if module is not None and number_of(module) and len(site.output.all_input_nodes) > 1:
+        return (
+            f"it is not seen to be residual: its output comes from `{site.inside(site.output)}`, which is called whole"
+        )
+    return "it is not residual: its output is not a sum with its own input as a term"
+
+
+def _is_sum_with_input(site: Site, *, layouts: bool) -> bool:
+    node = _behind(site, site.output, layouts)
+    if not _is_sum(node) and _is_elementwise(site, node):
+        node = _behind(site, activations_of(node)[0], layouts)
+    pending = [node] if _is_sum(node) and node in site.nodes else []
+    while pending:
+        for term in pending.pop().all_input_nodes:
+            term = _behind(site, term, layouts)
+            if term is site.input:
+                return True
+            if _is_sum(term) and term in site.nodes:
+                pending.append(term)
+    return False
+
+
+def _behind(site: Site, node: fx.Node, layouts: bool) -> fx.Node:
+    """What is before modules that do nothing, and where layouts don't matter before these, casts and dropout."""
+    while node in site.nodes and (
+        type(module_at(site, node)) is nn.Identity or (layouts and (is_passing(site, node) or is_cast(node)))
+    ):
+        node = activations_of(node)[0]
+    return node
 
 
 def keeps_shape(site: Site) -> bool:
     """Whether the block keeps its activation's shape, as far as that can be told without knowing the shape.
 
-    A residual block does; so does a window whose one layer maps as many channels as it gives, at stride 1.
+    A residual block does if nothing in it lays its activation out anew; so does a window whose one layer maps as many
+    channels as it gives, at stride 1.
     """
-    if is_residual(site):
+    if _is_sum_with_input(site, layouts=False):
         return True
     layers = [m for m in site.block.modules() if any(p.dim() >= 2 for p in m._parameters.values() if p is not None)]
     if len(layers) != 1:
@@ -66,28 +95,9 @@ def _is_sum(node: fx.Node) -> bool:
     return node.target in _SUMS
 
 
-def _reaches_input(site: Site, node: fx.Node) -> bool:
-    """Whether the input itself is a term of the sum `node`."""
-    pending = [node] if _is_sum(node) else []
-    while pending:
-        for term in pending.pop().all_input_nodes:
-            term = _behind_identity(site, term)
-            if term is site.input:
-                return True
-            if _is_sum(term) and term in site.nodes:
-                pending.append(term)
-    return False
-
-
-def _behind_identity(site: Site, node: fx.Node) -> fx.Node:
-    while node.op == "call_module" and node in site.nodes and type(module_at(site, node)) is nn.Identity:
-        node = node.all_input_nodes[0]
-    return node
-
-
 def _is_elementwise(site: Site, node: fx.Node) -> bool:
     """Whether it is an activation, dropout, or another function of one tensor without weights that keeps its shape."""
-    if len(node.all_input_nodes) != 1 or node not in site.nodes or node.op == "get_attr":
+    if node not in site.nodes or len(activations_of(node)) != 1 or node.op == "get_attr":
         return False
     module = module_at(site, node)
     if module is not None:
@@ -188,7 +198,7 @@ class Residual:
 
     def __init__(self, site: Site) -> None:
         if not is_residual(site):
-            raise Unmeasured(NOT_RESIDUAL)
+            raise Unmeasured(not_residual(site))
         self.site = site
         self.main, ends = _way_through(site)
         self.branches = [Branch(self, end, _cone(site, end, self.main)) for end in ends]
@@ -203,7 +213,7 @@ class Residual:
         if is_stand_in(site.block):
             return "its layers are functions in Dynamo's graph, and this operator takes over modules"
         if not is_residual(site):
-            return NOT_RESIDUAL
+            return not_residual(site)
         try:
             return cls(site)
         except Unmeasured as error:
@@ -221,24 +231,19 @@ class Residual:
 
     @cached_property
     def axis(self) -> int:
-        """The dimension along which a vector of weights acts, that of a norm or a bias.
+        """The dimension along which a norm's or a bias's weights act, or else along which a map gives its outputs.
 
         Raises:
-            Unmeasured: no vector tells.
+            Unmeasured: no parameter tells.
         """
         x = self.probe.x
-        for node in self.site.nodes:
-            for name, parameter in self.probe.parameters_at(node):
+        read = [(node, *pair) for node in self.site.nodes for pair in self.probe.parameters_at(node)]
+        for vectors in (True, False):
+            for node, name, parameter in read:
                 fitting = [axis for axis, size in enumerate(x.shape) if axis and size == len(parameter)]
-                if parameter.dim() != 1 or not fitting:
-                    continue
-                if (found := self._axis_at(node, name, parameter)) in fitting:
+                wanted = fitting and (parameter.dim() == 1) is vectors
+                if wanted and (found := self._axis_at(node, name, parameter)) in fitting:
                     return found
-        for node in self.site.nodes:  # no vectors: a layer that takes the activation itself
-            for _, parameter in self.probe.parameters_at(node):
-                axis = x.dim() - 1 if parameter.dim() == 2 else 1
-                if self.site.input in node.all_input_nodes and parameter.dim() > 1 and x.dim() > 1:
-                    return axis
         raise Unmeasured("none of its parameters tells which dimension of its activation holds the channels")
 
     def _axis_at(self, node: fx.Node, name: str, parameter: Tensor) -> int | None:
@@ -263,7 +268,7 @@ def _way_through(site: Site) -> tuple[set[fx.Node], list[fx.Node]]:
         if _is_sum(node):
             if any(term in reached for term in inputs):
                 reached.add(node)
-        elif inputs and inputs[0] in reached and (is_layout(node) or _is_elementwise(site, node)):
+        elif inputs and inputs[0] in reached and (is_layout(node) or is_cast(node) or _is_elementwise(site, node)):
             reached.add(node)
     main, ends, node = {site.input}, list[fx.Node](), site.output
     while node is not site.input:
@@ -280,7 +285,7 @@ def _terms(site: Site, node: fx.Node, main: Set[fx.Node]) -> Iterator[fx.Node]:
     """The terms of a sum of branches, each of which comes from the main path; what is no such sum is its only one."""
     inner = node
     while _is_elementwise(site, inner) and is_passing(site, inner):
-        inner = inner.all_input_nodes[0]
+        inner = activations_of(inner)[0]
     terms = inner.all_input_nodes if _is_sum(inner) and inner in site.nodes else []
     if len(terms) != 2 or not all(_comes_from(site, term, main) for term in terms):
         yield node
