@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from replfx.blocks import parameters_of
-from replfx.fusion import FusionLayer
+from replfx.blocks import is_region, parameters_of
+from replfx.fusion import FusionLayer, Operator, operators
 from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
-from replfx.plans import Plan
+from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
 from replfx.tracing import Cost, info_of
 
@@ -68,9 +68,33 @@ def with_layers(report: Report, plan: Plan, layers: Mapping[str, FusionLayer], a
                 fusion=replacement.fusion.name if layer.fusion is not None else None,
                 operator=replacement.operator.name,
                 parameters_after=trainable_parameters(layer),
+                not_unrolled=_why_not_unrolled(replacement),
             )
         blocks.append(block)
-    return replace(report, blocks=blocks, parameters_after=after)
+    notes = [*report.notes, *_unrolling_notes(blocks)]
+    return replace(report, blocks=blocks, parameters_after=after, notes=notes)
+
+
+def _why_not_unrolled(replacement: Replacement) -> str | None:
+    """Why `replfx.unroll` could not give a replaced block back; None if it could."""
+    name = replacement.operator.name
+    kind, fold = operators[name], replacement.operator.options.get("fold")
+    if kind.unrolls:
+        return None
+    if is_region(replacement.path):
+        return "it was no module, and only operator='block' gives such a block back"
+    if kind.restore is Operator.restore:
+        return f"operator {name!r} does not say how it goes back into a full block"
+    return fold if isinstance(fold, str) else None
+
+
+def _unrolling_notes(blocks: Iterable[BlockReport]) -> list[str]:
+    """One note for each reason."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        if block.not_unrolled is not None:
+            found.setdefault(block.not_unrolled, []).append(f"`{block.path}`")
+    return [f"replfx.unroll cannot give {', '.join(paths)} back at full depth: {why}" for why, paths in found.items()]
 
 
 def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:

@@ -6,6 +6,7 @@ gets is what the value map makes, in the order in which the heads are joined and
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from replfx.fusion.residual import ACTIVATIONS, Branch, Residual
 __all__ = ["Anatomy", "MapPair", "activation_of", "dissect"]
 
 _CLOSE = 1e-6
+_LARGE = 16
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,24 @@ def dissect(site: Site) -> Anatomy | str:
     try:
         return _dissected(residual)
     except Unmeasured as error:
-        return str(error)
+        reason = str(error)
+    try:  # windows that reach over the edges hold more than tokens: of a larger picture the middle one does not
+        return _dissected(Residual(site, _larger(residual)))
+    except Unmeasured:
+        return reason
+
+
+def _larger(residual: Residual) -> tuple[int, ...]:
+    """The shape of a larger picture of the same channels.
+
+    Raises:
+        Unmeasured: it is no picture, or large enough.
+    """
+    shape = tuple(residual.probe.x.shape)
+    made = tuple(n if d in (0, residual.axis) else n * math.ceil(_LARGE / n) for d, n in enumerate(shape))
+    if len(shape) < 4 or made == shape:
+        raise Unmeasured("it is no small picture")
+    return made
 
 
 def _dissected(residual: Residual) -> Anatomy:

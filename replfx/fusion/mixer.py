@@ -6,8 +6,9 @@ token alone. Most of a block's FLOPs are the MLP's, and what replacing keeps of 
 """
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,12 +34,12 @@ class Dropped:
     Attributes:
         units: the modules that it is made of, the largest that are all in it.
         scales: parameters of the block itself that scale it.
-        silenced: the modules that have to begin at zero for it to give nothing; none if there are no such.
+        fold: how the branch is made to give nothing, or why it cannot be.
     """
 
     units: tuple[str, ...]
     scales: tuple[str, ...]
-    silenced: tuple[str, ...]
+    fold: Fold | str
 
 
 @operators.register("mixer")
@@ -54,7 +55,7 @@ class MixerOperator(BlockOperator):
         block, interface, keep: as for `BlockOperator`.
         dropped: paths in the block of the modules that make up its MLP, found by `match`.
         scales: its parameters that scale the MLP's branch.
-        silenced: the modules that are zero at the start when the block is unrolled; none if it cannot be.
+        fold: how that MLP is made to give nothing when the block is unrolled, or why it cannot be.
 
     Example:
         >>> model = replfx.transform(timm.create_model("vit_small_patch16_224"), operator="mixer")
@@ -70,14 +71,14 @@ class MixerOperator(BlockOperator):
         keep: Sequence[str] = (),
         dropped: Sequence[str] = (),
         scales: Sequence[str] = (),
-        silenced: Sequence[str] = (),
+        fold: Mapping[str, Any] | str = "its plan does not say how",
     ) -> None:
         names = {name for name, _ in block.named_modules()}
         if not dropped or not names.issuperset(dropped):
             raise FusionError(f"the mixer operator's options are malformed: dropped={list(dropped)!r}")
         super().__init__(_without(block, dropped, scales), interface, keep=keep)
         self.dropped = tuple(dropped)
-        self.silenced = tuple(silenced)
+        self.fold = fold if isinstance(fold, str) else Fold.read(fold)
         self.scales = tuple(scales)
 
     @classmethod
@@ -88,20 +89,24 @@ class MixerOperator(BlockOperator):
         rest = synthesizable(_without(site.block, found.units, found.scales))
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
-        options = {"dropped": list(found.units), "scales": list(found.scales), "silenced": list(found.silenced)}
+        options = {
+            "dropped": list(found.units),
+            "scales": list(found.scales),
+            "fold": asdict(found.fold) if isinstance(found.fold, Fold) else found.fold,
+        }
         kept = [name for name in site.without_counterpart() if name in rest]
         if len(kept) == len(rest):
             return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
         return Match({**options, "keep": kept} if kept else options)
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
-        if not self.silenced:
-            raise FusionError("whichever layers of the MLP that it lacks start at zero, that gives something")
+        if isinstance(self.fold, str):
+            raise FusionError(f"the MLP that it lacks cannot be made to give nothing: {self.fold}")
         own = {n: t for n, t in (*self.block.named_parameters(), *self.block.named_buffers()) if n not in self.scales}
         full = dict((*block.named_parameters(), *block.named_buffers()))
         for name, value in {**own, **theta}.items():
             full[name].copy_(value)
-        silence(block, Fold(self.silenced))
+        silence(block, self.fold)
 
 
 def _without(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> nn.Module:
@@ -177,7 +182,9 @@ def _dropped(branch: Branch) -> Dropped | str:
             scales.append(site.inside(node))
     if not _silent(branch, nodes, units):
         return f"its MLP is not made of modules alone: `{branch.end.name}` would not be zero without them"
-    return Dropped(units, tuple(dict.fromkeys(scales)), branch_silencers(branch))
+    silenced = branch_silencers(branch)
+    fold = Fold(silenced) if silenced else "whichever of its layers start at zero, it gives something"
+    return Dropped(units, tuple(dict.fromkeys(scales)), fold)
 
 
 def _is_in_one(site: Site, node: fx.Node, units: Sequence[str]) -> bool:

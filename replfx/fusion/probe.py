@@ -38,6 +38,7 @@ class Probe:
 
     Args:
         site: the block.
+        shape: of its main activation, if it is not to be the one that the graph knows.
 
     Attributes:
         block: a copy of the block with these weights.
@@ -47,8 +48,9 @@ class Probe:
         Unmeasured: it does not run alone.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, shape: tuple[int, ...] | None = None) -> None:
         self.site = site
+        self._wanted = shape
         self._draw = torch.Generator().manual_seed(_SEED)
         if any(is_wrapped(p) for p in site.block.parameters()):
             raise Unmeasured("its weights are of a class of their own")
@@ -126,7 +128,7 @@ class Probe:
         raise Unmeasured(text if self.site.input.meta.get("shape") else f"{text}; give example_inputs")
 
     def _shapes(self) -> list[tuple[int, ...]]:
-        known = self.site.input.meta.get("shape")
+        known = self._wanted or self.site.input.meta.get("shape")
         if known:
             return [tuple(known)]
         widths = dict.fromkeys(p.shape[1] for p in self.site.block.parameters() if p.dim() > 1)

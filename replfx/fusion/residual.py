@@ -184,6 +184,7 @@ class Residual:
 
     Args:
         site: the block.
+        shape: of the activation to run it on; without it the one that the graph knows.
 
     Attributes:
         main: the nodes on the way from its input to its output.
@@ -196,13 +197,13 @@ class Residual:
         Unmeasured: it does not run alone, or it is not residual.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, shape: tuple[int, ...] | None = None) -> None:
         if not is_residual(site):
             raise Unmeasured(not_residual(site))
         self.site = site
         self.main, ends = _way_through(site)
         self.branches = [Branch(self, end, _cone(site, end, self.main)) for end in ends]
-        self.probe = Probe(site)
+        self.probe = Probe(site, shape)
         with torch.no_grad():
             self.values = self.probe.run(watch=self.main)
         self.values[site.input] = self.probe.x
