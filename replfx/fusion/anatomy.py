@@ -7,7 +7,7 @@ gets is what the value map makes, in the order in which the heads are joined and
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -222,10 +222,38 @@ class _Maps:
         change = inner[0] - inner[1]
         for first in firsts:
             made = self._rows_of(first) @ (self._normalised(starts[0]) - self._normalised(starts[1]))
-            order = _order(change, made)
+            order = _order(change, made) or self._row_by_row(first, last, len(change), starts[0])
             if order is not None:
                 return replace(self._paired(first, last, order, len(made)), proven=True)
         return self._by_width(firsts, last, len(change), starts[0])
+
+    def _row_by_row(
+        self, first: _Reading, last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
+    ) -> list[int] | None:
+        """The rows of which each of what the last map gets is a multiple, where heads weigh values in their own way.
+
+        What reaches a row's gradient is scaled as the one input of the last map is that the row makes.
+        """
+        along, scales = self.probe.draw((self.residual.width,)), torch.linspace(1, 2, hidden, dtype=torch.float64)
+        weight = self.probe.block.get_parameter(last.name).detach()
+        by_input = scales.unsqueeze(1) if last.column else scales.view(-1, *[1] * (weight.dim() - 2))
+        before, after = (
+            self._row_gradients(first, last, start, along, weights) for weights in ({}, {last.name: weight * by_input})
+        )
+        rows = (before.abs() > _CLOSE * before.abs().max()).nonzero().flatten()
+        if len(rows) != hidden or not self._is_linear_in(first, last, start):
+            return None
+        inputs = _order(after[rows] / before[rows], scales)
+        if inputs is None or len(set(inputs)) != hidden:
+            return None
+        return [int(rows[inputs.index(place)]) for place in range(hidden)]
+
+    def _row_gradients(
+        self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor], along: Tensor, weights: dict[str, Tensor]
+    ) -> Tensor:
+        gradient = self._gradient(first.name, last.node, start, along, weights)
+        assert gradient is not None
+        return (gradient.T if first.column else gradient) @ self._normalised(start)
 
     def _by_width(
         self, firsts: Sequence[_Reading], last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
@@ -293,14 +321,21 @@ class _Maps:
         weight = weight if weight.dim() == 2 else weight.flatten(2).sum(2)
         return weight.T if reading.column else weight
 
-    def _gradient(self, name: str, node: fx.Node, start: dict[fx.Node, Tensor], along: Tensor) -> Tensor | None:
+    def _gradient(
+        self,
+        name: str,
+        node: fx.Node,
+        start: dict[fx.Node, Tensor],
+        along: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
         """Of what a node gives for one token along one direction of channels, for a parameter.
 
         It is a token in the middle: what a block pads its activation with is another one than all the others.
         """
         parameter = self.probe.block.get_parameter(name)
         with torch.enable_grad():
-            made = self.branch.gives(start, watch=[node])[node]
+            made = self.branch.gives(start, watch=[node], weights=weights)[node]
             axis = self.residual.axis if made.dim() == self.probe.x.dim() else made.dim() - 1
             tokens = made.movedim(axis, -1)
             token = tokens[tuple(size // 2 for size in tokens.shape[:-1])]

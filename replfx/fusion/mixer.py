@@ -204,10 +204,17 @@ def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str]) -> b
         for node in inside
         if isinstance(value := values[node], Tensor) and (node is branch.end or not inside.issuperset(node.users))
     }
-    start = {**{entry: residual.values[entry] for entry in branch.entries}, **zeros}
-    rest = [node for node in branch.nodes if node not in inside]
+    start = {residual.site.input: residual.probe.x, **zeros}
+    rest = [node for node in residual.site.nodes if node not in inside]
     nothing = torch.tensor(False)
-    return gives(lambda: residual.probe.replay(rest, start, [branch.end])[branch.end].any(), nothing)
+
+    def is_left_out() -> Tensor:
+        seen = residual.probe.replay(rest, start, [branch.end, residual.site.output])
+        other = seen[residual.site.output].shape != residual.probe.x.shape  # and it must run: a sum may be in place
+        left_over: Tensor = seen[branch.end].any()
+        return left_over | other
+
+    return gives(is_left_out, nothing)
 
 
 def _units(site: Site, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
