@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.blocks import is_region, members_of, parameters_of, region_path
 from replfx.fusion import Site
-from replfx.fusion.anatomy import keeps_shape
+from replfx.fusion.residual import keeps_shape
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import first_unpaired, pair, share_paired
 from replfx.passes.candidates import Candidate, Candidates, is_layer

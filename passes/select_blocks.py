@@ -9,7 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
-from replfx.fusion.anatomy import is_residual
+from replfx.fusion.residual import is_residual
 from replfx.passes.chains import SHORTEST, Chain, Chains, chains_of
 from replfx.passes.stages import cut_chains
 from replfx.plans import Plan, Replacement

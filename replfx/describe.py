@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from replfx.blocks import head_of, parameters_of
+from replfx.blocks import head_of, is_region, parameters_of
+from replfx.fusion import Operator, operators
 from replfx.live import fusion_layers
 from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
-from replfx.plans import Plan
+from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report
 from replfx.tracing import Cost, info_of
 
@@ -63,13 +64,37 @@ def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:
                 fusion=replacement.fusion.name if synthesis.fusion is not None else None,
                 operator=replacement.operator.name,
                 parameters_after=_trainable(parameters_of(model, block.path).values()),
+                not_unrolled=_why_not_unrolled(replacement),
             )
         blocks.append(block)
-    return replace(report, blocks=blocks, parameters_after=trainable_parameters(model))
+    notes = [*report.notes, *_unrolling_notes(blocks)]
+    return replace(report, blocks=blocks, parameters_after=trainable_parameters(model), notes=notes)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in dict.fromkeys(parameters) if p.requires_grad)
+
+
+def _why_not_unrolled(replacement: Replacement) -> str | None:
+    """Why `replfx.unroll` could not give a replaced block back; None if it could."""
+    name = replacement.operator.name
+    kind, fold = operators[name], replacement.operator.options.get("fold")
+    if kind.unrolls:
+        return None
+    if is_region(replacement.path):
+        return "it was no module, and only operator='block' gives such a block back"
+    if kind.restore is Operator.restore:
+        return f"operator {name!r} does not say how it goes back into a full block"
+    return fold if isinstance(fold, str) else None
+
+
+def _unrolling_notes(blocks: Iterable[BlockReport]) -> list[str]:
+    """One note for each reason."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        if block.not_unrolled is not None:
+            found.setdefault(block.not_unrolled, []).append(f"`{block.path}`")
+    return [f"replfx.unroll cannot give {', '.join(paths)} back at full depth: {why}" for why, paths in found.items()]
 
 
 def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:

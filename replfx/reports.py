@@ -24,6 +24,7 @@ class BlockReport:
         previous, next, fusion, operator: how it is replaced; None where it is kept.
         parameters_after: trainable parameters of what takes its place; None where it is kept.
         kept: the rule that keeps it, where it is kept.
+        not_unrolled: why `replfx.unroll` could not give it back at full depth; None where it could, or it is kept.
     """
 
     path: str
@@ -37,6 +38,7 @@ class BlockReport:
     operator: str | None = None
     parameters_after: int | None = None
     kept: str | None = None
+    not_unrolled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Report:
     def replaced(self) -> list[str]:
         """Paths of the replaced blocks, in the order in which they run."""
         return [block.path for block in self.blocks if block.operator is not None]
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether `replfx.unroll` can give every replaced block back at full depth."""
+        return not any(block.not_unrolled for block in self.blocks)
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""

@@ -59,7 +59,8 @@ CASES = [
     Case("deit3_small", image_model("deit3_small_patch16_224", img_size=64), 64, (12,), 5),
     Case("convnext_atto", image_model("convnext_atto"), 32, (12,), 5),
     Case("cait_xxs24", image_model("cait_xxs24_224", img_size=64), 64, (24,), 11),
-    Case("xcit_nano_12", image_model("xcit_nano_12_p8_224", img_size=64), 64, (12,), 5),
+    # Its attention mixes the channels of a head: no row of the value map alone makes what the output map takes.
+    Case("xcit_nano_12", image_model("xcit_nano_12_p8_224", img_size=64), 64, (12,), 5, light=False),
     Case("gmlp_ti16", image_model("gmlp_ti16_224", img_size=64), 64, (30,), 14, light=False),
     Case("volo_d1", image_model("volo_d1_224", img_size=64), 64, (4, 14), 7),
     Case("regnety_004", image_model("regnety_004"), 64, (16,), 6),
@@ -125,7 +126,6 @@ STAYS = {
     "regnet_y_400mf": "its normalisation follows the light map",
     "regnety_004": "its normalisation follows the light map",
     "efficientnet_b0": "nothing tells where its",
-    "swin_t": "nothing with a weight ends its branch",  # torchvision's attention is one function to torch.fx
 }
 
 

@@ -1,64 +1,50 @@
-"""The parts of a residual block, found by its structure: its sum, its maps, its normalisation.
+"""What a light operator takes over of a residual block: its maps, its normalisation, its activation.
 
-Used by the light operator alone. Nothing here looks at class names: a residual block is one whose output is
-a sum that has the input itself as a term; a map is a parameter of the right shape; a normalisation is a
-childless module with an `eps` and one value a channel.
+Nothing here looks at names of classes or parameters. Which parameters are value and output map of an attention is
+measured on tokens that are all alike: then each gets the values of all, whatever the scores are, so what the output map
+gets is what the value map makes, in the order in which the heads are joined and as often as their groups share it.
 """
 
 import copy
 import math
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from replfx.fusion.norms import Norm, first_norm, grows, last_norm, nameless_norm, norm_behind
 from replfx.fusion.operators import Site
-from replfx.structure import is_stand_in
+from replfx.fusion.probe import Unmeasured, module_at, name_of
+from replfx.fusion.residual import ACTIVATIONS, Branch, Residual
 
-__all__ = [
-    "Anatomy",
-    "MapPair",
-    "Norm",
-    "activation_of",
-    "dissect",
-    "is_norm",
-    "is_residual",
-    "is_sum",
-    "keeps_shape",
-    "name_of",
-]
+__all__ = ["Anatomy", "MapPair", "activation_of", "dissect"]
 
-_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.functional
-_NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")  # the same
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
+_CLOSE = 1e-6
+_LARGE = 16
 
 
 @dataclass(frozen=True)
 class MapPair:
-    """A map from d to h channels and one back: parameter names, h, and the rows of the first that count."""
+    """A map from d to h channels and one back.
+
+    Attributes:
+        first, last: names of the parameters.
+        hidden: h.
+        rows: the rows of the first that are read; None for all.
+        taken: of these rows, the ranges that the last one gets, in its order; None for all as they are.
+        columns: those of the two that have an output's weights in a column.
+        proven: of tokens that are all alike, the branch computes just these two maps.
+    """
 
     first: str
     last: str
     hidden: int
-    rows: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The block's normalisation.
-
-    Attributes:
-        path: where it is in the block.
-        first: it is applied to the activation itself.
-        last_dim: it wants channels last although the activation has them second.
-    """
-
-    path: str
-    first: bool
-    last_dim: bool
+    rows: tuple[int, int] | None = None
+    taken: tuple[tuple[int, int], ...] | None = None
+    columns: tuple[str, ...] = ()
+    proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,16 +52,14 @@ class Anatomy:
     """What `dissect` found.
 
     Attributes:
-        width: channels d of the activation.
-        linear: channels are its last dimension (else its second).
+        residual: the block, which can be run.
         depthwise: name of a depthwise kernel that is applied to the activation itself, or None.
         pair: the narrowest pair of maps, or None.
         norm: the normalisation, or None.
         activation: what follows the sum: "module:PATH", "function:NAME" of torch.nn.functional, or None.
     """
 
-    width: int
-    linear: bool
+    residual: Residual
     depthwise: str | None
     pair: MapPair | None
     norm: Norm | None
@@ -84,237 +68,82 @@ class Anatomy:
 
 def dissect(site: Site) -> Anatomy | str:
     """The anatomy of the block at `site`, or the reason why it has none that a light operator could use."""
-    if is_stand_in(site.block):
-        return "its layers are functions in Dynamo's graph, and a light operator takes over modules"
-    residual = _residual(site)
-    if residual is None:
-        return "it is not residual: its output is not a sum with its own input as a term"
-    maps = {n: tuple(p.shape) for n, p in site.block.named_parameters() if p.dim() >= 2}
-    width, linear = _layout(site, maps)
-    if width is None:
-        return "none of its parameters maps the channels of its activation"
-    pair = _narrowest_pair(site.block, maps, width, linear)
-    depthwise = _depthwise(site, width)
-    if pair is None and depthwise is None:
-        return f"it has no map from its {width} channels and back to them"
-    norm = _norm(site, width, linear)
-    if norm is None and (hidden := _norm_without_parameters(site)):
-        return f"it normalises by `{hidden}`, which has no parameters of its own to take over"
-    return Anatomy(width, linear, depthwise, pair, norm, residual[0])
-
-
-# ---- the sum
-
-
-def is_residual(site: Site) -> bool:
-    """Whether the block is a sum that has its own input as a term, so that it keeps its shape."""
-    return _residual(site) is not None
-
-
-def keeps_shape(site: Site) -> bool:
-    """Whether the block keeps its activation's shape, as far as that can be told without knowing the shape.
-
-    A residual block does; so does a window whose one layer maps as many channels as it gives, at stride 1.
-    """
-    if is_residual(site):
-        return True
-    layers = [m for m in site.block.modules() if any(p.dim() >= 2 for p in m._parameters.values() if p is not None)]
-    if len(layers) != 1:
-        return False
-    (layer,) = layers
-    inward, outward = (
-        getattr(layer, f"{way}_features", getattr(layer, f"{way}_channels", None)) for way in ("in", "out")
-    )
-    return inward is not None and inward == outward and set(getattr(layer, "stride", (1,))) == {1}
-
-
-def _residual(site: Site) -> tuple[str | None] | None:
-    """A one-tuple with the activation after the sum; None if the block is no sum with its input."""
-    node, activation = site.output, None
-    if not is_sum(node):
-        activation = _elementwise(site, node)
-        if activation is None or not node.all_input_nodes:
-            return None
-        node = node.all_input_nodes[0]
-    return (activation,) if _reaches_input(site, node) else None
-
-
-def is_sum(node: fx.Node) -> bool:
-    """Whether the node adds."""
-    return node.target in _SUMS
-
-
-def name_of(node: fx.Node) -> str:
-    """What a node calls: the name of a function, a method or a module."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _reaches_input(site: Site, node: fx.Node) -> bool:
-    """Whether the input itself is a term of the sum `node`."""
-    pending = [node] if is_sum(node) else []
-    while pending:
-        for term in pending.pop().all_input_nodes:
-            term = _behind_identity(site, term)
-            if term is site.input:
-                return True
-            if is_sum(term) and term in site.nodes:
-                pending.append(term)
-    return False
-
-
-def _behind_identity(site: Site, node: fx.Node) -> fx.Node:
-    while node.op == "call_module" and node in site.nodes and type(_module(site, node)) is nn.Identity:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _elementwise(site: Site, node: fx.Node) -> str | None:
-    """Name the activation that `node` applies, if that is what it does."""
-    if len(node.all_input_nodes) != 1 or node not in site.nodes:
-        return None
-    if node.op == "call_module":
-        module = _module(site, node)
-        plain = next(iter((*module.parameters(), *module.buffers())), None) is None
-        return f"module:{site.inside(node)}" if plain and site.inside(node) else None
-    name = name_of(node).rstrip("_")
-    return f"function:{name}" if node.op != "get_attr" and name in _ACTIVATIONS else None
-
-
-def _module(site: Site, node: fx.Node) -> nn.Module:
-    return site.block.get_submodule(site.inside(node))
-
-
-# ---- the maps
-
-
-def _layout(site: Site, maps: dict[str, tuple[int, ...]]) -> tuple[int | None, bool]:
-    """Channels of the activation, and whether they are its last dimension."""
-    convolved = _convolved_channels(site)
-    if convolved is not None:
-        return convolved, False
-    dense = [shape for shape in maps.values() if shape[1] > 1 and len(shape) != 3]
-    if site.shape is None:  # no example inputs: the first map takes the activation
-        return (dense[0][1], len(dense[0]) == 2) if dense else (None, False)
-    for shape in dense:
-        if len(shape) == 2 and shape[1] == site.shape[-1]:
-            return shape[1], True
-        if len(shape) == len(site.shape) and shape[1] == site.shape[1]:
-            return shape[1], False
-    if any(s[1] == 1 and len(s) == len(site.shape) and s[0] == site.shape[1] for s in maps.values()):
-        return site.shape[1], False
-    return None, False
-
-
-def _convolved_channels(site: Site) -> int | None:
-    """Channels that a convolution applied to the activation itself takes; None if there is no such.
-
-    It alone tells for sure: a width or height may equal the channels of a linear map further inside.
-    """
-    for node in site.nodes:
-        if node.op == "call_module" and node.all_input_nodes == [site.input]:
-            module = _module(site, node)
-            weight, channels = module._parameters.get("weight"), getattr(module, "in_channels", None)
-            if weight is not None and weight.dim() >= 3 and isinstance(channels, int):
-                return channels
-    return None
-
-
-def _narrowest_pair(block: nn.Module, maps: dict[str, tuple[int, ...]], width: int, linear: bool) -> MapPair | None:
-    """The pair with the smallest h: first over the block's parts, and the last one within a part.
-
-    Within an attention with separate projections the last pair of square maps is value and output, as all
-    common code registers them (query, key, value, output); a fused one gives its last third.
-    """
-    best: MapPair | None = None
-    for part in _parts(block, maps):
-        pair = _last_pair({n: maps[n] for n in part}, width, linear)
-        if pair is not None and (best is None or pair.hidden < best.hidden):
-            best = pair
-    return best
-
-
-def _parts(block: nn.Module, maps: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """The block's maps by the child that holds them; maps of childless children belong to the block."""
-    groups: dict[str, list[str]] = {}
-    for name in maps:
-        child = name.split(".")[0]
-        module = block._modules.get(child)
-        groups.setdefault(child if module is not None and module._modules else "", []).append(name)
-    yield from groups.values()
-
-
-def _last_pair(maps: dict[str, tuple[int, ...]], width: int, linear: bool) -> MapPair | None:
-    names = [n for n, shape in maps.items() if (len(shape) == 2) == linear and len(shape) != 3]
-    found: MapPair | None = None
-    for position, last in enumerate(names):
-        out, hidden, *kernel = maps[last]
-        if out != width:
-            continue
-        for first in reversed(names[:position]):
-            rows, columns, *taps = maps[first]
-            if columns != width or rows not in (hidden, 3 * hidden):
-                continue
-            if math.prod(taps) > 1 and math.prod(kernel) == 1:
-                continue
-            part = (2 * hidden, 3 * hidden) if rows == 3 * hidden else None
-            if found is None or hidden <= found.hidden:
-                found = MapPair(first, last, hidden, part)
-            break
-    return found
-
-
-def _depthwise(site: Site, width: int) -> str | None:
-    """A kernel (d, 1, k, …) whose module is called on the activation itself."""
-    for node in site.nodes:
-        if node.op == "call_module" and node.all_input_nodes == [site.input]:
-            module = _module(site, node)
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() >= 3 and tuple(weight.shape[:2]) == (width, 1):
-                return f"{site.inside(node)}.weight"
-    return None
-
-
-# ---- the normalisation
-
-
-def _norm(site: Site, width: int, linear: bool) -> Norm | None:
-    """The normalisation that takes the activation itself, or else the last one that the block applies."""
-    called = [n for n in site.nodes if n.op == "call_module" and site.inside(n)]
-    norms = [n for n in called if is_norm(_module(site, n), width)]
-    if not norms:
-        return None
-    first = next((n for n in norms if _behind_identity(site, n.all_input_nodes[0]) is site.input), None)
-    node = first or norms[-1]
-    dims = max(p.dim() for p in site.block.parameters())  # those of a convolution's kernel are the activation's
-    last_dim = not linear and not _takes_channels_second(_module(site, node), width, dims)
-    return Norm(site.inside(node), first is not None, last_dim)
-
-
-def is_norm(module: nn.Module, width: int) -> bool:
-    """Whether it is a normalisation of so many channels: an `eps`, and one value a channel."""
-    parameters = list(module.parameters())
-    return hasattr(module, "eps") and bool(parameters) and all(p.shape == (width,) for p in parameters)
-
-
-def _norm_without_parameters(site: Site) -> str | None:
-    """A normalisation that is a function, or a module with none: without it the block would be another one."""
-    for node in site.nodes:
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_function" and name in _NORMS:
-            return name
-        if node.op == "call_module" and hasattr(module := _module(site, node), "eps") and not [*module.parameters()]:
-            return type(module).__name__
-    return None
-
-
-def _takes_channels_second(norm: nn.Module, width: int, dims: int) -> bool:
-    """Ask the module itself, on a shape that no last dimension can fit."""
-    probe = copy.deepcopy(norm).to("meta")
+    residual = Residual.of(site)
+    if isinstance(residual, str):
+        return residual
     try:
-        probe(torch.empty(2, width, *range(width + 1, width + dims - 1), device="meta"))
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    return True
+        return _dissected(residual)
+    except Unmeasured as error:
+        reason = str(error)
+    try:  # windows that reach over the edges hold more than tokens: of a larger picture the middle one does not
+        return _dissected(Residual(site, _larger(residual)))
+    except Unmeasured:
+        return reason
+
+
+def _larger(residual: Residual) -> tuple[int, ...]:
+    """The shape of a larger picture of the same channels.
+
+    Raises:
+        Unmeasured: it is no picture, or large enough.
+    """
+    shape = tuple(residual.probe.x.shape)
+    made = tuple(n if d in (0, residual.axis) else n * math.ceil(_LARGE / n) for d, n in enumerate(shape))
+    if len(shape) < 4 or made == shape:
+        raise Unmeasured("it is no small picture")
+    return made
+
+
+def _dissected(residual: Residual) -> Anatomy:
+    """The anatomy of a residual block.
+
+    Raises:
+        Unmeasured: it has none.
+    """
+    depthwise, norms = (
+        _depthwise(residual),
+        {branch: _norm_of(branch) for branch in residual.branches if branch.entries},
+    )
+    activation = _activation(residual.site)
+    if depthwise is None:
+        branch, pair = _narrowest(residual)
+        return Anatomy(residual, None, pair, norms[branch], activation)
+    name, node = depthwise
+    branch = next(branch for branch in residual.branches if node in branch.nodes)
+    return Anatomy(residual, name, None, norm_behind(residual, node) or norms[branch], activation)
+
+
+def _norm_of(branch: Branch) -> Norm | None:
+    """The normalisation of a branch that has one: that through which it gets all, or else the last that it applies.
+
+    Raises:
+        Unmeasured: something normalises it that is no module to take over.
+    """
+    norm = first_norm(branch) or last_norm(branch)
+    if norm is None and not grows(branch):
+        nameless = nameless_norm(branch.residual)
+        raise Unmeasured(
+            f"it normalises by `{nameless}`, which has no parameters of its own to take over"
+            if nameless
+            else f"its branch at `{branch.end.name}` does not grow with its input, but no module is its norm"
+        )
+    return norm
+
+
+def _activation(site: Site) -> str | None:
+    """The activation after the sum.
+
+    Raises:
+        Unmeasured: what follows the sum is none.
+    """
+    node = site.output
+    module = module_at(site, node)
+    if module is not None:
+        return f"module:{site.inside(node)}"
+    name = name_of(node).rstrip("_")
+    if name == "dropout":
+        raise Unmeasured("dropout follows its sum, which only the block itself can do")
+    return f"function:{name}" if name in ACTIVATIONS else None
 
 
 def activation_of(block: nn.Module, name: str | None) -> object:
@@ -322,6 +151,283 @@ def activation_of(block: nn.Module, name: str | None) -> object:
     if name is None:
         return None
     kind, _, where = name.partition(":")
-    if kind not in ("module", "function") or (kind == "function" and where not in _ACTIVATIONS):
+    if kind not in ("module", "function") or (kind == "function" and where not in ACTIVATIONS):
         raise ValueError(f"there is no activation {name!r}")
     return copy.deepcopy(block.get_submodule(where)) if kind == "module" else getattr(F, where)
+
+
+# ---- the maps
+
+
+def _depthwise(residual: Residual) -> tuple[str, fx.Node] | None:
+    """A kernel (d, 1, k, …) whose module is called on the activation itself."""
+    site = residual.site
+    for node in site.nodes:
+        module = module_at(site, node) if node.all_input_nodes == [site.input] else None
+        weight = None if module is None else module._parameters.get("weight")
+        if weight is not None and weight.dim() >= 3 and tuple(weight.shape[:2]) == (residual.width, 1):
+            return f"{site.inside(node)}.weight", node
+    return None
+
+
+def _narrowest(residual: Residual) -> tuple[Branch, MapPair]:
+    """The pair of maps to be taken, and its branch: value and output map of an attention, or else the narrowest.
+
+    Of several the narrowest, and of those the first.
+
+    Raises:
+        Unmeasured: there is none, or the value map of an attention cannot be told.
+    """
+    found: list[tuple[Branch, MapPair]] = []
+    for branch in reversed(residual.branches):
+        pair = _Maps(branch).pair() if branch.entries else None
+        if pair is not None:
+            found.append((branch, pair))
+    if not found:
+        raise Unmeasured(f"it has no map from its {residual.width} channels and back to them")
+    return min(found, key=lambda each: (not each[1].proven, each[1].hidden))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A parameter that multiplies channels: its name, the node that reads it, and whether it has outputs in columns."""
+
+    name: str
+    node: fx.Node
+    column: bool
+
+
+class _Maps:
+    """The maps of a branch, found by its gradients on tokens that are all alike."""
+
+    def __init__(self, branch: Branch) -> None:
+        self.branch, self.residual = branch, branch.residual
+        self.probe = branch.residual.probe
+        self.norm = first_norm(branch)
+        readings = [(name, node) for node in branch.nodes for name, p in self.probe.parameters_at(node) if p.dim() >= 2]
+        self.readers: dict[str, fx.Node] = dict(readings)
+
+    def pair(self) -> MapPair | None:
+        """The last map of the branch, and the one whose results it gets.
+
+        Raises:
+            Unmeasured: several could be the first, or it cannot be told in which order the last takes what it makes.
+        """
+        last = self._last()
+        if last is None:
+            return None
+        starts = [self._alike() for _ in range(2)]
+        inner = [self._what_goes_in(last, start) for start in starts]
+        firsts = [reading for name in self.readers if (reading := self._as_first(name, last, starts[0])) is not None]
+        change = inner[0] - inner[1]
+        for first in firsts:
+            made = self._rows_of(first) @ (self._normalised(starts[0]) - self._normalised(starts[1]))
+            order = _order(change, made) or self._row_by_row(first, last, len(change), starts[0])
+            if order is not None:
+                return replace(self._paired(first, last, order, len(made)), proven=True)
+        return self._by_width(firsts, last, len(change), starts[0])
+
+    def _row_by_row(
+        self, first: _Reading, last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
+    ) -> list[int] | None:
+        """The rows of which each of what the last map gets is a multiple, where heads weigh values in their own way.
+
+        What reaches a row's gradient is scaled as the one input of the last map is that the row makes.
+        """
+        along, scales = self.probe.draw((self.residual.width,)), torch.linspace(1, 2, hidden, dtype=torch.float64)
+        weight = self.probe.block.get_parameter(last.name).detach()
+        by_input = scales.unsqueeze(1) if last.column else scales.view(-1, *[1] * (weight.dim() - 2))
+        before, after = (
+            self._row_gradients(first, last, start, along, weights) for weights in ({}, {last.name: weight * by_input})
+        )
+        rows = (before.abs() > _CLOSE * before.abs().max()).nonzero().flatten()
+        if len(rows) != hidden or not self._is_linear_in(first, last, start):
+            return None
+        inputs = _order(after[rows] / before[rows], scales)
+        if inputs is None or len(set(inputs)) != hidden:
+            return None
+        return [int(rows[inputs.index(place)]) for place in range(hidden)]
+
+    def _row_gradients(
+        self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor], along: Tensor, weights: dict[str, Tensor]
+    ) -> Tensor:
+        gradient = self._gradient(first.name, last.node, start, along, weights)
+        assert gradient is not None
+        return (gradient.T if first.column else gradient) @ self._normalised(start)
+
+    def _by_width(
+        self, firsts: Sequence[_Reading], last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
+    ) -> MapPair | None:
+        """The pair where the branch is no attention: layers with something between that is no matter of order."""
+        if self.residual.linear and firsts and self.branch.mixes_tokens:
+            names = " or ".join(f"`{first.name}`" for first in firsts)
+            raise Unmeasured(
+                f"which weights of {names} make the values that `{last.name}` takes cannot be told: of tokens that are "
+                "all alike it gets something else than what they make"
+            )
+        fitting = [first for first in firsts if len(self._rows_of(first)) == hidden and self._is_pointwise(first, last)]
+        if len(fitting) > 1:
+            fitting = [first for first in fitting if self._is_linear_in(first, last, start)]
+            if len(fitting) != 1:
+                names = ", ".join(f"`{first.name}`" for first in firsts)
+                raise Unmeasured(f"which of {names} makes the values that `{last.name}` takes cannot be told")
+        return self._paired(fitting[0], last, list(range(hidden)), hidden) if fitting else None
+
+    def _paired(self, first: _Reading, last: _Reading, order: Sequence[int], count: int) -> MapPair:
+        columns = tuple(reading.name for reading in (first, last) if reading.column)
+        low, high = (0, count) if first.column else (min(order), max(order) + 1)
+        ranges = tuple(_ranges([index - low for index in order]))
+        return MapPair(
+            first.name,
+            last.name,
+            len(order),
+            None if (low, high) == (0, count) else (low, high),
+            None if ranges == ((0, high - low),) else ranges,
+            columns,
+        )
+
+    def _is_pointwise(self, first: _Reading, last: _Reading) -> bool:
+        """No kernel that mixes tokens comes before a map that mixes none: their product would be neither."""
+        taps, kernel = (self.probe.block.get_parameter(r.name)[0, 0].numel() for r in (first, last))
+        return taps == 1 or kernel > 1
+
+    # ---- running the branch
+
+    def _alike(self) -> dict[fx.Node, Tensor]:
+        """Activations of which all tokens are one drawn at random."""
+        token = self.probe.draw((self.residual.width,), self.probe.x.dtype)
+        start = {}
+        for entry in self.branch.entries:
+            value = self.residual.values[entry]
+            axis = self.residual.axis if value.dim() == self.probe.x.dim() else value.dim() - 1
+            shape = [1] * value.dim()
+            shape[axis] = -1
+            start[entry] = token.view(shape).expand_as(value).clone()
+        return start
+
+    def _normalised(self, start: dict[fx.Node, Tensor]) -> Tensor:
+        """What the maps get of such a token."""
+        value = start[self.branch.entries[0]]
+        axis = self.residual.axis if value.dim() == self.probe.x.dim() else value.dim() - 1
+        if self.norm is not None:
+            module = self.probe.block.get_submodule(self.norm.path).eval()
+            with torch.no_grad():
+                value = module(value.movedim(axis, -1)).movedim(-1, axis) if self.norm.last_dim else module(value)
+        return value.movedim(axis, -1).flatten(0, -2)[0]
+
+    def _rows_of(self, reading: _Reading) -> Tensor:
+        """A map with a row for each output; of a kernel with the sum of its taps."""
+        weight = self.probe.block.get_parameter(reading.name).detach()
+        weight = weight if weight.dim() == 2 else weight.flatten(2).sum(2)
+        return weight.T if reading.column else weight
+
+    def _gradient(
+        self,
+        name: str,
+        node: fx.Node,
+        start: dict[fx.Node, Tensor],
+        along: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
+        """Of what a node gives for one token along one direction of channels, for a parameter.
+
+        It is a token in the middle: what a block pads its activation with is another one than all the others.
+        """
+        parameter = self.probe.block.get_parameter(name)
+        with torch.enable_grad():
+            made = self.branch.gives(start, watch=[node], weights=weights)[node]
+            axis = self.residual.axis if made.dim() == self.probe.x.dim() else made.dim() - 1
+            tokens = made.movedim(axis, -1)
+            token = tokens[tuple(size // 2 for size in tokens.shape[:-1])]
+            (gradient,) = torch.autograd.grad((token * along).sum(), [parameter], allow_unused=True)
+        return None if gradient is None else gradient if gradient.dim() == 2 else gradient.flatten(2).sum(2)
+
+    def _last(self) -> _Reading | None:
+        """The last parameter of the branch that maps to the channels of the activation, tokens apart."""
+        start, along = self._alike(), self.probe.draw((self.residual.width,))
+        values = self.branch.gives(start, watch=self.branch.nodes)
+        for name, reader in reversed(self.readers.items()):
+            for node in (reader, *reader.users):  # a module that is called whole may give more than one result
+                if not self._has_channels(values.get(node)):
+                    continue
+                gradient = self._gradient(name, node, start, along)
+                column = None if gradient is None else _column(gradient, along, outward=True)
+                if column is not None:
+                    return _Reading(name, node, column)
+        return None
+
+    def _has_channels(self, made: object) -> bool:
+        """Whether a value has the activation's tokens and channels."""
+        if not isinstance(made, Tensor) or made.numel() != self.probe.x.numel():
+            return False
+        axis = self.residual.axis if made.dim() == self.probe.x.dim() else made.dim() - 1
+        return made.shape[axis] == self.residual.width
+
+    def _what_goes_in(self, last: _Reading, start: dict[fx.Node, Tensor]) -> Tensor:
+        """What the last map gets: its gradient is that, times the direction."""
+        along = self.probe.draw((self.residual.width,))
+        gradient = self._gradient(last.name, last.node, start, along)
+        assert gradient is not None
+        return (gradient if last.column else gradient.T) @ along / (along @ along)
+
+    def _as_first(self, name: str, last: _Reading, start: dict[fx.Node, Tensor]) -> _Reading | None:
+        """The parameter as a map that is applied to the normalised activation and changes what the last one gets."""
+        if name == last.name:
+            return None
+        gradient = self._gradient(name, last.node, start, self.probe.draw((self.residual.width,)))
+        if gradient is None or gradient.abs().max() < _CLOSE:
+            return None
+        column = _column(gradient, self._normalised(start), outward=False)
+        return None if column is None else _Reading(name, self.readers[name], column)
+
+    def _is_linear_in(self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor]) -> bool:
+        """Whether what the last map gives is linear in the first one: the gate of a gated MLP is not."""
+        weight = self.probe.block.get_parameter(first.name).detach()
+        step = self.probe.draw(weight.shape)
+        with torch.no_grad():
+            made = [
+                self.branch.gives(start, watch=[last.node], weights={first.name: weight + count * step})[last.node]
+                for count in range(3)
+            ]
+        return torch.allclose(made[1] - made[0], made[2] - made[1], rtol=_CLOSE, atol=_CLOSE)
+
+
+def _column(gradient: Tensor, vector: Tensor, *, outward: bool) -> bool | None:
+    """Whether a map has its outputs in columns, if its gradient is an outer product with a vector; None if it is none.
+
+    Args:
+        gradient: for the map.
+        vector: of its outputs' gradient, or of its inputs.
+        outward: which of the two.
+    """
+    for column in (False, True):
+        by_rows = gradient.T if outward != column else gradient
+        if by_rows.shape[1] != len(vector):
+            continue
+        other = by_rows @ vector / (vector @ vector)
+        if torch.allclose(torch.outer(other, vector), by_rows, rtol=_CLOSE, atol=_CLOSE * float(by_rows.abs().max())):
+            return column
+    return None
+
+
+def _order(taken: Tensor, made: Tensor) -> list[int] | None:
+    """Which of the numbers `made` each of `taken` is; None if one of them is none."""
+    values, indices = made.sort()
+    right = torch.searchsorted(values, taken).clamp(1, max(1, len(values) - 1))
+    left = right - 1
+    right = right.clamp(max=len(values) - 1)
+    nearest = torch.where((values[left] - taken).abs() <= (values[right] - taken).abs(), left, right)
+    if bool(((values[nearest] - taken).abs() > _CLOSE * float(made.abs().max())).any()):
+        return None
+    return [int(index) for index in indices[nearest]]
+
+
+def _ranges(order: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Indices as runs from start to stop."""
+    start = previous = order[0]
+    for index in order[1:]:
+        if index != previous + 1:
+            yield start, previous + 1
+            start = index
+        previous = index
+    yield start, previous + 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replfx.errors import FusionError
-from replfx.fusion.folding import Fold, fold_of, silence
+from replfx.fusion.folding import Fold, identity_fold, silence
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.operators import Match, Operator, Site, operators
 from replfx.fusion.plain import plain_module
@@ -36,7 +36,7 @@ class IdentityOperator(Operator):
     def match(cls, site: Site) -> Match:
         if site.interface.computed():
             return Match(reason="it gives more than its activation, which only the block itself can compute")
-        fold = fold_of(site, None)
+        fold = identity_fold(site)
         return Match({"fold": fold if isinstance(fold, str) else asdict(fold)})
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

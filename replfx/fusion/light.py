@@ -10,7 +10,8 @@ Which map is read off the block's structure, not its class:
   channels, later followed by W_out back to d. In an attention these are W_V and W_O, the path that a token
   takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. The pair
   with the smallest h is taken. Where the block's normalisation follows its maps, y = φ(x + N(W_out W_in x));
-  where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c).
+  where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c). Where several heads share a value, W_in has its rows
+  as often as they do; `replfx.fusion.anatomy` says how value and output map are found.
 
 N is the block's own normalisation, φ its own activation after the sum (nothing where it has none), g and c
 are own vectors of length d, and D, K, W are synthesised from both neighbours. Where 2h > d, W_out W_in is
@@ -33,6 +34,7 @@ from replfx.fusion.folding import Fold
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.light_fold import light_fold, restore_light
 from replfx.fusion.operators import Match, Operator, Site, Source, operators, run_with
+from replfx.fusion.pairing import pair
 from replfx.fusion.plain import plain_module
 from replfx.fusion.sharded import linear
 from replfx.tracing.symbolic import is_leaf
@@ -57,7 +59,9 @@ class Recipe:
     Attributes:
         kind: which of the three formulas.
         maps: names of the synthesised parameters: (kernel,) or (W_in, W_out).
-        rows: rows of W_in that are taken: the value part of a fused query-key-value projection.
+        rows: rows of W_in that are synthesised: the value part of a fused query-key-value projection.
+        taken: of these rows, the ranges that W_out takes, in its order; None for all as they are.
+        columns: those of the maps that have an output's weights in a column.
         norm: path of the normalisation N in the block, or None.
         norm_first: N comes before the map.
         norm_last_dim: N wants channels last although the activation has them second.
@@ -72,6 +76,8 @@ class Recipe:
     norm_first: bool
     norm_last_dim: bool
     activation: str | None
+    taken: tuple[tuple[int, int], ...] | None = None
+    columns: tuple[str, ...] = ()
     fold: Fold | str = "its plan was made before light operators could be unrolled"
 
     @classmethod
@@ -82,25 +88,26 @@ class Recipe:
             FusionError: it is not a recipe.
         """
         try:
-            rows = options["rows"]
+            rows, taken = options["rows"], options.get("taken")
             fold = options.get("fold", cls.fold)
             read = {
                 "maps": tuple(options["maps"]),
                 "rows": None if rows is None else tuple(rows),
+                "taken": None if taken is None else tuple((start, stop) for start, stop in taken),
+                "columns": tuple(options.get("columns", ())),
                 "fold": fold if isinstance(fold, str) else Fold.read(fold),
             }
             recipe = cls(**{**options, **read})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FusionError(f"the light operator's options are malformed: {error!r}") from error
         for name, wanted in _FIELDS.items():
             if not isinstance(getattr(recipe, name), wanted):
                 raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
         if not all(isinstance(item, str) for item in recipe.maps) or recipe.norm == "":
             raise FusionError(f"the light operator's options are malformed: {recipe}")
-        if recipe.rows and not (
-            len(recipe.rows) == 2 and all(type(r) is int for r in recipe.rows) and 0 <= recipe.rows[0] < recipe.rows[1]
-        ):
-            raise FusionError(f"the light operator's options are malformed: rows={list(recipe.rows)!r}")
+        for name, ranges in (("rows", [recipe.rows] if recipe.rows else []), ("taken", recipe.taken or ())):
+            if not all(_is_range(each) for each in ranges):
+                raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
         if recipe.kind not in _KINDS or len(recipe.maps) != 1 + (recipe.kind == "product"):
             raise FusionError(f"the light operator has no kind {recipe.kind!r} with {len(recipe.maps)} maps")
         return recipe
@@ -117,16 +124,29 @@ class Recipe:
         )
         if anatomy.depthwise is not None:
             return cls("depthwise", (anatomy.depthwise,), None, *rest)
-        assert anatomy.pair is not None  # dissect gives one or the other
-        first, last = anatomy.pair.first, anatomy.pair.last
-        if _taps(block, last) > 1:
-            square = block.get_parameter(last).shape[:2] == (anatomy.width, anatomy.width)
-            return cls("conv", (last,), None, *rest) if square else f"its map `{last}` is grouped"
-        return cls("product", (first, last), anatomy.pair.rows, *rest)
+        pair, width = anatomy.pair, anatomy.residual.width
+        assert pair is not None  # dissect gives one or the other
+        if _taps(block, pair.last) > 1:
+            square = block.get_parameter(pair.last).shape[:2] == (width, width)
+            return cls("conv", (pair.last,), None, *rest) if square else f"its map `{pair.last}` is grouped"
+        return cls("product", (pair.first, pair.last), pair.rows, *rest, pair.taken, pair.columns)
+
+    def matrix(self, name: str, weight: Tensor) -> Tensor:
+        """A map with a row for each output: of W_in those that W_out takes, in its order."""
+        rows = weight.T if name in self.columns else weight.flatten(1)
+        if self.taken is None or name != self.maps[0]:
+            return rows
+        return torch.cat([rows[start:stop] for start, stop in self.taken])
+
+
+def _is_range(value: Any) -> bool:
+    start, stop = value if len(value) == 2 else (0, 0)
+    return type(start) is int and type(stop) is int and 0 <= start < stop
 
 
 def _taps(block: nn.Module, name: str) -> int:
-    return block.get_parameter(name)[0, 0].numel()
+    weight = block.get_parameter(name)
+    return weight[0, 0].numel() if weight.dim() > 2 else 1
 
 
 @operators.register("light")
@@ -155,7 +175,8 @@ class LightOperator(Operator):
         self.activation: Any = activation_of(block, recipe.activation)
         self.map = None if recipe.kind == "product" else self._bare_map(block)
         own = recipe.kind == "product" and (recipe.norm_first or self.norm is None)
-        start = torch.full((weight.shape[0],), float(initial_gain), dtype=weight.dtype, device=weight.device)
+        width = weight.shape[1 if recipe.maps[-1] in recipe.columns else 0]
+        start = torch.full((width,), float(initial_gain), dtype=weight.dtype, device=weight.device)
         self.gain = nn.Parameter(start) if own else None
         self.bias = nn.Parameter(torch.zeros_like(start)) if own else None
 
@@ -176,9 +197,12 @@ class LightOperator(Operator):
         recipe = Recipe.choose(anatomy, site.block)
         if isinstance(recipe, str):
             return Match(reason=recipe)
-        recipe = replace(recipe, fold=light_fold(site, recipe))
         lacking = sorted(set(recipe.maps) & set(site.without_counterpart()))
-        return Match(reason=f"neither neighbour has its like of `{lacking[0]}`") if lacking else Match(asdict(recipe))
+        if lacking:
+            return Match(reason=f"neither neighbour has its like of `{lacking[0]}`")
+        if unlike := _unlike_parts(site, recipe):
+            return Match(reason=unlike)
+        return Match(asdict(replace(recipe, fold=light_fold(anatomy.residual, recipe))))
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = read_slot(self.interface.main, args, kwargs)
@@ -203,7 +227,7 @@ class LightOperator(Operator):
         else:
             z = h
             for name in self.recipe.maps:
-                z = self._apply_matrix(z, theta[name].flatten(1), None)
+                z = self._apply_matrix(z, self.recipe.matrix(name, theta[name]), None)
         return _normalise(z, self.recipe, self.norm) if normalised and not self.recipe.norm_first else z
 
     def _apply_maps(self, h: Tensor, theta: dict[str, Tensor]) -> Tensor:
@@ -218,7 +242,7 @@ class LightOperator(Operator):
 
     def factors(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """W_in (h, d) and g ⊙ W_out (d, h)."""
-        inward, outward = (theta[name].flatten(1) for name in self.recipe.maps)
+        inward, outward = (self.recipe.matrix(name, theta[name]) for name in self.recipe.maps)
         return inward, outward if self.gain is None else self.gain.unsqueeze(1) * outward
 
     def matrices(self, theta: dict[str, Tensor]) -> list[Tensor]:
@@ -248,6 +272,20 @@ class LightOperator(Operator):
         graph = fx.Graph()  # a fresh one: the traced one would carry our tracer's class into every pickle
         graph.output(graph.graph_copy(_LeafTracer().trace(body), {}))
         return plain_module(fx.GraphModule(body, graph, "Light"), self.interface)
+
+
+def _unlike_parts(site: Site, recipe: Recipe) -> str | None:
+    """Why the parts of W_in that are taken are not known in a neighbour's; of thirds, the last is the last of all."""
+    name, rows = recipe.maps[0], recipe.rows
+    own = site.block.get_parameter(name).shape
+    third = rows is None or (3 * rows[0] == 2 * own[0] and rows[1] == own[0])
+    if recipe.taken is None and third:
+        return None
+    for side in (site.previous, site.next):
+        theirs = None if side is None else pair(site.block, side).get(name)
+        if side is not None and theirs is not None and side.get_parameter(theirs).shape != own:
+            return f"which part of a neighbour's `{theirs}` makes its values is not known: it has another shape"
+    return None
 
 
 def _scale_weight(norm: nn.Module, factor: float) -> None:

@@ -1,5 +1,6 @@
 """How a light operator goes back into the full block; `replfx.fusion.folding` has the formulas."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from replfx.errors import FusionError
 from replfx.fusion.folding import Fold, fold_of, set_linear, silence
-from replfx.fusion.operators import Site
+from replfx.fusion.residual import Residual
 
 if TYPE_CHECKING:
     from replfx.fusion.light import LightOperator, Recipe
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
 __all__ = ["light_fold", "restore_light"]
 
 
-def light_fold(site: Site, recipe: "Recipe") -> Fold | str:
-    """Where the light map of a recipe goes in the block at `site`, or why it has no place there."""
+def light_fold(residual: Residual, recipe: "Recipe") -> Fold | str:
+    """Where the light map of a recipe goes in a residual block, or why it has no place there."""
+    block = residual.site.block
     if recipe.kind == "conv":
-        fold = fold_of(site, "convolutions")
-        return fold if isinstance(fold, str) else _as_convolutions(site.block, recipe, fold)
+        fold = fold_of(residual, "convolutions")
+        return fold if isinstance(fold, str) else _as_convolutions(block, recipe, fold)
     if recipe.activation is not None or not (recipe.norm_first or recipe.kind == "depthwise"):
-        return "its normalisation follows the light map, and an activation the sum"
-    fold = fold_of(site, "mlp")
-    return fold if isinstance(fold, str) else _as_mlp(site.block, recipe, fold)
+        return (
+            "its normalisation follows the light map, which leaves no layers that carry one through their activations"
+        )
+    fold = fold_of(residual, "mlp")
+    return fold if isinstance(fold, str) else _as_mlp(block, recipe, fold)
 
 
 def _as_mlp(block: nn.Module, recipe: "Recipe", fold: Fold) -> Fold | str:
@@ -35,13 +39,22 @@ def _as_mlp(block: nn.Module, recipe: "Recipe", fold: Fold) -> Fold | str:
     entry = None if recipe.kind == "product" else recipe.maps[0].removesuffix(".weight")
     if fold.entry != entry:
         return f"what is before `{fold.norm}` is no part of the light map"
-    width, hidden = _width(block, recipe), len(block.get_parameter(f"{fold.first}.weight"))
-    rank = width if recipe.kind == "depthwise" else min(width, block.get_parameter(recipe.maps[-1])[0].numel())
-    if hidden < 2 * rank or block.get_parameter(f"{fold.last}.weight")[0].numel() != hidden:
+    width, inner = _channels(block, recipe.maps[-1], recipe.columns)
+    hidden, _ = _channels(block, f"{fold.first}.weight", [f"{path}.weight" for path in fold.columns])
+    _, read = _channels(block, f"{fold.last}.weight", [f"{path}.weight" for path in fold.columns])
+    rank = width if recipe.kind == "depthwise" else min(width, inner)
+    if hidden < 2 * rank or read != hidden:
         return f"`{fold.first}` has {hidden} channels, and {2 * rank} would be needed"
     if recipe.kind == "product" and block.get_submodule(fold.last)._parameters.get("bias") is None:
         return f"`{fold.last}` has no bias"
     return fold
+
+
+def _channels(block: nn.Module, name: str, columns: Sequence[str]) -> tuple[int, int]:
+    """How many outputs and inputs a map has."""
+    weight = block.get_parameter(name)
+    one, other = weight.shape[0], weight[0].numel()
+    return (other, one) if name in columns else (one, other)
 
 
 def _as_convolutions(block: nn.Module, recipe: "Recipe", fold: Fold) -> Fold | str:

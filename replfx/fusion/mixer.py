@@ -5,29 +5,26 @@ token alone. Most of a block's FLOPs are the MLP's, and what replacing keeps of 
 (docs/findings.md), so this one keeps the first and drops the second: y = x + attention(N(x); θ, own).
 """
 
-import copy
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
-from replfx.fusion.anatomy import is_norm, is_residual, name_of
-from replfx.fusion.folding import Branch, Fold, branches, is_layout, is_product, is_scale, silence
+from replfx.fusion.folding import Fold, branch_silencers, silence
 from replfx.fusion.interface import Interface
 from replfx.fusion.operators import BlockOperator, Match, Site, operators
 from replfx.fusion.pairing import synthesizable
-from replfx.structure import is_stand_in, set_submodule
+from replfx.fusion.probe import Unmeasured, name_of
+from replfx.fusion.residual import Branch, Residual, gives
+from replfx.structure import set_submodule
 
 __all__ = ["MixerOperator"]
 
-# Functions that see each token alone, beside layout, products and what `_keeps_zero` finds: activations, dropout.
-_TOKENWISE = ("add", "add_", "iadd", "addmm", "chunk", "getattr", "getitem", "linear", "size", "split", "to")
-
-_TRIED = ((1, 1, 1), (2, 4, 6))
+_PRODUCTS = ("mul", "mul_", "imul")
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,12 @@ class Dropped:
     Attributes:
         units: the modules that it is made of, the largest that are all in it.
         scales: parameters of the block itself that scale it.
-        last: the layer that has to begin at zero for it to give nothing; None if there is no such.
+        fold: how the branch is made to give nothing, or why it cannot be.
     """
 
     units: tuple[str, ...]
     scales: tuple[str, ...]
-    last: str | None
+    fold: Fold | str
 
 
 @operators.register("mixer")
@@ -58,7 +55,7 @@ class MixerOperator(BlockOperator):
         block, interface, keep: as for `BlockOperator`.
         dropped: paths in the block of the modules that make up its MLP, found by `match`.
         scales: its parameters that scale the MLP's branch.
-        silenced: the layer that is zero at the start when the block is unrolled; None if there is no such.
+        fold: how that MLP is made to give nothing when the block is unrolled, or why it cannot be.
 
     Example:
         >>> model = replfx.transform(timm.create_model("vit_small_patch16_224"), operator="mixer")
@@ -74,12 +71,13 @@ class MixerOperator(BlockOperator):
         keep: Sequence[str] = (),
         dropped: Sequence[str] = (),
         scales: Sequence[str] = (),
-        silenced: str | None = None,
+        fold: Mapping[str, Any] | str = "its plan does not say how",
     ) -> None:
         names = {name for name, _ in block.named_modules()}
         if not dropped or not names.issuperset(dropped):
             raise FusionError(f"the mixer operator's options are malformed: dropped={list(dropped)!r}")
-        self.dropped, self.scales, self.silenced = tuple(dropped), tuple(scales), silenced
+        self.dropped, self.scales = tuple(dropped), tuple(scales)
+        self.fold = fold if isinstance(fold, str) else Fold.read(fold)
         super().__init__(block, interface, keep=keep)
 
     def wanted(self, block: nn.Module) -> list[str]:
@@ -101,16 +99,20 @@ class MixerOperator(BlockOperator):
         rest = _rest(site.block, found.units, found.scales)
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
-        options = {"dropped": list(found.units), "scales": list(found.scales), "silenced": found.last}
+        options = {
+            "dropped": list(found.units),
+            "scales": list(found.scales),
+            "fold": asdict(found.fold) if isinstance(found.fold, Fold) else found.fold,
+        }
         kept = [name for name in site.without_counterpart() if name in rest]
         if len(kept) == len(rest):
             return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
         return Match({**options, "keep": kept} if kept else options)
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
-        if self.silenced is None:
-            raise FusionError("nothing with a weight ends the MLP that it lacks")
-        silence(block, Fold((self.silenced,)))
+        if isinstance(self.fold, str):
+            raise FusionError(f"the MLP that it lacks cannot be made to give nothing: {self.fold}")
+        silence(block, self.fold)
 
 
 def _rest(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> list[str]:
@@ -140,97 +142,80 @@ def _nothing() -> fx.GraphModule:
 
 def _mlp(site: Site) -> Dropped | str:
     """The branch of a block that sees each token alone, or why there is none to leave out."""
-    if is_stand_in(site.block):
-        return "its layers are functions in Dynamo's graph, and the mixer operator takes over modules"
-    if not is_residual(site):
-        return "it is not residual: its output is not a sum with its own input as a term"
-    found = branches(site)
-    if len(found) < 2:
+    residual = Residual.of(site)
+    if isinstance(residual, str):
+        return residual
+    if len(residual.branches) < 2:
         return "it has one branch alone, and nothing is left without that"
     reasons = []
-    for branch in found:
-        nodes = _exclusive(site, branch)
-        stranger = next((node for node in nodes if not _is_tokenwise(site, node)), None)
-        if stranger is not None:
-            reasons.append(f"`{_label(stranger)}` of its branch at `{branch.end.name}` may mix tokens")
+    for branch in residual.branches:
+        if not branch.entries:
             continue
-        dropped = _dropped(site, branch, nodes)
+        try:
+            dropped = f"its branch at `{branch.end.name}` mixes tokens" if branch.mixes_tokens else _dropped(branch)
+        except Unmeasured as error:
+            return str(error)
         if not isinstance(dropped, str):
             return dropped
         reasons.append(dropped)
-    return "none of its branches is an MLP: " + "; ".join(reasons)
+    return "none of its branches is an MLP that can be left out: " + "; ".join(reasons)
 
 
-def _label(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else name_of(node)
-
-
-def _exclusive(site: Site, branch: Branch) -> list[fx.Node]:
+def _exclusive(branch: Branch) -> list[fx.Node]:
     """The nodes that lead to the branch's end and to nothing else, in the order of the graph."""
-    found = {branch.end}
+    site, found = branch.residual.site, {branch.end}
     for node in reversed(site.nodes):
-        if node not in branch.main and node.users and all(user in found for user in node.users):
+        if node not in branch.residual.main and node.users and all(user in found for user in node.users):
             found.add(node)
     return [node for node in site.nodes if node in found]
 
 
-def _is_tokenwise(site: Site, node: fx.Node) -> bool:
-    if not node.all_input_nodes:  # a parameter, or a flag that capturing put in
-        return True
-    if node.op != "call_module":
-        return is_layout(node) or is_product(node) or _keeps_zero(site, node) or name_of(node) in _TOKENWISE
-    module = site.block.get_submodule(site.inside(node))
-    if isinstance(module, nn.Linear) or next(module.parameters(), None) is None or is_scale(module):
-        return True
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return set(module.kernel_size) == {1} and set(module.stride) == {1}
-    return is_norm(module, len(next(module.parameters())))
-
-
-def _keeps_zero(site: Site, node: fx.Node) -> bool:
-    """Whether it is a function of one tensor that makes zero of zero, tried on two shapes: activations, dropout."""
-    if name_of(node) == "dropout":  # it may have a second input, which tells whether it is trained
-        return True
-    if node.op == "get_attr" or len(node.all_input_nodes) != 1:
-        return False
-    try:
-        with torch.no_grad():
-            made = [_applied(site, node, torch.zeros(shape)) for shape in _TRIED]
-    except Exception:  # it is not of the kind asked for
-        return False
-    return all(
-        isinstance(m, Tensor) and m.shape == shape and not m.any() for m, shape in zip(made, _TRIED, strict=True)
-    )
-
-
-def _applied(site: Site, node: fx.Node, z: Tensor) -> Any:
-    args = [z if isinstance(argument, fx.Node) else argument for argument in node.args]
-    kwargs = {key: z if isinstance(value, fx.Node) else value for key, value in node.kwargs.items()}
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_module":
-        return copy.deepcopy(site.block.get_submodule(site.inside(node))).train()(*args, **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _dropped(site: Site, branch: Branch, nodes: Sequence[fx.Node]) -> Dropped | str:
-    """How the nodes of a branch are left out: which modules are to give nothing, and whether nothing comes out then."""
+def _dropped(branch: Branch) -> Dropped | str:
+    """How a branch is left out: which modules are to give nothing, and whether nothing comes out then."""
+    residual, nodes = branch.residual, _exclusive(branch)
+    site = residual.site
     units = _units(site, nodes)
-    zero: set[fx.Node] = set()
     scales: list[str] = []
     for node in nodes:
-        if any(_is_in(path, unit) for unit in units for path in _owners(site, node)[-1:]):
-            zero.add(node)
-        elif node.op == "get_attr":
-            if not all(is_product(user) for user in node.users):
+        if node.op == "get_attr" and not _is_in_one(site, node, units):
+            if not all(name_of(user) in _PRODUCTS for user in node.users):
                 return f"its parameter `{site.inside(node)}` is read between the modules of its MLP"
             scales.append(site.inside(node))
-        elif any(term in zero for term in node.all_input_nodes) and (is_product(node) or _keeps_zero(site, node)):
-            zero.add(node)
-    if branch.end not in zero:
+    if not _silent(branch, nodes, units):
         return f"its MLP is not made of modules alone: `{branch.end.name}` would not be zero without them"
-    return Dropped(units, tuple(dict.fromkeys(scales)), branch.last_layer())
+    silenced = branch_silencers(branch)
+    fold = Fold(silenced) if silenced else "whichever of its layers start at zero, it gives something"
+    return Dropped(units, tuple(dict.fromkeys(scales)), fold)
+
+
+def _is_in_one(site: Site, node: fx.Node, units: Sequence[str]) -> bool:
+    return any(_is_in(path, unit) for unit in units for path in _owners(site, node)[-1:])
+
+
+def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str]) -> bool:
+    """Whether the branch gives nothing where its modules give one zero that a sum spreads.
+
+    What only leads to them is not run: it may ask for a shape that such a zero has not.
+    """
+    residual = branch.residual
+    inside = {node for node in nodes if node.all_input_nodes and _is_in_one(residual.site, node, units)}
+    values = branch.gives(watch=inside)
+    zeros = {
+        node: value.new_zeros([1] * value.dim())
+        for node in inside
+        if isinstance(value := values[node], Tensor) and (node is branch.end or not inside.issuperset(node.users))
+    }
+    start = {residual.site.input: residual.probe.x, **zeros}
+    rest = [node for node in residual.site.nodes if node not in inside]
+    nothing = torch.tensor(False)
+
+    def is_left_out() -> Tensor:
+        seen = residual.probe.replay(rest, start, [branch.end, residual.site.output])
+        other = seen[residual.site.output].shape != residual.probe.x.shape  # and it must run: a sum may be in place
+        left_over: Tensor = seen[branch.end].any()
+        return left_over | other
+
+    return gives(is_left_out, nothing)
 
 
 def _units(site: Site, nodes: Sequence[fx.Node]) -> tuple[str, ...]:

@@ -126,7 +126,48 @@ class Inside(Mixing):
         return self.ff(x + self.attend(x))
 
 
-BLOCKS = (Mixing, Scaled, Gated, Parallel, First, Tokens, Inside)
+class Last(Mixing):
+    """Of two MLPs the last one mixes tokens, by layers that see each token alone in other blocks."""
+
+    def build(self) -> None:
+        super().build()
+        del self.qkv, self.proj
+        self.tokens = nn.Sequential(nn.Linear(TOKENS, 12), nn.GELU(), nn.Linear(12, TOKENS))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(self.norm2(x))
+        return x + self.attend(x)
+
+
+class Columns(Mixing):
+    """Its layers have an output's weights in a column, as GPT-2's."""
+
+    class Layer(nn.Module):
+        def __init__(self, inward: int, outward: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(inward, outward) / 4), nn.Parameter(torch.zeros(outward))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+    def build(self) -> None:
+        self.qkv, self.proj = self.Layer(WIDTH, 3 * WIDTH), self.Layer(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(self.Layer(WIDTH, 16), nn.GELU(), self.Layer(16, WIDTH))
+
+
+class Flat(Mixing):
+    """Lays its tokens out as rows for the MLP and the sum, as OPT does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        rows = x.reshape(-1, x.size(-1))
+        return (rows + F.dropout(self.mlp(self.norm2(rows)), 0.0, self.training)).view(x.shape)
+
+
+BLOCKS = (Mixing, Scaled, Gated, Parallel, First, Tokens, Inside, Last, Columns, Flat)
 
 
 def stack(kind: type[nn.Module], depth: int = 5) -> nn.Sequential:
@@ -247,6 +288,15 @@ class Alone(Mixing):
         return x + self.mlp(self.norm2(x))
 
 
+class InPlace(Mixing):
+    """What its MLP gives is a place to add in, which a nothing has no room for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp(self.norm2(x))
+        h += self.attend(x)
+        return h + x
+
+
 class After(Mixing):
     """Normalised after the sum."""
 
@@ -258,8 +308,9 @@ class After(Mixing):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Attentive, "`scaled_dot_product_attention` of its branch at `[_a-z0-9]*` may mix tokens"),
+        (Attentive, "its branch at `[_a-z0-9]*` mixes tokens; its branch at `[_a-z0-9]*` mixes tokens"),
         (Shaped, "its MLP is not made of modules alone"),
+        (InPlace, "its MLP is not made of modules alone"),
         (Alone, "it has one branch alone"),
         (After, "it is not residual"),
     ],
