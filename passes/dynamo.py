@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -169,14 +170,35 @@ def is_pure(node: fx.Node) -> bool:
 def is_untouched(node: fx.Node) -> bool:
     """Whether nothing in the whole graph writes into what the node gives, or into a view of it.
 
-    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0. What `.data`
-    gives has a counter of its own.
+    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0.
     """
     if any(tensor._version for tensor in tensors_of(node)):
         return False
-    by_data = node.graph.find_nodes(op="call_function", target=_DATA, sort=False)
-    written = [data for data in by_data if any(tensor._version for tensor in tensors_of(data))]
-    return not written or storages([node]).isdisjoint(storages(written))
+    if node.graph not in _uncounted:
+        _uncounted[node.graph] = _written_uncounted(node.graph)
+    return _uncounted[node.graph].isdisjoint(storages([node]))
+
+
+# Asked of each node, and none of the passes adds a write.
+_uncounted: "WeakKeyDictionary[fx.Graph, set[int]]" = WeakKeyDictionary()
+
+
+def _written_uncounted(graph: fx.Graph) -> set[int]:
+    """The memory that is written into and whose counter does not say so, or the counter of another tensor does.
+
+    What `.data` gives has a counter of its own; operations on lists and `p.data = …` (`set_`, or an operation of its
+    own) count nothing.
+    """
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and node.args:
+            name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+            if name.endswith("_") and not name.endswith("__"):  # PyTorch's mark of what changes its first argument
+                first = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
+                found |= storages([node, *(each for each in first if isinstance(each, fx.Node))])
+            elif node.target is _DATA and any(tensor._version for tensor in tensors_of(node)):
+                found |= storages([node])
+    return found
 
 
 def storages(nodes: Iterable[fx.Node]) -> set[int]:

@@ -37,7 +37,7 @@ class CompiledCalls:
             return bool(context.fullgraph)
         return False  # called by hand: there is nothing that could run eagerly
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def running(self) -> list[CodeType] | None:
         """What runs within such a call at the moment, the innermost first; None outside of them."""
         for context, inside in _contexts():
