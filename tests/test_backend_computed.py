@@ -1,4 +1,4 @@
-"""The backend on syntheses that run in no module of their own: what counts is that they are made of parameters alone."""
+"""The backend on syntheses that run in no module of their own: made of parameters alone is all that counts."""
 
 from __future__ import annotations
 
