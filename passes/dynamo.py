@@ -6,35 +6,32 @@ tensor (`example_value`) and the modules that the node was traced in (`nn_module
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from replfx.fusion import Fusion, Operator
-from replfx.fusion.fusions import ScalarFusion
-from replfx.live import Synthesis
-
 __all__ = [
     "epochs",
-    "in_fusion_layer",
-    "in_linear_fusion",
-    "is_parameter",
+    "handed_out",
     "is_plain",
     "is_pure",
     "is_untouched",
     "made_beside",
+    "made_of_parameters",
     "path_in_model",
+    "source_of",
     "storages",
     "tensors_of",
     "value_of",
 ]
 
 # Functions and methods that neither write nor draw random numbers: these may be moved, merged and cached. What
-# fusion layers and alignments are made of; anything else stays where it is.
+# syntheses and alignments are made of; anything else stays where it is.
 _FUNCTIONS = frozenset(
     {
         operator.add,
@@ -66,10 +63,12 @@ _METHODS = frozenset(
         "narrow",
         "permute",
         "reshape",
+        "select",
         "split",
         "squeeze",
         "t",
         "transpose",
+        "unbind",
         "unflatten",
         "unsqueeze",
         "view",
@@ -115,29 +114,43 @@ def path_in_model(expression: str) -> str:
     return ".".join(re.findall(r"\w+", re.sub(r"\._(modules|parameters|buffers)\b", "", inside)))
 
 
-def _classes(node: fx.Node) -> list[type]:
-    stack = node.meta.get("nn_module_stack") or {}
-    return [cls for _, cls in stack.values() if isinstance(cls, type)]
+def source_of(node: fx.Node) -> str:
+    """Dynamo's expression for where an input comes from: `L['self']._modules['fc']._parameters['weight']`; or ""."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    return str(source.name if isinstance(source.name, str) else source.name())
 
 
-def in_fusion_layer(node: fx.Node) -> bool:
-    """Whether a fusion layer or a part of one ran the node.
-
-    A part: where a fusion layer itself is compiled, Dynamo does not name it in the stack.
-    """
-    return any(issubclass(cls, Synthesis | Fusion | Operator) for cls in _classes(node))
-
-
-def in_linear_fusion(node: fx.Node) -> bool:
-    """Whether the innermost fusion that ran the node is one of ours, θ = a·θ_prev + b·θ_next."""
-    fusions = [cls for cls in _classes(node) if issubclass(cls, Fusion)]
-    return bool(fusions) and fusions[-1].forward is ScalarFusion.forward
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether the node is a parameter of the compiled model: a plain tensor, of one process."""
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether the node is a parameter of the compiled model, or what `functional_call` put in the place of one."""
     value = value_of(node)
-    return node.op == "placeholder" and isinstance(value, nn.Parameter) and is_plain(value)
+    return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and "._parameters[" in source_of(node))
+
+
+def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = frozenset()) -> dict[fx.Node, bool]:
+    """What the graph makes of parameters alone, and the parameters, in order: a synthesis is that, and no activation.
+
+    So syntheses are known by what they are made of, and not by the modules in which they were traced.
+
+    Args:
+        graph: Dynamo's.
+        operations: what is as pure as the functions that we know.
+
+    Returns:
+        Whether each of these nodes computes, or reads what does; the others only look at parameters (views).
+    """
+    found, parameters = dict[fx.Node, bool](), set[int]()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if _is_parameter(node):
+                found[node] = False
+                parameters |= storages([node])
+        elif (is_pure(node) or node.target in operations) and all(before in found for before in node.all_input_nodes):
+            before = node.all_input_nodes
+            computes = bool(before) and storages([node]).isdisjoint(parameters)
+            found[node] = computes or any(found[each] for each in before)
+    return found
 
 
 def is_plain(value: object) -> bool:
@@ -157,19 +170,45 @@ def is_pure(node: fx.Node) -> bool:
 def is_untouched(node: fx.Node) -> bool:
     """Whether nothing in the whole graph writes into what the node gives, or into a view of it.
 
-    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0. What `.data`
-    gives has a counter of its own.
+    Dynamo ran every node on these fake tensors; views share the counter of writes, which starts at 0.
     """
     if any(tensor._version for tensor in tensors_of(node)):
         return False
-    by_data = node.graph.find_nodes(op="call_function", target=_DATA, sort=False)
-    written = [data for data in by_data if any(tensor._version for tensor in tensors_of(data))]
-    return not written or storages([node]).isdisjoint(storages(written))
+    if node.graph not in _uncounted:
+        _uncounted[node.graph] = _written_uncounted(node.graph)
+    return _uncounted[node.graph].isdisjoint(storages([node]))
+
+
+# Asked of each node, and none of the passes adds a write.
+_uncounted: "WeakKeyDictionary[fx.Graph, set[int]]" = WeakKeyDictionary()
+
+
+def _written_uncounted(graph: fx.Graph) -> set[int]:
+    """The memory that is written into and whose counter does not say so, or the counter of another tensor does.
+
+    What `.data` gives has a counter of its own; operations on lists and `p.data = …` (`set_`, or an operation of its
+    own) count nothing.
+    """
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and node.args:
+            name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+            if name.endswith("_") and not name.endswith("__"):  # PyTorch's mark of what changes its first argument
+                first = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
+                found |= storages([node, *(each for each in first if isinstance(each, fx.Node))])
+            elif node.target is _DATA and any(tensor._version for tensor in tensors_of(node)):
+                found |= storages([node])
+    return found
 
 
 def storages(nodes: Iterable[fx.Node]) -> set[int]:
     """The memory that the nodes' tensors are in."""
     return {tensor.untyped_storage()._cdata for node in nodes for tensor in tensors_of(node)}
+
+
+def handed_out(graph: fx.Graph) -> set[int]:
+    """The memory that the graph gives to its caller, who may write into it."""
+    return storages(graph.output_node().all_input_nodes)
 
 
 def epochs(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -57,7 +57,7 @@ def _filled(place: Place, held: Mapping[object, fx.Node], activation: fx.Node) -
         return None
     if any(len(size) != 4 or size[0] != shape[0] for size in sizes.values()):
         return None
-    keys, values = ((size[1], size[3]) for size in (sizes["keys"], sizes["values"]))
+    keys, values = ((int(size[1]), int(size[3])) for size in (sizes["keys"], sizes["values"]))
     return Filled(str(slot), tuple(map(str, at)), layer, keys, values)
 
 

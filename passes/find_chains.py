@@ -10,9 +10,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.blocks import is_region, members_of, parameters_of, region_path
 from replfx.fusion import Site
-from replfx.fusion.residual import keeps_shape
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.pairing import first_unpaired, pair, share_paired
+from replfx.fusion.residual import keeps_shape
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
 from replfx.passes.effects import effects_of

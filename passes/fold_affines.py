@@ -1,6 +1,7 @@
-"""fold_affines: let a light operator's matrix do what the weight and bias of the normalisation before it do."""
+"""fold_affines: let a synthesised matrix do what the weight and bias of the normalisation before it do."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import epochs, in_fusion_layer, is_plain, is_untouched, made_beside, value_of
+from replfx.passes.dynamo import epochs, is_plain, is_untouched, made_beside, made_of_parameters, value_of
 
 __all__ = ["FoldAffines"]
 
@@ -21,7 +22,7 @@ _NORMS: dict[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class FoldAffines(PassBase):
-    """Rewrite M (γ ⊙ x̂ + β) + c to (M ⊙ γ) x̂ + (M β + c) in fusion layers where that takes fewer FLOPs.
+    """Rewrite M (γ ⊙ x̂ + β) + c to (M ⊙ γ) x̂ + (M β + c) for a synthesised M where that takes fewer FLOPs.
 
     x̂ is what the normalisation makes of T tokens of d channels before its own γ and β, and M has o rows. With
     gradients γ and β cost some 6·T·d operations a step, forward and backward, and in the matrix 10·o·d; without, the
@@ -30,25 +31,25 @@ class FoldAffines(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite all of them."""
-        changed, stretch = False, epochs(graph_module.graph)
+        changed, stretch, made = False, epochs(graph_module.graph), made_of_parameters(graph_module.graph)
         for node in list(graph_module.graph.nodes):
-            if node.target in _NORMS and node.op == "call_function" and in_fusion_layer(node):
+            if node.target in _NORMS and node.op == "call_function":
                 users = list(node.users)  # none, if its result is not needed in this mode
                 if len(users) == 1 and stretch[node] == stretch[users[0]]:
-                    changed |= _fold(node, users[0])
+                    changed |= _fold(node, users[0], made)
         if changed:
             graph_module.recompile()
         return PassResult(graph_module, changed)
 
 
-def _fold(norm: fx.Node, linear: fx.Node) -> bool:
+def _fold(norm: fx.Node, linear: fx.Node, made: Mapping[fx.Node, bool]) -> bool:
     given: dict[str, Any] = dict(zip(_NORMS[norm.target], norm.args, strict=False)) | norm.kwargs
     weight, shift = given.get("weight"), given.get("bias")
-    if linear.target is not F.linear or linear.kwargs or not in_fusion_layer(linear):
+    if linear.target is not F.linear or linear.kwargs:
         return False
     operands: Any = (*linear.args, None)[:3]
     x, matrix, bias = operands
-    if x is not norm or norm in (matrix, bias):
+    if x is not norm or norm in (matrix, bias) or not made.get(matrix):
         return False
     nodes = [node for node in (norm, matrix, weight, shift, bias) if node is not None]
     if not isinstance(weight, fx.Node) or not _is_worth_it(norm, linear, nodes):

@@ -1,4 +1,4 @@
-"""hoist_syntheses: split off what fusion layers compute from parameters alone, so that it can be kept."""
+"""hoist_syntheses: split off what is computed from parameters alone, so that it can be kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +10,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.passes.dynamo import (
     epochs,
-    in_fusion_layer,
-    is_parameter,
+    handed_out,
     is_plain,
-    is_pure,
     is_untouched,
+    made_of_parameters,
     storages,
     tensors_of,
     value_of,
@@ -65,8 +64,8 @@ class HoistSyntheses(PassBase):
         graph = graph_module.graph
         inner = self._constant(graph)
         taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
-        handed_out = storages(graph.output_node().all_input_nodes)
-        taken = [node for node in taken if handed_out.isdisjoint(storages([node]))]
+        given = handed_out(graph)
+        taken = [node for node in taken if given.isdisjoint(storages([node]))]
         if not taken:
             return PassResult(graph_module, False)
         graph_module.meta[_KEY] = _copy_out(graph, inner, taken)
@@ -79,21 +78,17 @@ class HoistSyntheses(PassBase):
         return PassResult(graph_module, True)
 
     def _constant(self, graph: fx.Graph) -> dict[fx.Node, bool]:
-        """Nodes that depend on parameters alone, in order; and whether a fusion layer had a part in them."""
+        """What is made of plain parameters alone and stays as it is, in order; and whether it is computed."""
         stretch, found = epochs(graph), dict[fx.Node, bool]()
-        for node in graph.nodes:
-            if is_parameter(node) and is_untouched(node):
-                found[node] = False
-            elif is_pure(node) or node.target in self.operations:
-                plain = all(map(is_plain, tensors_of(node)))
-                known = all(before in found for before in node.all_input_nodes)
-                if known and plain and is_untouched(node) and stretch[node] == 0:
-                    found[node] = in_fusion_layer(node) or any(found[before] for before in node.all_input_nodes)
+        for node, computed in made_of_parameters(graph, self.operations).items():
+            steady = all(map(is_plain, tensors_of(node))) and is_untouched(node) and stretch[node] == 0
+            if steady and all(before in found for before in node.all_input_nodes):
+                found[node] = computed
         return found
 
 
 def _leaves(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
-    """Whether it is a tensor of a fusion layer's, without gradient, that something outside of the part reads."""
+    """Whether it is a computed tensor, without gradient, that something outside of the part reads."""
     value = value_of(node)
     constant = isinstance(value, Tensor) and not value.requires_grad
     return inner[node] and constant and any(user not in inner for user in node.users)

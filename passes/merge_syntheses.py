@@ -1,30 +1,31 @@
-"""merge_syntheses: what fusion layers compute twice in one step is computed once."""
+"""merge_syntheses: what is made of parameters twice in one step is made once."""
 
 from dataclasses import dataclass
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.passes.dynamo import epochs, in_fusion_layer, is_pure, is_untouched
+from replfx.passes.dynamo import epochs, handed_out, is_untouched, made_of_parameters, storages
 
 __all__ = ["MergeSyntheses"]
 
 
 @dataclass(frozen=True)
 class MergeSyntheses(PassBase):
-    """Merge equal computations of fusion layers, over Dynamo's graph.
+    """Merge equal computations from parameters alone, over Dynamo's graph.
 
-    A fusion layer that is called twice synthesises twice, and two layers that read one neighbour scale its
-    gradient twice. In the backward pass the gradients of all uses are summed first, and then go through once.
+    A block that is called twice, or reads a weight twice, synthesises twice, and two blocks that read one neighbour
+    scale its gradient twice. In the backward pass the gradients of all uses are summed first, and then go through
+    once. What the model hands out stays: the caller may write into one of two equal results.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Let the first of equal nodes stand for the others."""
         first: dict[object, fx.Node] = {}
-        stretch = epochs(graph_module.graph)
+        stretch, kept = epochs(graph_module.graph), handed_out(graph_module.graph)
         merged = False
-        for node in list(graph_module.graph.nodes):
-            if not (is_pure(node) and in_fusion_layer(node)):
+        for node in made_of_parameters(graph_module.graph):
+            if node.op == "placeholder" or not kept.isdisjoint(storages([node])):
                 continue
             if not all(map(is_untouched, (node, *node.all_input_nodes))):
                 continue

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.passes.dynamo import path_in_model, value_of
+from replfx.passes.dynamo import path_in_model, source_of, value_of
 from replfx.passes.regions import put_value
 from replfx.passes.stand_ins import modules_of
 from replfx.tracing.info import META_KEY, CaptureInfo
@@ -58,10 +58,9 @@ class OwnParameters(PassBase):
 
 def _put(root: nn.Module, node: fx.Node, value: object) -> str | None:
     """Make a parameter or a buffer an attribute of the root's, and give its path; None for any other input."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None or not isinstance(value, Tensor):
+    name = source_of(node)
+    if not name or not isinstance(value, Tensor):
         return None
-    name = source.name if isinstance(source.name, str) else source.name()
     if not isinstance(value, nn.Parameter):
         if "._parameters[" in name:
             value = nn.Parameter(value.detach())

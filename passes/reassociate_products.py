@@ -1,4 +1,4 @@
-"""reassociate_products: of a few tokens, apply the factors of a light operator's map in turn, without their product."""
+"""reassociate_products: of a few tokens, apply the factors of a synthesised map in turn, without their product."""
 
 import operator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import epochs, in_fusion_layer, is_plain, is_untouched, made_beside, value_of
+from replfx.passes.dynamo import epochs, is_plain, is_untouched, made_beside, made_of_parameters, value_of
 
 __all__ = ["ReassociateProducts"]
 
@@ -17,7 +17,7 @@ _PRODUCTS = (operator.matmul, torch.matmul)
 
 @dataclass(frozen=True)
 class ReassociateProducts(PassBase):
-    """Rewrite x (A B)ᵀ to (x Bᵀ) Aᵀ in fusion layers where that takes fewer FLOPs, over Dynamo's graph.
+    """Rewrite x (A B)ᵀ to (x Bᵀ) Aᵀ for synthesised A and B where that takes fewer FLOPs, over Dynamo's graph.
 
     With A (o, m), B (m, i) and T tokens it is o·m·i + T·i·o against T·m·(i + o) multiplications, forward and, twice
     over, backward. Only where gradients flow, for without them the product is formed once for many calls.
@@ -26,13 +26,16 @@ class ReassociateProducts(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite all of them."""
         changed, stretch = False, epochs(graph_module.graph)
-        for node in list(graph_module.graph.nodes):
-            if node.target not in _PRODUCTS or not in_fusion_layer(node):
+        made = made_of_parameters(graph_module.graph)
+        for node in made:
+            # Of factors that are parameters themselves the order is the model's own.
+            if node.target not in _PRODUCTS or not any(made[factor] for factor in node.all_input_nodes):
                 continue
             fits = all(_is_matrix_of(node, user) and stretch[user] == stretch[node] for user in node.users)
             if fits and _is_worth_it(node):
+                outward, inward = node.all_input_nodes
                 for user in list(node.users):
-                    _rewrite(user, *node.args)
+                    _rewrite(user, outward, inward)
                 graph_module.graph.erase_node(node)
                 changed = True
         if changed:

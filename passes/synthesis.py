@@ -1,4 +1,4 @@
-"""Syntheses in Dynamo's graph: where a fusion's θ = a·θ_prev + b·θ_next is."""
+"""Syntheses in Dynamo's graph: where θ = a·θ_prev + b·θ_next is made of parameters."""
 
 import operator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from replfx.passes.dynamo import in_linear_fusion, is_plain, is_untouched, value_of
+from replfx.passes.dynamo import is_plain, is_untouched, made_of_parameters, value_of
 
 __all__ = ["Synthesis", "syntheses_in", "synthesis_at"]
 
@@ -48,17 +48,17 @@ class Synthesis:
 
 def syntheses_in(graph: fx.Graph) -> list[Synthesis]:
     """All syntheses, in the order in which they run."""
-    return [found for node in graph.nodes if (found := synthesis_at(node)) is not None]
+    return [found for node in made_of_parameters(graph) if (found := synthesis_at(node)) is not None]
 
 
 def synthesis_at(node: fx.Node) -> Synthesis | None:
-    """The synthesis whose θ this node gives; None if it is no such node, or one that has to stay.
+    """The synthesis whose θ this node, made of parameters, gives; None if it is none, or one that has to stay.
 
-    What counts is the computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)): of names we take only that
-    a fusion of ours ran it. It has to stay if something writes into one of its tensors, or if they are not
-    plain tensors of one shape, dtype and device (DTensors, mixed precision).
+    What counts is the computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)), and no name. It has to stay if
+    something writes into one of its tensors, or if they are not plain tensors of one shape, dtype and device
+    (DTensors, mixed precision).
     """
-    if node.op != "call_function" or node.target is not operator.add or not in_linear_fusion(node):
+    if node.op != "call_function" or node.target is not operator.add or len(node.args) != 2:
         return None
     left, right = (_term(arg) for arg in node.args)
     if left is None or right is None:

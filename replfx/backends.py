@@ -28,14 +28,14 @@ def backend(
     operator: Choosable | None = None,
     neighbour_gradient: float | None = None,
     max_bytes: int = 32 * 2**20,
-    cache: bool = True,
+    cache: bool = False,
     kernels: bool = False,
     inner: str | Callable[..., Any] = "inductor",
     **unknown: object,
 ) -> "Backend | ReplacingBackend":
-    """A backend for `torch.compile` that knows fusion layers, and that can replace blocks itself.
+    """A backend for `torch.compile` that knows syntheses, and that can replace blocks itself.
 
-    With none of the first six options it compiles a transformed model, and a model without fusion layers goes to
+    With none of the first six options it compiles a transformed model, and a model that synthesises nothing goes to
     `inner` as it is. With any of them it replaces blocks of a plain model, in the graph that Dynamo captures.
 
     Args:
@@ -47,7 +47,8 @@ def backend(
         neighbour_gradient: and what of the gradient flows on.
         max_bytes: syntheses of one shape run as one operation, as many as make this many bytes of weights, which
             live from the first one's use on; 0 leaves each where it is.
-        cache: without gradients, keep the synthesised weights until the weights that they are made of change.
+        cache: without gradients, keep the synthesised weights until the weights that they are made of change. Not
+            the default, as PyTorch does not count writes through `p.data`: after these call `replfx.compile.forget`.
         kernels: on a GPU with triton, syntheses run as `replfx.kernels.synthesize`, whose backward reads each gradient
             once for neighbours and coefficients; elsewhere as plain operations. Not the default, as no GPU has said
             yet where they beat what Inductor makes of `max_bytes`.

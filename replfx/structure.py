@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from replfx.copying import MODULE_HOOKS, structural_copy
+from replfx.copying import MODULE_HOOKS
 
 __all__ = [
     "Signature",
@@ -32,7 +32,6 @@ __all__ = [
     "signature",
     "stand_for",
     "stand_like",
-    "structural_copy",
     "unfit_to_replace",
     "unfit_to_share",
 ]

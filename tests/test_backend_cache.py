@@ -27,9 +27,13 @@ def transformed() -> nn.Module:
     return replfx.transform(tower(), X, operator="light", neighbour_gradient=0.5)
 
 
+def keeping(model: nn.Module, inner: str = "eager", **options: Any) -> Compiled:
+    return Compiled(model, inner, **{"cache": True, **options})
+
+
 def evaluated(transformed: nn.Module, **options: Any) -> Compiled:
     """A compiled model that ran twice without gradients: the first graph synthesises, the second is the rest."""
-    compiled = Compiled(copy.deepcopy(transformed).eval(), **options)
+    compiled = keeping(copy.deepcopy(transformed).eval(), **options)
     check(compiled)
     check(compiled)
     return compiled
@@ -57,15 +61,18 @@ def test_it_synthesises_once(transformed: nn.Module) -> None:
     check(compiled)
 
 
-@pytest.mark.parametrize("options", [{"cache": False}])
-def test_or_not_if_it_is_asked_not_to(transformed: nn.Module, options: dict[str, Any]) -> None:
-    compiled = evaluated(transformed, **options)
+def test_by_default_nothing_is_kept_so_that_each_write_is_seen(transformed: nn.Module) -> None:
+    compiled = Compiled(copy.deepcopy(transformed).eval())
+    check(compiled)
+    for name, parameter in compiled.model.named_parameters():
+        parameter.data.mul_(0.5 if name.endswith("weight") else 2.0)  # as averages and clipping of weights do
+        check(compiled)
     assert compiled.batches == [[2, 2]]
-    assert compiled.calls == [2]
+    assert compiled.calls == [1 + len(list(compiled.model.parameters()))]
 
 
 def test_with_gradients_nothing_is_kept(transformed: nn.Module) -> None:
-    compiled = Compiled(copy.deepcopy(transformed))
+    compiled = keeping(copy.deepcopy(transformed))
     compiled(X)
     compiled(X)
     assert compiled.batches == [[2, 2]]
@@ -73,7 +80,7 @@ def test_with_gradients_nothing_is_kept(transformed: nn.Module) -> None:
 
 
 def test_frozen_models_need_no_gradient_either(transformed: nn.Module) -> None:
-    compiled = Compiled(copy.deepcopy(transformed).requires_grad_(False))
+    compiled = keeping(copy.deepcopy(transformed).requires_grad_(False))
     x = X.clone().requires_grad_()
     for _ in range(2):
         (found,) = torch.autograd.grad(compiled(x).sum(), x)
@@ -197,7 +204,7 @@ class HandsOut(nn.Module):
 @pytest.mark.parametrize("writes", [True, False])
 def test_what_can_be_written_into_is_not_kept(transformed: nn.Module, writes: bool) -> None:
     model = HandsOut(replfx.transform(tower(), X), writes)
-    compiled = Compiled(model)
+    compiled = keeping(model)
     for _ in range(3):
         with torch.no_grad():
             found, wanted = compiled(X), model(X)
@@ -245,7 +252,7 @@ def test_neighbours_that_are_aligned_are_kept_too() -> None:
     plain = Tower(Plain(5, 4), Plain(4, 3), Plain(3, 6), width=5)
     plain.head = nn.Linear(6, 3)
     model = replfx.transform(plain, X, select="blocks.1").eval()
-    compiled = Compiled(model, "aot_eager")
+    compiled = keeping(model, "aot_eager")
     for _ in range(2):
         with torch.no_grad():
             torch.testing.assert_close(compiled(X), model(X))

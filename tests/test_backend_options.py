@@ -41,7 +41,7 @@ def patches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_modes_and_options_reach_inductor(patches: list[dict[str, Any]]) -> None:
     model = replfx.transform(tower(), X)
-    tuned = torch.compile(model, backend="replfx", mode="max-autotune-no-cudagraphs")
+    tuned = torch.compile(model, backend=replfx.backend(cache=True), mode="max-autotune-no-cudagraphs")
     with torch.no_grad():
         torch.testing.assert_close(tuned(X), model(X))
     assert [patch["max_autotune"] for patch in patches] == [True, True], "the synthesis, and the rest"
@@ -53,7 +53,7 @@ def test_modes_and_options_reach_inductor(patches: list[dict[str, Any]]) -> None
 def test_with_cuda_graphs_nothing_is_kept(patches: list[dict[str, Any]]) -> None:
     model = replfx.transform(tower(), X)
     with torch.no_grad():
-        torch.compile(model, backend="replfx", mode="max-autotune")(X)
+        torch.compile(model, backend=replfx.backend(cache=True), mode="max-autotune")(X)
     assert len(patches) == 1
     assert patches[0]["triton.cudagraphs"]
 

@@ -15,7 +15,7 @@ from replfx.compile.synthesis import SYNTHESIZE, kernel_operation
 from replfx.errors import CompileError
 from replfx.passes import run_passes
 from replfx.passes.batch_synthesis import BatchSynthesis
-from replfx.passes.dynamo import in_fusion_layer, value_of
+from replfx.passes.dynamo import made_of_parameters, value_of
 from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.hoist_syntheses import HoistSyntheses, hoisted_of
 from replfx.passes.merge_syntheses import MergeSyntheses
@@ -38,11 +38,11 @@ class Backend:
     """A backend for `torch.compile`; `replfx.backend` makes one, and has its options.
 
     Example:
-        >>> model = torch.compile(replfx.transform(model), backend=Backend(cache=False), mode="max-autotune")
+        >>> model = torch.compile(replfx.transform(model), backend=Backend(cache=True), mode="max-autotune")
     """
 
     max_bytes: int = 32 * 2**20
-    cache: bool = True
+    cache: bool = False
     kernels: bool = False
     inner: str | Compiler = "inductor"
 
@@ -80,7 +80,7 @@ class Backend:
         self = replace(self, **ours)
         theirs = {name: value for name, value in (options or {}).items() if name not in ours}
         compiler = self._compiler(mode, theirs)
-        if not any(map(in_fusion_layer, graph_module.graph.nodes)):
+        if not any(made_of_parameters(graph_module.graph).values()):  # nothing is synthesised
             return _callable(compiler(graph_module, inputs))
         graph_module = _copy(graph_module)
         self._rewrite(graph_module, _has_cuda_graphs(compiler))

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from replfx.blocks import head_of, is_region, region_path
 from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
+from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
 from replfx.errors import CompileError, NoChainError, ReplfxError
 from replfx.passes import Block, FindChains, InsertFusion, SelectBlocks, chains_of, plan_of, run_passes
-from replfx.passes.dynamo import in_fusion_layer
+from replfx.passes.dynamo import path_in_model, source_of
 from replfx.passes.own_parameters import OwnParameters, owned_by
+from replfx.passes.regions import Region
 from replfx.plans import Plan, Replacement
+from replfx.state import fusion_layers, plans_in
 from replfx.structure import attribute_at, block_digest
 from replfx.tracing import info_of
 
@@ -32,7 +35,8 @@ class ReplacingBackend:
     """A backend for `torch.compile` that replaces blocks of the model that it compiles; `replfx.backend` makes one.
 
     One backend is for one model: it holds the coefficients. They are there after the model's first call. The model
-    itself stays as it is, and so do the parameters of its replaced blocks, which get no gradient any more.
+    itself stays as it is, and so do the parameters of its replaced blocks, which get no gradient any more. Its replaced
+    blocks have a forward pre-hook, for a call of the compiled model that Dynamo runs eagerly to be an error.
 
     Args:
         policy: which blocks are replaced, and by what.
@@ -58,6 +62,8 @@ class ReplacingBackend:
         self._coefficients = Coefficients()
         self._blocks: dict[str, dict[str, str]] = {}  # all blocks of chains so far, with `Region.parameters`
         self._model: dict[str, TensorWeakRef] = {}  # the parameters of these blocks
+        self._calls = CompiledCalls()
+        self._watched: Any = WeakIdKeyDictionary()  # modules of replaced blocks
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The coefficients of the fusion layers, by names such as `blocks.1.fusion.previous`.
@@ -131,7 +137,11 @@ class ReplacingBackend:
 
     def _rewritten(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> "_Rewritten | None":
         """The graph with fusion layers in it; None if nothing is replaced here."""
-        if any(map(in_fusion_layer, graph_module.graph.nodes)):
+        one_graph = self._calls.note()
+        sources = [source_of(node) for node in graph_module.graph.find_nodes(op="placeholder")]
+        if any(
+            map(_is_transformed, {id(root): root for root in map(root_named, sources) if root is not None}.values())
+        ):
             raise CompileError(
                 "the model is transformed already: compile it with backend='replfx', which replaces nothing"
             )
@@ -146,8 +156,12 @@ class ReplacingBackend:
         real = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
         self._check_model(root, real)
         replacements = self._planned(owned, root)
+        watched = _watched(owned, sources, replacements, one_graph)
         made = self._carried_out(owned, root, replacements) if replacements else None
         self._remember(owned, replacements, real)
+        for module, path in watched:
+            if module not in self._watched:
+                self._watched[module] = module.register_forward_pre_hook(Watch(path, self._calls))
         return made
 
     def _carried_out(
@@ -251,6 +265,49 @@ class ReplacingBackend:
             known = self._model[name]() if name in self._model else None
             if known is not None and known is not parameter and id(parameter) in real:
                 raise CompileError(_OTHER)
+
+
+def _is_transformed(model: nn.Module) -> bool:
+    return bool(plans_in(model) or fusion_layers(model))
+
+
+def _watched(
+    owned: fx.GraphModule, sources: Sequence[str], replacements: Sequence[Replacement], one_graph: bool
+) -> list[tuple[nn.Module, str]]:
+    """The modules of the model that run if a replaced block runs as it is, and nowhere else; with the block's path.
+
+    Raises:
+        CompileError: a block is no call of any module, so that nothing would tell, and Dynamo may leave its graph.
+    """
+    expressions = dict(zip(owned_by(owned), sources, strict=True))
+    blocks = {block.path: block for chain in chains_of(owned).chains for block in chain.blocks}
+    found: list[tuple[nn.Module, str]] = []
+    for path in (replacement.path for replacement in replacements):
+        region = blocks[path].region
+        assert region is not None
+        own = set(region.parameters.values())
+        called = [at for at in _called_in(region) if at and _holds_only(own, at, expressions)]
+        some = {at: next(name for name in own if name.startswith(f"{at}.")) for at in called}
+        modules = [module_named(expressions[name], at) for at, name in some.items()]
+        if not any(module is not None for module in modules) and not one_graph:
+            raise CompileError(
+                f"`{path}` is no call of a module, so that nothing would tell if Dynamo ran it as it is, with its own "
+                "weights: compile with fullgraph=True, or use replfx.transform"
+            )
+        found += [(module, path) for module in modules if module is not None]
+    return found
+
+
+def _called_in(region: Region) -> list[str]:
+    """The paths of all modules that ran nodes of it."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in region.nodes)
+    return list(dict.fromkeys(path_in_model(name) for stack in stacks for name, _ in stack.values()))
+
+
+def _holds_only(own: Set[str], path: str, parameters: Mapping[str | None, object]) -> bool:
+    """Whether some of the graph's parameters are of the module at `path`, and all of these a block's own."""
+    inside = {name for name in parameters if name is not None and name.startswith(f"{path}.")}
+    return bool(inside & own) and inside <= own
 
 
 _numbers = count()

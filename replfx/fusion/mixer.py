@@ -211,9 +211,11 @@ def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str]) -> b
 
     def is_left_out() -> Tensor:
         seen = residual.probe.replay(rest, start, [branch.end, residual.site.output])
-        other = seen[residual.site.output].shape != residual.probe.x.shape  # and it must run: a sum may be in place
+        other = torch.tensor(
+            seen[residual.site.output].shape != residual.probe.x.shape
+        )  # and it must run: a sum may be in place
         left_over: Tensor = seen[branch.end].any()
-        return left_over | other
+        return left_over.logical_or(other)
 
     return gives(is_left_out, nothing)
 

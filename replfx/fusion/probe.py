@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from replfx.copying import structural_copy
 from replfx.errors import CaptureError
 from replfx.fusion.operators import Site
-from replfx.structure import is_wrapped, structural_copy
+from replfx.structure import is_wrapped
 
 __all__ = ["Probe", "Unmeasured", "activations_of", "is_cast", "is_layout", "module_at", "name_of", "number_of"]
 
