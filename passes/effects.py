@@ -52,13 +52,13 @@ def _filled(place: Place, held: Mapping[object, fx.Node], activation: fx.Node) -
     """What is filled at a place, if it is keys and values of (batch, heads, tokens, width) for (batch, tokens, …)."""
     slot, at, layer = place[0], place[1:-2], place[-1]
     shape = activation.meta.get("shape") or ()
-    sizes: dict[object, Any] = {name: node.meta.get("shape") or () for name, node in held.items()}
+    sizes: dict[object, Any] = {name: node.meta.get("shape", ()) for name, node in held.items()}
     if sizes.keys() != {"keys", "values"} or len(shape) != 3 or not isinstance(layer, int):
         return None
     if any(len(size) != 4 or size[0] != shape[0] for size in sizes.values()):
         return None
-    keys, values = ((int(size[1]), int(size[3])) for size in (sizes["keys"], sizes["values"]))
-    return Filled(str(slot), tuple(map(str, at)), layer, keys, values)
+    keys, values = sizes["keys"], sizes["values"]
+    return Filled(str(slot), tuple(map(str, at)), layer, (keys[1], keys[3]), (values[1], values[3]))
 
 
 def _class_at(call: ModuleCall, name: object) -> object:
