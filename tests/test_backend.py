@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXACT) -> Compiled:
     """Outputs and gradients with gradients enabled, and twice the outputs without."""
     twin = copy.deepcopy(model)
-    compiled: Any = Compiled(twin, inner)
+    compiled: Any = Compiled(twin, inner, cache=True)
     assert_same_run(model, compiled, case, tolerance)
     for _ in range(2):
         with torch.no_grad():

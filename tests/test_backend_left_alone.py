@@ -105,7 +105,7 @@ def test_nothing_moves_over_writes_and_modes(how: str, first: int) -> None:
     def results(compile: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = Writes(small(), how, first)
-        run: Any = Compiled(model) if compile else model
+        run: Any = Compiled(model, cache=True) if compile else model
         y = run(X)
         if how == "grad":  # what was written into has no gradient, in eager mode neither
             y.sum().backward()
@@ -135,7 +135,7 @@ class Modes(nn.Module):
 @pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_nothing_is_merged_or_kept_over_modes(mode: Any) -> None:
     model = Modes(small(5, operator="light"), mode)
-    compiled = Compiled(model)
+    compiled = Compiled(model, cache=True)
     found = []
     for run in (compiled, model):
         model.zero_grad()

@@ -195,7 +195,7 @@ class ReplacingBackend:
                 return None
             raise CompileError(
                 f"`{known.path}` was replaced in a graph before, and here it is no block between two of its kind; "
-                "compile the model as a whole, or use replfx.transform"
+                f"compile the model as a whole, or use replfx.transform {_FAST_PATH}"
             )
         kinds = {}
         for path in filter(None, (known.path, known.previous, known.next)):
@@ -209,8 +209,7 @@ class ReplacingBackend:
             if region is None or list(region.parameters.items()) != list(self._blocks[path].items()):
                 raise CompileError(
                     f"`{path}` reads other parameters than in a graph before or in another order: use replfx.transform "
-                    "(torch.nn.TransformerEncoderLayer does so in evaluation, unless "
-                    "torch.backends.mha.set_fastpath_enabled(False) was called)"
+                    f"{_FAST_PATH}"
                 )
             kinds[path] = block_digest(here[path].site.block)  # buffers that only training reads are part of it
         return replace(
@@ -311,6 +310,10 @@ def _holds_only(own: Set[str], path: str, parameters: Mapping[str | None, object
 
 
 _numbers = count()
+_FAST_PATH = (
+    "(torch.nn.TransformerEncoderLayer is another function in evaluation, unless "
+    "torch.backends.mha.set_fastpath_enabled(False) was called)"
+)
 _OTHER = "this backend holds the coefficients of another model: make one with replfx.backend(…) for each model"
 
 

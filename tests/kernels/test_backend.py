@@ -36,7 +36,7 @@ def test_those_that_stay_alone_run_as_kernels_too(max_bytes: int, expected: list
 
 
 def test_without_gradients_they_are_kept() -> None:
-    compiled = Compiled(small(), kernels=True)
+    compiled = Compiled(small(), kernels=True, cache=True)
     with torch.no_grad():
         for _ in range(3):
             compiled(torch.randn(2, 4))
