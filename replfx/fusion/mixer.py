@@ -211,8 +211,7 @@ def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str]) -> b
     def is_left_out() -> Tensor:
         seen = residual.probe.replay(rest, start, [branch.end, residual.site.output])
         other = seen[residual.site.output].shape != residual.probe.x.shape  # and it must run: a sum may be in place
-        left_over: Tensor = seen[branch.end].any()
-        return left_over | other
+        return torch.tensor(bool(seen[branch.end].any()) or other)
 
     return gives(is_left_out, nothing)
 
