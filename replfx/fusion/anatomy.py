@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from replfx.fusion.norms import Norm, first_norm, grows, last_norm, nameless_norm, norm_behind
+from replfx.fusion.norms import Norm, first_norm, is_normalised, last_norm, nameless_norm, norm_behind
 from replfx.fusion.operators import Site
 from replfx.fusion.probe import Unmeasured, module_at, name_of
 from replfx.fusion.residual import ACTIVATIONS, Branch, Residual
@@ -120,12 +120,12 @@ def _norm_of(branch: Branch) -> Norm | None:
         Unmeasured: something normalises it that is no module to take over.
     """
     norm = first_norm(branch) or last_norm(branch)
-    if norm is None and not grows(branch):
+    if norm is None and is_normalised(branch):
         nameless = nameless_norm(branch.residual)
         raise Unmeasured(
             f"it normalises by `{nameless}`, which has no parameters of its own to take over"
             if nameless
-            else f"its branch at `{branch.end.name}` does not grow with its input, but no module is its norm"
+            else f"its branch at `{branch.end.name}` is the same at any scale of its input, but no module is its norm"
         )
     return norm
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
-from replfx.fusion.norms import is_norm
+from replfx.fusion.norms import is_entry, is_norm
 from replfx.fusion.operators import Site
 from replfx.fusion.probe import Probe, Unmeasured, module_at, number_of
 from replfx.fusion.residual import Branch, Residual, gives, is_passing, is_residual, not_residual
@@ -260,7 +260,7 @@ class _Reader:
             return None
         first, node = self._layer(self._behind(node.all_input_nodes[0]))
         node = self._behind(node)
-        norm = None if node is None else self._norm(node)
+        norm = None if node is None else self._norm(node, is_entry)
         if first is None or node is None or norm is None:
             return None
         entry, before = None, self._behind(node.all_input_nodes[0])
@@ -333,10 +333,10 @@ class _Reader:
             self.columns.append(path)
         return path, node.all_input_nodes[0]
 
-    def _norm(self, node: fx.Node) -> str | None:
+    def _norm(self, node: fx.Node, fits: Callable[[Residual, str], bool] = is_norm) -> str | None:
         module = module_at(self.site, node)
         path = self.site.inside(node)
-        return path if module is not None and is_norm(self.branch.residual, path) else None
+        return path if module is not None and fits(self.branch.residual, path) else None
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether it is an a with a(z) − a(−z) = z."""

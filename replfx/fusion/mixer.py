@@ -211,11 +211,8 @@ def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str]) -> b
 
     def is_left_out() -> Tensor:
         seen = residual.probe.replay(rest, start, [branch.end, residual.site.output])
-        other = torch.tensor(
-            seen[residual.site.output].shape != residual.probe.x.shape
-        )  # and it must run: a sum may be in place
-        left_over: Tensor = seen[branch.end].any()
-        return left_over.logical_or(other)
+        other = seen[residual.site.output].shape != residual.probe.x.shape  # and it must run: a sum may be in place
+        return torch.tensor(bool(seen[branch.end].any()) or other)
 
     return gives(is_left_out, nothing)
 

@@ -1,19 +1,19 @@
 """The normalisations of a residual block: found by what they do to numbers, whatever they are called."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from replfx.fusion.probe import module_at, number_of
 from replfx.fusion.residual import Branch, Residual, is_passing
 
-__all__ = ["Norm", "first_norm", "grows", "is_norm", "last_norm", "nameless_norm", "norm_behind"]
+__all__ = ["Norm", "first_norm", "is_entry", "is_norm", "is_normalised", "last_norm", "nameless_norm", "norm_behind"]
 
-_SCALE = 64.0  # a power of two
-_GROWN = 8.0
+_SCALE = 8.0
+_APART = 0.1  # what a norm adds to a variance to keep it from zero is seen
 _SIDES = (3, 5, 7, 4)
 _FUNCTIONS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")  # of torch.nn.functional
 
@@ -34,9 +34,9 @@ class Norm:
 
 
 def first_norm(branch: Branch) -> Norm | None:
-    """The normalisation through which a branch gets all that it does."""
+    """The normalisation, or what stands for one (an affine map, a bounded one), through which a branch gets all."""
     for path in _modules_around(branch, _readers(branch)):
-        if is_norm(branch.residual, path):
+        if is_entry(branch.residual, path):
             return _norm(branch.residual, path, first=True)
     return None
 
@@ -62,17 +62,19 @@ def last_norm(branch: Branch) -> Norm | None:
     return None
 
 
-def grows(branch: Branch) -> bool:
-    """Whether a branch grows with its input: nothing normalises it."""
+def is_normalised(branch: Branch) -> bool:
+    """Whether a branch gives the same whatever the scale of its input is, be that large or small."""
     start = {entry: branch.residual.values[entry] for entry in branch.entries}
     with torch.no_grad():
-        sizes = [
+        small, large = (
             branch.gives({entry: value * factor for entry, value in start.items()}, training=True)[branch.end]
-            .abs()
-            .mean()
-            for factor in (1.0, _SCALE)
-        ]
-    return bool(sizes[1] > _GROWN * sizes[0])
+            for factor in (1 / _SCALE, _SCALE)
+        )
+    return _alike(small, large) and bool(large.any())
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= _APART * other.norm())
 
 
 def nameless_norm(residual: Residual) -> str | None:
@@ -89,24 +91,35 @@ def nameless_norm(residual: Residual) -> str | None:
 
 def is_norm(residual: Residual, path: str) -> bool:
     """Whether a module has one value a channel, and gives the same whatever the scale of what it gets is."""
+    return _acts_by_channel(residual, path, _ignores_scale)
+
+
+def is_entry(residual: Residual, path: str) -> bool:
+    """Whether a module has one value a channel and keeps its input's shape: a norm, or what stands in its place."""
+    return _acts_by_channel(residual, path, lambda one, other: True)
+
+
+def _acts_by_channel(residual: Residual, path: str, holds: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether a module has one value a channel, and something holds of what it gives for an input and one scaled."""
     module = residual.probe.block.get_submodule(path)
     parameters = list(module.parameters())
     if not path or not parameters or any(p.shape != (residual.width,) for p in parameters):
         return False
     x = residual.probe.draw((4, *residual.probe.x.shape[1:]))
-    return any(_ignores_scale(module, layout) for layout in (x, x.movedim(residual.axis, -1)))
+    for layout in (x, x.movedim(residual.axis, -1)):
+        twin = copy.deepcopy(module).train()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                one, other = twin(layout / _SCALE), twin(layout * _SCALE)
+        except Exception:  # it takes another layout, or more than one input
+            continue
+        if isinstance(one, Tensor) and one.shape == layout.shape and holds(one, other):
+            return True
+    return False
 
 
-def _ignores_scale(module: nn.Module, x: Tensor) -> bool:
-    twin = copy.deepcopy(module).train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            one, other = twin(x.clone()), twin(x * _SCALE)
-    except Exception:  # it takes another layout, or more than one input
-        return False
-    if not isinstance(one, Tensor) or one.shape != x.shape or not one.any():
-        return False
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2)
+def _ignores_scale(one: Tensor, other: Tensor) -> bool:
+    return _alike(one, other) and bool(one.any())
 
 
 def _norm(residual: Residual, path: str, *, first: bool) -> Norm:

@@ -73,14 +73,11 @@ class Grouped(nn.Module):
     dim=st.integers(1, 4),
     layout=st.sampled_from(("parts", "values first", "groups")),
     columns=st.booleans(),
-    with_inputs=st.booleans(),
 )
-def test_value_and_output_map(
-    groups: int, shared: int, dim: int, layout: str, columns: bool, with_inputs: bool
-) -> None:
+def test_value_and_output_map(groups: int, shared: int, dim: int, layout: str, columns: bool) -> None:
     model = nn.Sequential(*(Grouped(groups, shared, dim, layout, columns) for _ in range(3))).double()
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
-    (replacement,) = replfx.plan(model, x if with_inputs else None, operator="light").replacements
+    (replacement,) = replfx.plan(model, x, operator="light").replacements
     recipe = Recipe.read(replacement.operator.options)
     assert (recipe.maps, recipe.norm, recipe.norm_first) == (("fused", "back"), "root", True)
     fused = model[1].fused.detach()
