@@ -1,7 +1,7 @@
 """What a transformed model remembers: its plan and report, and a guard on the state_dicts it is given."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Transformed:
     guard: RemovableHandle
     first: RemovableHandle
     checked: int = 0  # the id of the model that was seen whole: a copy is another one
+    seen: dict[str, int] = field(default_factory=dict)  # ids of what the neighbours were found in, by their places
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def unmark(model: nn.Module) -> None:
 
 
 def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Runs before a forward pass, and looks in the first one whether all neighbours of replaced blocks are there."""
+    """Runs before a forward pass, and looks whether all neighbours of replaced blocks are where they were."""
     if torch.compiler.is_dynamo_compiling():
         return
     state = state_of(model)
@@ -120,7 +121,23 @@ def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
         refuse_split_points(model)
     if state.checked != id(model):
         check_neighbours(model)
-        state.checked = id(model)
+        state.checked, state.seen = id(model), {}
+    for path, synthesis in state.syntheses.items():
+        for place, neighbour in zip(synthesis.places, synthesis.neighbours, strict=False):
+            found = _module_at(model, place)
+            if found is None or state.seen.get(place) == id(found):
+                continue
+            if neighbour not in found.modules():
+                raise FusionError(synthesis.parted(path, place, "another module has taken its place"))
+            state.seen[place] = id(found)
+
+
+def _module_at(model: nn.Module, place: str) -> nn.Module | None:
+    """What is at a path; None if nothing is: a block that is no module, or a model that was wrapped inside."""
+    found: nn.Module | None = model
+    for name in place.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def _memory(model: nn.Module) -> dict[str, Any]:

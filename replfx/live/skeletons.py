@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from replfx.copying import structural_copy
-from replfx.errors import FusionError
 
 __all__ = ["Skeleton"]
 
 
 class Skeleton:
     """A block's modules without weights.
+
+    Of parameters that no layer initialises (a LayerScale's, a table of relative positions) the values are kept.
 
     Args:
         block: stays as it is.
@@ -25,11 +26,12 @@ class Skeleton:
     def __init__(self, block: nn.Module) -> None:
         module = structural_copy(block, _without_values)
         named = dict(module.named_parameters(remove_duplicate=False))
-        self._names: dict[str, list[str]] = {}  # of a tied parameter all, by the first
         first: dict[int, str] = {}
+        self._names: dict[str, list[str]] = {}  # of a tied parameter all, by the first
         for name, parameter in named.items():
             self._names.setdefault(first.setdefault(id(parameter), name), []).append(name)
         self._shapes = {name: named[name] for name in self._names}
+        self._starts = {n: _value(block.get_parameter(n)) for n in self._names if _reset(_slot(block, n)[0]) is None}
         for name in named:  # who reads one is to be told that it is gone
             owner, leaf = _slot(module, name)
             del owner._parameters[leaf]
@@ -50,31 +52,47 @@ class Skeleton:
     def full_block(self, neighbours: Sequence[nn.Module], like: Tensor) -> nn.Module:
         """A block of this structure; each parameter is the mean of the neighbours' of its name and shape.
 
-        Without neighbours its layers initialise themselves.
+        What neither has the like of starts as its layer initialises it, or else as it was.
 
         Args:
             neighbours: the kept block before and the one after, or none.
             like: tells device and dtype.
-
-        Raises:
-            FusionError: a parameter that no neighbour has the like of, or that no layer initialises.
         """
         block = copy.deepcopy(self.module)
         sides = [dict(neighbour.named_parameters()) for neighbour in neighbours]
+        values: dict[str, Tensor] = {}
         for name, meta in self._shapes.items():
-            owner, _ = _slot(block, name)
             found = [side[name].detach() for side in sides if name in side and side[name].shape == meta.shape]
-            if not found and (sides or not hasattr(owner, "reset_parameters")):
-                raise FusionError(f"nothing tells where its `{name}` would start: neither neighbour has the like")
-            value = torch.stack(found).mean(0) if found else like.new_empty(meta.shape)
-            parameter = nn.Parameter(value, requires_grad=meta.requires_grad)
+            if found:
+                values[name] = torch.stack(found).mean(0)
+            elif name in self._starts:
+                values[name] = self._starts[name].to(like, copy=True)
+            parameter = nn.Parameter(values.get(name, like.new_empty(meta.shape)), requires_grad=meta.requires_grad)
             for holder, leaf in (_slot(block, each) for each in self._names[name]):
                 holder._parameters[leaf] = parameter
         _like_theirs(block, neighbours)
-        for module in block.modules():
-            if not sides and callable(reset := getattr(module, "reset_parameters", None)):
+        missing = dict.fromkeys(_slot(block, name)[0] for name in self._shapes if name not in values)
+        for owner in missing if sides else block.modules():
+            if reset := _reset(owner):
                 reset()
+        for name, value in values.items():  # a layer resets all that it has
+            block.get_parameter(name).detach().copy_(value)
         return block.to(like.device)
+
+
+def _reset(owner: nn.Module) -> Callable[[], None] | None:
+    """What initialises the parameters of a layer, if it can do that itself."""
+    found = getattr(owner, "reset_parameters", None) or getattr(owner, "_reset_parameters", None)
+    return found if callable(found) else None
+
+
+def _value(parameter: Tensor) -> Tensor:
+    """A copy of its value, which takes one element where all are equal."""
+    value = parameter.detach()
+    if value.is_meta or not value.numel():
+        return value
+    first = value.flatten()[:1].clone()
+    return first.view([1] * value.dim()).expand(value.shape) if bool((value == first).all()) else value.clone()
 
 
 def _slot(module: nn.Module, name: str) -> tuple[nn.Module, str]:
