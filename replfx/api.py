@@ -324,9 +324,10 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
     except ReplfxError:
         put_blocks(target, blocks)  # with inplace=True the model is the user's
         raise
+    draft = replace(draft, notes=list(info_of(graph).notes))  # what was found on the way too
     if rewritten:
         assert isinstance(result, fx.GraphModule)
-        target, draft = result, replace(draft, notes=list(info_of(graph).notes))
+        target = result
         for key in [key for key in target.meta if key.startswith("replfx")]:
             del target.meta[key]  # it speaks of nodes of the captured graph
     layers = placed_layers(target, planned)
