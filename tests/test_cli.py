@@ -63,7 +63,7 @@ def test_select_may_be_repeated(capsys):
         ("torchvision:fasterrcnn_resnet50_fpn", "from Python"),
         ("no.such.module:x", "cannot import"),
         (f"{__name__}:nothing", "no callable"),
-        (f"{__name__}:not_a_model", "gave a int"),
+        (f"{__name__}:not_a_model", "gave int"),
     ],
 )
 def test_a_wrong_model_name_says_what_to_write(name, word, capsys):

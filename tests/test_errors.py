@@ -118,9 +118,9 @@ def test_a_plan_of_the_wrong_type() -> None:
         ({"y": X}, "does not run on the example inputs.*'y'"),
         ({}, "does not run on the example inputs.*argument"),
         (("x",), "does not run on the example inputs"),
-        ([X], r"example_inputs is a list; give a tensor, a tuple of positional inputs.*\(the_list,\)"),
-        (3, "example_inputs is a int"),
-        ("x", "example_inputs is a str"),
+        ([X], r"example_inputs is of type list; give a tensor, a tuple of positional inputs.*\(the_list,\)"),
+        (3, "example_inputs is of type int"),
+        ("x", "example_inputs is of type str"),
         (
             torch.empty(2, 4, device="meta"),
             r"tensor on meta, the model is on cpu; move one of them with \.to",

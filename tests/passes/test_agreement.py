@@ -229,3 +229,32 @@ def test_a_block_that_is_called_again_and_again_says_so() -> None:
     model = Shared()
     model.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())  # type: ignore[assignment]
     assert replfx.inspect(model, X).refused["block.0"] == "it is called 4 times in one forward pass"
+
+
+class Found(Chain):
+    """Gives as many rows as it finds, which is known by values alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y[y[:, 0] > y[:, 0].median().item()] if bool(y.isfinite().all()) else y[:1]
+
+
+class Stopping(nn.Module):
+    """Asks for values, and for a weight that a left out block has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = Chain()
+
+    def forward(self, x: Tensor) -> Any:
+        sizes = [len(getattr(block, "fc1").weight) for block in self.chain.blocks]  # noqa: B009
+        return self.chain(x) if float(x.abs().max()) < sum(sizes) else x
+
+
+def test_what_depends_on_values_is_run_for_real() -> None:
+    made = replfx.transform(Found(), X)
+    assert replfx.report(made).replaced == ["blocks.1", "blocks.3"]
+    assert any("shapes and gradients not verified" in note for note in replfx.report(made).notes)
+    made = outcome(lambda: replfx.transform(Stopping(), X, operator="identity"))
+    assert isinstance(made, replfx.ReplfxError)
+    assert replfx.inspect(Stopping(), X, operator="identity").replaced == []
