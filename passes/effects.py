@@ -51,7 +51,7 @@ def effects_of(call: ModuleCall, nodes: Set[fx.Node], activation: fx.Node) -> tu
 def _filled(place: Place, held: Mapping[object, fx.Node], activation: fx.Node) -> Filled | None:
     """What is filled at a place, if it is keys and values of (batch, heads, tokens, width) for (batch, tokens, …)."""
     slot, at, layer = place[0], place[1:-2], place[-1]
-    shape = activation.meta.get("shape") or ()
+    shape: Any = activation.meta.get("shape") or ()
     sizes: dict[object, Any] = {name: node.meta.get("shape", ()) for name, node in held.items()}
     if sizes.keys() != {"keys", "values"} or len(shape) != 3 or not isinstance(layer, int):
         return None

@@ -44,7 +44,15 @@ DECODERS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 5, "n_head": 4},
 }
 PAIRS: dict[str, dict[str, Any]] = {
-    "t5": {"d_model": 32, "d_ff": 64, "num_layers": 5, "num_decoder_layers": 5, "num_heads": 4, "d_kv": 8},
+    "t5": {
+        "d_model": 32,
+        "d_ff": 64,
+        "num_layers": 5,
+        "num_decoder_layers": 5,
+        "num_heads": 4,
+        "d_kv": 8,
+        "decoder_start_token_id": 1,
+    },
     "bart": {**_ENCODER, **_HEADS},
 }
 
