@@ -137,7 +137,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     ),
     "copy_": lambda model: model.blocks[2].fc2.weight.detach().copy_(torch.ones(8, 16)),
     "through a view": lambda model: model.blocks[2].fc2.weight.detach()[0].zero_(),
-    "gain": lambda model: model.blocks[3].operator.gain.detach().mul_(3),
+    "gain": lambda model: model.blocks[3].replfx.operator.gain.detach().mul_(3),
     "another parameter": _replace_coefficients,
     "data": _swap_twice,
 }

@@ -50,7 +50,7 @@ def test_by_hand() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     compiled(x)
     coefficients = dict(backend.named_parameters())
-    assert sorted(coefficients) == [f"blocks.{i}.fusion.{side}" for i in (1, 3) for side in ("next", "previous")]
+    assert sorted(coefficients) == [f"blocks.{i}.replfx.fusion.{side}" for i in (1, 3) for side in ("next", "previous")]
     with torch.no_grad():
         for shift, parameter in enumerate(coefficients.values()):
             parameter.copy_(torch.tensor([0.3, -0.7], dtype=torch.float64) + shift)
@@ -60,7 +60,7 @@ def test_by_hand() -> None:
         for i, block in enumerate(model.blocks):
             weights = {"fc1": block.fc1.weight, "fc2": block.fc2.weight}
             if i in (1, 3):
-                a, b = coefficients[f"blocks.{i}.fusion.previous"], coefficients[f"blocks.{i}.fusion.next"]
+                a, b = coefficients[f"blocks.{i}.replfx.fusion.previous"], coefficients[f"blocks.{i}.replfx.fusion.next"]
                 before, after = model.blocks[i - 1], model.blocks[i + 1]
                 weights = {
                     name: a[k] * getattr(before, name).weight + b[k] * getattr(after, name).weight

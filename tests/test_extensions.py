@@ -81,7 +81,7 @@ def test_a_fusion_in_a_few_lines() -> None:
 def test_a_fusion_with_parameters_and_options_of_its_own() -> None:
     replfx.register_fusion("low_rank")(LowRank)
     made = replfx.transform(tower(5), X, fusion={"name": "low_rank", "rank": 3})
-    assert made.blocks[1].fusion.left["fc1_weight"].shape == (16, 3)
+    assert made.blocks[1].replfx.fusion.left["fc1_weight"].shape == (16, 3)
     made(X).sum().backward()
     assert all(p.grad is not None for name, p in made.named_parameters() if ".fusion." in name)
     plan = replfx.Plan.from_json(replfx.plan(tower(5), fusion={"name": "low_rank", "rank": 3}).to_json())

@@ -99,11 +99,10 @@ def test_transform_leaves_the_model_alone(case: Case) -> None:
 
 
 _RENAMED = (
-    (r"^(blocks\.\d+\.)operator\.block\.", r"\1own."),
-    (r"^(blocks\.\d+\.)fusion\.previous$", r"\1a"),
-    (r"^(blocks\.\d+\.)fusion\.next$", r"\1b"),
-    (r"^(blocks\.\d+\.)operator\.bias$", r"\1shift"),
-    (r"^(blocks\.\d+\.)operator\.", r"\1"),
+    (r"^(blocks\.\d+\.)replfx\.fusion\.previous$", r"\1a"),
+    (r"^(blocks\.\d+\.)replfx\.fusion\.next$", r"\1b"),
+    (r"^(blocks\.\d+\.)replfx\.operator\.bias$", r"\1shift"),
+    (r"^(blocks\.\d+\.)replfx\.operator\.", r"\1"),
 )
 
 

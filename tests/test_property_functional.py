@@ -213,7 +213,7 @@ def test_a_repeated_region_inside_of_one_modules_forward(measured: bool) -> None
     for i in replaced:
         layer = made.get_submodule(f"replaced_body_conv{i}_weight")
         before, after = (made.get_parameter(f"body.conv{j}.weight") for j in (i - 1, i + 1))
-        a, b = layer.get_parameter("fusion.previous"), layer.get_parameter("fusion.next")
+        a, b = layer.get_parameter("replfx.fusion.previous"), layer.get_parameter("replfx.fusion.next")
         state[f"body.conv{i}.weight"] = a * before + b * after
         norm = {name.partition("m1.")[2]: t for name, t in layer.state_dict().items() if ".m1." in name}
         state.update({f"body.norm{i}.{name}": t for name, t in norm.items()})

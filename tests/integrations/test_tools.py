@@ -166,7 +166,7 @@ def test_averaged_model(operator: str) -> None:
     average = AveragedModel(model)
     seen = trained(model, average.update_parameters)
     means = {name: torch.stack([weights[name] for weights in seen]).mean(0) for name in seen[0]}
-    assert not torch.allclose(means["blocks.1.fusion.next"], seen[-1]["blocks.1.fusion.next"])
+    assert not torch.allclose(means["blocks.1.replfx.fusion.next"], seen[-1]["blocks.1.replfx.fusion.next"])
     assert_is_that_model(average.module, means, operator)
     assert not torch.allclose(average(POINTS), model(POINTS))  # its fusion layers read its own blocks
 
@@ -212,15 +212,15 @@ def test_grad_scaler_trains_as_without_it(operator: str) -> None:
             scaler.update()
         results.append(model.state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
-    start = transformed_tower(operator).get_parameter("blocks.1.fusion.next")
-    assert not torch.equal(results[0]["blocks.1.fusion.next"], start)
+    start = transformed_tower(operator).get_parameter("blocks.1.replfx.fusion.next")
+    assert not torch.equal(results[0]["blocks.1.replfx.fusion.next"], start)
 
 
 def test_grad_scaler_passes_over_a_coefficients_gradient_that_is_not_finite() -> None:
     model = transformed_tower()
     before = copy.deepcopy(model.state_dict())
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    model.get_parameter("blocks.1.fusion.next").register_hook(lambda gradient: gradient * torch.inf)
+    model.get_parameter("blocks.1.replfx.fusion.next").register_hook(lambda gradient: gradient * torch.inf)
     scaler.scale(model(POINTS).sum()).backward()
     scaler.step(optimizer)
     scaler.update()

@@ -255,25 +255,23 @@ def replaced_every(spots: Sequence[Spot], k: int) -> list[int]:
 
 # ---- what a transformed one computes
 
-_OWN = ((r"operator\.block\.", "own."), (r"operator\.bias$", "shift"), (r"operator\.", ""))
-_FUSION = {
-    "fusion.previous": "a",
-    "fusion.next": "b",
-    "fusion.rule.previous": "a",
-    "fusion.rule.next": "b",
-    "fusion.align_previous.gains": "gains_before",
-    "fusion.align_next.gains": "gains_after",
-}
+_ADDED = (
+    (r"fusion\.(rule\.)?previous$", "a"),
+    (r"fusion\.(rule\.)?next$", "b"),
+    (r"fusion\.align_previous\.gains$", "gains_before"),
+    (r"fusion\.align_next\.gains$", "gains_after"),
+    (r"operator\.bias$", "shift"),
+    (r"operator\.", ""),
+)
 
 
 def parts_of(tensors: Tensors, spot: Spot) -> Tensors:
-    """What a replaced block has in the transformed model: `a`, `b`, gains, and what is its own."""
+    """What a replaced block has in the transformed model: `a`, `b`, gains, a light operator's; and `own.NAME`."""
     found = {}
     for name, tensor in _under(tensors, f"{spot.members[0]}.").items():
-        renamed = _FUSION.get(name, name)
-        for pattern, by in _OWN:
-            if renamed == name:
-                renamed = re.sub(f"^{pattern}", by, name)
+        added, renamed = name.removeprefix("replfx."), f"own.{name}"
+        if added != name:
+            renamed = next(re.sub(f"^{pattern}", by, added) for pattern, by in _ADDED if re.match(pattern, added))
         found[renamed] = tensor
     return found
 
@@ -317,7 +315,7 @@ def reference_run(
         if operator == "light":
             _put_light(plain, i, kind, steps[i], theta, parts, training)
         else:
-            for name, tensor in {**theta, **_under(parts, "own.")}.items():
+            for name, tensor in theta.items():
                 state[spots[i].name(name)] = tensor
     needed = [name for name, _ in (*plain.named_parameters(), *plain.named_buffers())]
     fixed = {name: b for name, b in plain.named_buffers() if name not in plain.state_dict()}

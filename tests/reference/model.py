@@ -3,7 +3,7 @@
 Parameters of the reference are named so:
     blocks.I.NAME          of a kept block
     blocks.I.a, blocks.I.b the coefficients of a replaced block, one vector each
-    blocks.I.own.NAME      what operators `block` and `mixer` leave a replaced block of its own
+    blocks.I.NAME          what operators `block` and `mixer` leave a replaced block of its own
     blocks.I.gain, .shift, .norm.NAME, .map.bias   what operator `light` owns: g, c, N and a kernel's bias
 """
 
@@ -70,10 +70,10 @@ def reference_forward(
             parts = _parts(family, options, operator, before)
             theta = _fuse(own["a"], own["b"], before, after, parts, fusion, neighbour_gradient)
             if operator == "block":
-                y = kind.run({**theta, **_under(own, "own.")}, x, options, training, *extra)
+                y = kind.run({**theta, **own}, x, options, training, *extra)
             elif operator == "mixer":
                 assert kind.mixer is not None
-                y = kind.mixer({**theta, **_under(own, "own.")}, x, options, training)
+                y = kind.mixer({**theta, **own}, x, options, training)
             else:
                 assert kind.light is not None
                 y = kind.light(theta, own, x, options, training)
