@@ -140,7 +140,9 @@ class _Builder:
     def build(self) -> Built:
         block = self._block(self.path, self.replacement.kind)
         made = self._operator(block)
-        return Built(self.path, block, self._synthesis(block, made))
+        synthesis = self._synthesis(block, made)
+        synthesis.training = made.training = block.training  # what is inside keeps its own: a frozen norm
+        return Built(self.path, block, synthesis)
 
     def _synthesis(self, block: nn.Module, made: Operator) -> Synthesis:
         replacement, path = self.replacement, self.path
@@ -172,7 +174,7 @@ class _Builder:
             neighbours=(previous, next),
             places=(replacement.previous, replacement.next),
             skeleton=skeleton,
-        ).train(block.training)
+        )
 
     def _block(self, path: str, kind: str | None) -> nn.Module:
         """The block at `path`, which must be of the kind that the plan was made for."""
@@ -259,7 +261,7 @@ def _readings_of(made: Operator, block: nn.Module, found: Counterparts, sides: M
         *path, leaf = theirs.split(".")
         if path and path[0] in names:
             path[0] = names[path[0]]
-        reading, rows = Reading(base, tuple(path), leaf), source.rows
+        reading, rows = Reading(base, tuple(path), leaf, base.get_submodule(".".join(path))), source.rows
         if rows is not None:  # the value part of a wider or narrower neighbour's fused projection is its own
             own, other = len(_parameter(block, source.path)), len(_read(reading))
             rows = (rows[0] * other // own, rows[1] * other // own)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.optim import Optimizer
 
 from replfx.blocks import head_of, is_region
@@ -46,6 +47,7 @@ def materialize(model: nn.Module) -> nn.Module:
         >>> torch.equal(plain(x), model(x))
         True
     """
+    placed_blocks(model)  # whether there is anything to copy
     twin = faithful_copy(model)
     root, placed = placed_blocks(twin)
     with torch.no_grad():
@@ -93,7 +95,7 @@ def unroll(
     """
     root, placed = placed_blocks(model)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
-    before = {path: set(placement.block.parameters()) for path, placement in placed.items()}
+    before = {path: _parameters_before(root, at) for path, at in placed.items()}
     with torch.no_grad():
         like = next(model.parameters())
         theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
@@ -169,7 +171,21 @@ def _exchange(model: nn.Module, placement: Placement, plain: nn.Module) -> None:
     for module in plain.modules():
         if module not in known:  # the others have modes of their own: a norm may be frozen in a block that trains
             module.training = block.training
+    lacking = {
+        k: v for k, v in vars(block).items() if not k.startswith("_") and _is_simple(v) and not hasattr(plain, k)
+    }
+    vars(plain).update(lacking)  # a model may ask a block for its `shift_size`
+    if isinstance(plain, fx.GraphModule):  # whose copies have what its graph names, and this
+        plain.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = lacking
     redirect(model, {block: plain})
+
+
+def _is_simple(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_simple(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_simple(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _complete(placement: Placement, full: nn.Module) -> None:
@@ -188,6 +204,12 @@ def _complete(placement: Placement, full: nn.Module) -> None:
     settle_down(block, {})
     for name in ("_modules", "_parameters", "_buffers"):
         getattr(block, name).update(getattr(full, name))
+
+
+def _parameters_before(root: nn.Module, placement: Placement) -> set[nn.Parameter]:
+    """The parameters of a replaced block, those of all its members."""
+    members = (root.get_parameter(home) for home in placement.synthesis.names.values() if _is_parameter(root, home))
+    return {*placement.block.parameters(), *members}
 
 
 def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, nn.Parameter]:

@@ -113,7 +113,7 @@ def _compiled_step(model: nn.Module, **options: Any) -> None:
 
 
 def _replace_coefficients(model: Any) -> None:
-    fusion = model.blocks[1].fusion
+    fusion = model.blocks[1].replfx.fusion
     fusion.previous = nn.Parameter(torch.full_like(fusion.previous, 0.7))
 
 

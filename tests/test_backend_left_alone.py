@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
+from replfx.live.synthesis import Reading
 from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, X, graph_of, small
 from tests.models import Mlp, Tower, tower
@@ -160,9 +161,9 @@ def test_a_synthesis_of_a_synthesis_is_no_part_of_its_batch(outer: int, inner: i
             return theta
 
     model.source = Synthesised()  # what a fusion layer reads has to be in the model
-    readings = [dict(side) for side in reader._readings]
-    readings[0]["fc1.weight"] = (model.source, "weight", None)
-    reader._readings = tuple(readings)
+    readings = [dict(side) for side in reader.replfx._readings]
+    readings[0]["fc1.weight"] = Reading(model.source, (), "weight", model.source)
+    reader.replfx._readings = tuple(readings)
     compiled = Compiled(model, "aot_eager")
     torch.testing.assert_close(compiled(X), model(X))
     compiled.graphs[0].graph.lint()

@@ -60,7 +60,10 @@ def test_by_hand() -> None:
         for i, block in enumerate(model.blocks):
             weights = {"fc1": block.fc1.weight, "fc2": block.fc2.weight}
             if i in (1, 3):
-                a, b = coefficients[f"blocks.{i}.replfx.fusion.previous"], coefficients[f"blocks.{i}.replfx.fusion.next"]
+                a, b = (
+                    coefficients[f"blocks.{i}.replfx.fusion.previous"],
+                    coefficients[f"blocks.{i}.replfx.fusion.next"],
+                )
                 before, after = model.blocks[i - 1], model.blocks[i + 1]
                 weights = {
                     name: a[k] * getattr(before, name).weight + b[k] * getattr(after, name).weight
@@ -285,11 +288,13 @@ def test_a_state_dict_of_other_blocks_or_another_fusion_is_refused() -> None:
     state = {name: value.clone() for name, value in backend.state_dict().items()}
     other, channels = (replacing(tower(7), **options) for options in ({"every": 2}, {"every": 3, "fusion": "channel"}))
     other[1].load_state_dict(state)
-    with pytest.raises(replfx.CompileError, match=r"has no `blocks\.1\.fusion\.previous`: it was saved for other"):
+    with pytest.raises(
+        replfx.CompileError, match=r"has no `blocks\.1\.replfx\.fusion\.previous`: it was saved for other"
+    ):
         other[0](X)
     channels[0](X)
     before = {name: value.clone() for name, value in channels[1].state_dict().items()}
-    with pytest.raises(replfx.CompileError, match=r"`blocks\.2\.fusion\.previous` is \(24,\) here and \(2,\)"):
+    with pytest.raises(replfx.CompileError, match=r"`blocks\.2\.replfx\.fusion\.previous` is \(24,\) here and \(2,\)"):
         channels[1].load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in channels[1].state_dict().items())
 

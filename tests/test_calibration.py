@@ -60,7 +60,7 @@ def test_each_map_of_a_block_is_fitted_over_its_inputs(fusion: str) -> None:
     found: dict[str, Tensor] = {}
     for name, h in (("fc1", h1), ("fc2", h2)):
         found[name] = torch.stack([h @ getattr(b, name).weight.detach().T for b in (before, after, block)])
-    layer: Any = made.blocks[1].fusion
+    layer: Any = made.blocks[1].replfx.fusion
     if fusion == "scalar":
         wanted = torch.stack([least_squares([p, n], t) for p, n, t in found.values()], 1)
     elif fusion == "scalar_layer":
@@ -102,7 +102,7 @@ def test_weights_that_run_in_no_linear_layer_are_fitted_as_they_are() -> None:
     made: Any = replfx.transform(model, calibrate=loader())
     before, block, after = (b.matrix.detach() for b in model.blocks)
     wanted = least_squares([before, after], block)
-    fusion = made.blocks[1].fusion
+    fusion = made.blocks[1].replfx.fusion
     # The start imitated the block better on the activations, or what least squares gives.
     found = torch.cat([fusion.previous, fusion.next]).detach()
     start = torch.full((2,), 0.5, dtype=torch.float64)

@@ -346,8 +346,7 @@ def goes_back(case: Case) -> bool:
     """Whether the operator's map has a place in the full block, by the documentation of `replfx.fusion.folding`."""
     family, o = case.family, case.options
     if case.policy.operator == "identity":
-        # ConvNeXt's scale is a bare parameter, which no layer initialises.
-        return family not in ("grouped", "convnext")
+        return family != "grouped"
     if case.policy.operator == "mixer":
         return True
     if family.startswith("transformer"):

@@ -215,7 +215,7 @@ def test_a_repeated_region_inside_of_one_modules_forward(measured: bool) -> None
         before, after = (made.get_parameter(f"body.conv{j}.weight") for j in (i - 1, i + 1))
         a, b = layer.get_parameter("replfx.fusion.previous"), layer.get_parameter("replfx.fusion.next")
         state[f"body.conv{i}.weight"] = a * before + b * after
-        norm = {name.partition("m1.")[2]: t for name, t in layer.state_dict().items() if ".m1." in name}
+        norm = {name.removeprefix("m1."): t for name, t in layer.state_dict().items() if name.startswith("m1.")}
         state.update({f"body.norm{i}.{name}": t for name, t in norm.items()})
     expected.load_state_dict(state, strict=True)
     plain = replfx.materialize(made)

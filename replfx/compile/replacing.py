@@ -66,7 +66,7 @@ class ReplacingBackend:
         self._watched: Any = WeakIdKeyDictionary()  # modules of replaced blocks
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The coefficients of the fusion layers, by names such as `blocks.1.fusion.previous`.
+        """The coefficients of the replaced blocks, by names such as `blocks.1.replfx.fusion.previous`.
 
         Raises:
             CompileError: the model has not been called yet, or nothing in it could be replaced; the message says why.

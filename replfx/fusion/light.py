@@ -8,8 +8,8 @@ Which map is read off the block's structure, not its class:
   y = φ(x + N(K ∗ x)).
 - `product` (pre-norm transformer blocks, bottleneck and inverted residual blocks): a map W_in of d to h
   channels, later followed by W_out back to d. In an attention these are W_V and W_O, the path that a token
-  takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. The pair
-  with the smallest h is taken. Where the block's normalisation follows its maps, y = φ(x + N(W_out W_in x));
+  takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. An
+  attention's pair is taken before an MLP's, else that with the smallest h. Where the block's normalisation follows its maps, y = φ(x + N(W_out W_in x));
   where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c). Where several heads share a value, W_in has its rows
   as often as they do; `replfx.fusion.anatomy` says how value and output map are found.
 

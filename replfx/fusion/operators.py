@@ -202,5 +202,14 @@ class BlockOperator(Operator):
 
 
 def run_with(theta: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `module`, which is called by nobody else, gives with `theta` as its parameters of those names."""
+    """What `module`, which is called by nobody else, gives with `theta` as its parameters of those names.
+
+    Raises:
+        FusionError: `torch.jit.trace` is looking on; it finds no weights but those that modules own.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise FusionError(
+            f"torch.jit.trace cannot follow a {type(module).__name__} that runs with synthesised weights in the place of a "
+            "block: trace replfx.materialize(model)"
+        )
     return torch.func.functional_call(module, theta, args, kwargs, tie_weights=False)

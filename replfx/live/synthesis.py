@@ -54,30 +54,40 @@ class Reading(NamedTuple):
         base: a module that stays in its place: the neighbour, or what holds it.
         path: of the parameter's owner in `base`.
         leaf: the parameter's name there.
+        known: what owned the parameter at first.
         rows: which of its rows are read; None for all.
     """
 
     base: nn.Module
     path: tuple[str, ...]
     leaf: str
+    known: nn.Module
     rows: tuple[int, int] | None = None
 
     def owner(self) -> nn.Module:
-        """The module that owns the parameter now.
+        """The module that owns the parameter now: what is at its path, or what that wraps.
 
         Raises:
             FusionError: nothing is at its path any more.
         """
-        owner: Any = self.base
+        found: Any = self.base
         for name in self.path:
-            found = getattr(owner, name, None)
-            if found is None:
-                raise FusionError(
-                    f"a replaced block reads `{'.'.join((*self.path, self.leaf))}` of its neighbour, a "
-                    f"{type(self.base).__name__}, and that is gone: call replfx.materialize before a model is rebuilt"
-                )
-            owner = found
-        return owner  # type: ignore[no-any-return]
+            inner = getattr(found, name, None)
+            if not isinstance(inner, nn.Module):
+                break
+            found = inner
+        else:
+            return self.known if found is self.known or _wraps(found, self.known) else found  # type: ignore[no-any-return]
+        if _wraps(found, self.known):
+            return self.known
+        raise FusionError(
+            f"a replaced block reads `{'.'.join((*self.path, self.leaf))}` of its neighbour, a {type(self.base).__name__}, "
+            "and that is gone: call replfx.materialize before a model is rebuilt"
+        )
+
+
+def _wraps(module: nn.Module, owner: nn.Module) -> bool:
+    return any(inner is owner for inner in module.modules())
 
 
 Readings: TypeAlias = Mapping[str, Reading]
@@ -432,7 +442,7 @@ def _checked(owner: nn.Module, leaf: str, theta: object) -> Tensor:
 
 def _moved(reading: Reading, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> Reading:
     owner, leaf = home(reading.owner(), reading.leaf)
-    return Reading(owner, (), leaf, reading.rows)
+    return Reading(owner, (), leaf, owner, reading.rows)
 
 
 def _scale_gradient(theta: Tensor, factor: float) -> Tensor:

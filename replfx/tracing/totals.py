@@ -1,7 +1,5 @@
 """What a whole model costs in one forward pass, without a graph of it."""
 
-import random
-
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +8,7 @@ from replfx.errors import CaptureError
 from replfx.tracing.costs import Meter
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import ghost_of
+from replfx.tracing.undisturbed import undisturbed
 
 __all__ = ["costs_of", "real_twin"]
 
@@ -22,12 +21,8 @@ def costs_of(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
     Raises:
         CaptureError: the model does not run.
     """
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return _costs_of(model, inputs)
-    finally:
-        random.setstate(state)
+    with undisturbed(model):
+        return _costs_of(model, inputs)
 
 
 def _costs_of(model: nn.Module, inputs: Inputs) -> tuple[int, int]:

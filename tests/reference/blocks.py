@@ -182,13 +182,6 @@ def _run_mlp_half(p: Tensors, x: Tensor) -> Tensor:
     return x + _linear(p, "mlp.fc2", F.gelu(_linear(p, "mlp.fc1", _layer_norm(p, "norm2", x))))
 
 
-def _narrower(o: Options, inward: str, outward: str, rows: slice) -> dict[str, slice]:
-    """The pair of maps with the smallest number of channels between: the attention's, or the MLP's."""
-    if o.hidden < o.width:
-        return {"mlp.fc1.weight": ALL, "mlp.fc2.weight": ALL}
-    return {inward: rows, outward: ALL}
-
-
 def _light_normed_first(w: Tensors, p: Tensors, x: Tensor, o: Options, training: bool) -> Tensor:
     """y = x + g ⊙ (W_out W_in N(x)) + c."""
     inward, outward = w.values()
@@ -371,7 +364,7 @@ FAMILIES: dict[str, Family] = {
         _run_fused,
         _tokens,
         _light_normed_first,
-        lambda o: _narrower(o, "attn.qkv.weight", "attn.proj.weight", slice(2 * o.width, 3 * o.width)),
+        lambda o: {"attn.qkv.weight": slice(2 * o.width, 3 * o.width), "attn.proj.weight": ALL},
         _mix_fused,
     ),
     "transformer_separate": Family(
@@ -379,7 +372,7 @@ FAMILIES: dict[str, Family] = {
         _run_separate,
         _tokens,
         _light_normed_first,
-        lambda o: _narrower(o, "attn.v.weight", "attn.o.weight", ALL),
+        lambda o: {"attn.v.weight": ALL, "attn.o.weight": ALL},
         _mix_separate,
     ),
     "mlp": Family(
