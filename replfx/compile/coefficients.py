@@ -12,7 +12,7 @@ __all__ = ["Coefficients"]
 
 
 class Coefficients:
-    """Parameters by name (`blocks.1.replfx.fusion.previous`): those of the first synthesis that each block was given."""
+    """Parameters by name (`blocks.1.replfx.fusion.previous`): of the first synthesis that each block was given."""
 
     def __init__(self) -> None:
         self._made: dict[str, nn.Parameter] = {}

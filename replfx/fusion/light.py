@@ -8,10 +8,10 @@ Which map is read off the block's structure, not its class:
   y = φ(x + N(K ∗ x)).
 - `product` (pre-norm transformer blocks, bottleneck and inverted residual blocks): a map W_in of d to h
   channels, later followed by W_out back to d. In an attention these are W_V and W_O, the path that a token
-  takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. An
-  attention's pair is taken before an MLP's, else that with the smallest h. Where the block's normalisation follows its maps, y = φ(x + N(W_out W_in x));
-  where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c). Where several heads share a value, W_in has its rows
-  as often as they do; `replfx.fusion.anatomy` says how value and output map are found.
+  takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. An attention's
+  pair is taken before an MLP's, else that with the smallest h. Where the block's normalisation follows its maps,
+  y = φ(x + N(W_out W_in x)); where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c). Where several heads share a
+  value, W_in has its rows as often as they do; `replfx.fusion.anatomy` says how value and output map are found.
 
 N is the block's own normalisation, φ its own activation after the sum (nothing where it has none), g and c
 are own vectors of length d, and D, K, W are synthesised from both neighbours. Where 2h > d, W_out W_in is

@@ -209,7 +209,7 @@ def run_with(theta: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...],
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise FusionError(
-            f"torch.jit.trace cannot follow a {type(module).__name__} that runs with synthesised weights in the place of a "
-            "block: trace replfx.materialize(model)"
+            f"torch.jit.trace cannot follow a {type(module).__name__} that runs with synthesised weights in the "
+            "place of a block: trace replfx.materialize(model)"
         )
     return torch.func.functional_call(module, theta, args, kwargs, tie_weights=False)

@@ -298,33 +298,15 @@ def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
 
 
 def _hiding(base: type[nn.Module]) -> _Namespace:
-    """What goes through the block's modules does so without the one that was added, but for what is meant for all."""
-    namespace = {"named_children": _named_children}
-    for name in ("_apply", "apply", "train"):
-        namespace[name] = _reaching(getattr(base, name))
-    return namespace | _of_container(base)
+    """What a block's `forward` goes through its modules by does so without the one that was added."""
 
+    @functools.wraps(base.named_children)
+    def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        # Others, such as FSDP and `Module.to`, are to find it.
+        hidden = torch.compiler.is_compiling() or self._modules[SUBMODULE].runs()  # type: ignore[union-attr, operator]
+        return (named for named in base.named_children(self) if named[0] != SUBMODULE or not hidden)
 
-def _named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[nn.Module] = set()
-    for name, module in _own_modules(self).items():
-        if module not in seen:
-            seen.add(module)
-            yield name, module
-
-
-def _reaching(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that goes through `children()`, made to reach the synthesis too."""
-
-    @functools.wraps(method)
-    def reach(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        synthesis = self._modules.get(SUBMODULE)
-        recurse = kwargs.get("recurse", args[1] if len(args) > 1 else True)
-        if synthesis is not None and recurse:
-            getattr(synthesis, method.__name__)(*args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return reach
+    return {"named_children": named_children, **_of_container(base)}
 
 
 def _of_container(base: type[nn.Module]) -> _Namespace:

@@ -77,12 +77,12 @@ class Reading(NamedTuple):
                 break
             found = inner
         else:
-            return self.known if found is self.known or _wraps(found, self.known) else found  # type: ignore[no-any-return]
+            return self.known if found is self.known or _wraps(found, self.known) else found
         if _wraps(found, self.known):
             return self.known
         raise FusionError(
-            f"a replaced block reads `{'.'.join((*self.path, self.leaf))}` of its neighbour, a {type(self.base).__name__}, "
-            "and that is gone: call replfx.materialize before a model is rebuilt"
+            f"a replaced block reads `{'.'.join((*self.path, self.leaf))}` of its neighbour, a "
+            f"{type(self.base).__name__}, and that is gone: call replfx.materialize before a model is rebuilt"
         )
 
 
@@ -193,10 +193,14 @@ class Synthesis(nn.Module):
             kwargs: the same, by keyword.
         """
         self._check_stage()
-        if self.fusion is None or self.held is not None or self in _running():
+        if self.runs():
             return nullcontext()
         mesh = mesh_of_activation(args, kwargs) if is_distributed() else None
         return _Call(self, mesh)
+
+    def runs(self) -> bool:
+        """Whether the block is being called, in this thread."""
+        return self in _running()
 
     def operate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operator gives for a call of the block."""
