@@ -178,10 +178,10 @@ def _rebuilt(base: type[nn.Module], traits: Traits, rebuild: Callable[..., Any],
 
 def _reader(leaf: str) -> Callable[[nn.Module], Any]:
     def read(self: nn.Module) -> Any:
+        if leaf in self._parameters:  # it was made in another way, or is given one for a while
+            return self._parameters[leaf]
         link = self.__dict__.get(LINK)
-        if link is None:  # a module of this class that was made in another way, and has a parameter of its own
-            if leaf in self._parameters:
-                return self._parameters[leaf]
+        if link is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {leaf!r}")
         synthesis, names, _ = link
         if torch.compiler.is_compiling():

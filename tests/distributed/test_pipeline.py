@@ -73,7 +73,7 @@ def pruned(model: Tower, first: int) -> Tower:
     return part
 
 
-PARTED = r"`{layer}` is a fusion layer, .* of its neighbour `{neighbour}`: .* split_at="
+PARTED = r"`{layer}` is a replaced block, .* of its neighbour `{neighbour}`: .* split_at="
 
 
 def test_a_copy_without_a_neighbour_is_refused_in_its_first_forward_pass() -> None:
