@@ -100,16 +100,20 @@ _Found: TypeAlias = tuple[nn.Module, str, Synthesis | None]
 def _named(module: nn.Module, path: str, within: Synthesis | None) -> Iterator[_Found]:
     """The modules that a path with wildcards names."""
     own = synthesis_of(module)
-    if own is not None and own.operator.keeps_block and not own.names:  # else there are further modules beside it
+    if own is not None and path and own.skeleton is not None:
+        known = any(True for _ in _named(own.skeleton.module, path, None))
+        there = [] if not own.operator.keeps_block else list(_inside(module, path, own))
+        yield from there or ([(module, path, own)] if known else [])
+        return
+    if own is not None and not own.names:  # else there are further modules beside it
         within = own
-    if own is not None and not own.operator.keeps_block:
-        known = own.skeleton is None or not path or any(True for _ in _named(own.skeleton.module, path, None))
-        if known:
-            yield module, path, own
-        return
-    if not path:
+    if path:
+        yield from _inside(module, path, within)
+    else:
         yield module, "", within or computed_by(module)
-        return
+
+
+def _inside(module: nn.Module, path: str, within: Synthesis | None) -> Iterator[_Found]:
     name, _, rest = path.partition(".")
     for child, inner in module.named_children():
         if child != SUBMODULE and fnmatch(child, name):
@@ -157,8 +161,8 @@ def _parallelize_block(
     try:
         for owner, leaf, name in slots:
             owner._parameters[leaf] = nn.Parameter(theta[name])
-        for target, _, style in styles:
-            if target not in dropped:
+        for target, gone, style in styles:
+            if target not in dropped and not gone:
                 parallel.parallelize_module(target, mesh, style, src_data_rank=src_data_rank)
         given: dict[str, object] = {name: owner._parameters[leaf] for owner, leaf, name in slots}
     finally:

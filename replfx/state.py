@@ -42,6 +42,7 @@ class Transformed:
     guard: RemovableHandle
     first: RemovableHandle
     checked: int = 0  # the id of the model that was seen whole: a copy is another one
+    here: list[str] = field(default_factory=list)  # the replaced blocks that are in the model
     seen: dict[str, int] = field(default_factory=dict)  # ids of what the neighbours were found in, by their places
 
 
@@ -121,8 +122,11 @@ def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
         refuse_split_points(model)
     if state.checked != id(model):
         check_neighbours(model)
+        here = set(fusion_layers(model).values())
+        state.here = [path for path, synthesis in state.syntheses.items() if synthesis in here]
         state.checked, state.seen = id(model), {}
-    for path, synthesis in state.syntheses.items():
+    for path in state.here:
+        synthesis = state.syntheses[path]
         for place, neighbour in zip(synthesis.places, synthesis.neighbours, strict=False):
             found = _module_at(model, place)
             if found is None or state.seen.get(place) == id(found):

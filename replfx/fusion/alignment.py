@@ -254,11 +254,10 @@ class AlignedFusion(Fusion):
 
     def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.align_previous is not None:
-            previous = self.align_previous(previous)
+            previous = self.align_previous.forward(previous)
         if self.align_next is not None:
-            next = self.align_next(next)
-        synthesized: dict[str, Tensor] = self.rule(previous, next)
-        return synthesized
+            next = self.align_next.forward(next)
+        return self.rule.forward(previous, next)
 
     def bound(self, previous: Mapping[str, float], next: Mapping[str, float]) -> float:
         if self.align_previous is not None:

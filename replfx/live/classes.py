@@ -185,7 +185,7 @@ def _reader(leaf: str) -> Callable[[nn.Module], Any]:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {leaf!r}")
         synthesis, names, _ = link
         if torch.compiler.is_compiling():
-            return synthesis(names[leaf])
+            return synthesis.weight(names[leaf])
         if is_fx_symbolic_tracing() and get_proxy_mode() is None:
             raise FusionError(
                 f"torch.fx would take the synthesised `{leaf}` of a {type(self).__name__} for a constant: trace "

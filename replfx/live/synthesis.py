@@ -264,7 +264,9 @@ class Synthesis(nn.Module):
                 if not alone and self.tensor_parallel is None:
                     refuse_unprepared([reading.owner() for side in sides for reading in side.values()])
                 return synthesize_sharded(self.fusion, previous, next)
-            result: dict[str, Tensor] = self.fusion(previous, next)
+            # Not as modules where the call is exported: their place is not within the module that reads the weight.
+            made = self.fusion.forward if torch.compiler.is_compiling() else self.fusion
+            result: dict[str, Tensor] = made(previous, next)
         return result
 
     def _read(self, readings: Readings) -> dict[str, Tensor]:

@@ -187,7 +187,7 @@ def _distributed(model: nn.Module) -> Wrapped:
 
 def _matrices_by_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
     """All else is replicated by torch, which has no sharded kernels."""
-    if isinstance(module, nn.Linear) and module.weight is not None:
+    if isinstance(module, nn.Linear) and "weight" in module._parameters:  # none that is synthesised
         module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
 
 

@@ -142,7 +142,7 @@ def _rounded(layer: Synthesis) -> dict[str, Tensor]:
     """A layer's weights from float32 neighbours and rounded coefficients, rounded."""
     assert layer.fusion is not None
     sides = [
-        {name: getattr(owner, leaf)[slice(*(rows or (None,)))] for name, (owner, leaf, rows) in side.items()}
+        {name: getattr(r.owner(), r.leaf)[slice(*(r.rows or (None,)))] for name, r in side.items()}
         for side in layer._readings or ()
     ]
     coefficients = {name: p.to(LOW).float() for name, p in layer.fusion.named_parameters()}
