@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 import replfx
 from benchmarks.scale.subjects import MODELS, TINY, TOWERS
+from replfx.building import build, install
 from replfx.measure import Sample, Training, interleaved_times, unique_storage_bytes
-from replfx.passes import FindChains, InsertFusion, SelectBlocks, Verify, run_passes
+from replfx.passes import FindChains, InsertFusion, SelectBlocks, Verify, plan_of, run_passes
 from replfx.plans import has_regions
 from replfx.tracing import Inputs, capture_lazily
 
@@ -171,11 +172,14 @@ class _Phases:
         graph = self._timed("capture", lambda: capture_lazily(target, example))
         self._timed("find chains", lambda: run_passes(graph, [FindChains()]))
         self._timed("select", lambda: run_passes(graph, [SelectBlocks(every=2)]))
-        regions = has_regions(graph.meta["replfx_plan"])
-        result = self._timed("insert", lambda: run_passes(graph, [InsertFusion(target)])).graph_module
-        assert isinstance(result, torch.fx.GraphModule)
+        plan = plan_of(graph)
+        if regions := has_regions(plan):
+            graph = self._timed("insert", lambda: run_passes(graph, [InsertFusion(target)])).graph_module
+            assert isinstance(graph, torch.fx.GraphModule)
+        else:
+            self._timed("insert", lambda: install(target, build(target, plan)))
         verify = Verify(None if regions else target, model, Inputs.of(example, model))
-        self._timed("verify", lambda: run_passes(result, [verify]))
+        self._timed("verify", lambda: run_passes(graph, [verify]))
 
     def _timed(self, name: str, phase: Callable[[], T]) -> T:
         start = CLOCK()

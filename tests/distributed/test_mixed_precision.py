@@ -126,7 +126,7 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
         layers = fusion_layers(single)
         made = {path: _rounded(layer) for path, layer in layers.items()}
         for path, layer in layers.items():
-            layer._synthesize = lambda made=made[path], **_: made  # type: ignore[method-assign, misc]
+            layer._synthesize = lambda *_, made=made[path], **__: made  # type: ignore[method-assign, misc]
         low = {name: p.to(LOW) for name, p in single.named_parameters()}
         torch.func.functional_call(single, low, (x.to(LOW),)).float().square().mean().backward()
         for layer in layers.values():
