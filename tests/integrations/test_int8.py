@@ -97,7 +97,7 @@ def test_a_quantised_neighbour_is_refused(config: str) -> None:
 @torch.no_grad()
 def test_torchao_stops_at_a_replaced_block_and_what_it_leaves_is_refused(config: str) -> None:
     model, x = gpt("block")
-    with pytest.raises(AttributeError, match="NoneType"):  # torchao's own: a replaced block's layer has no weight
+    with pytest.raises(replfx.FusionError, match=r"is quantised \(Int8Tensor\).*replfx\.materialize"):
         quantize_(model, CONFIGS[config]())
     with pytest.raises(replfx.FusionError, match=r"is quantised \(Int8Tensor\).*replfx\.materialize"):
         model(x)
@@ -169,6 +169,10 @@ def test_pt2e_quantises_a_materialized_model(operator: str, name: str) -> None:
 @every_operator
 def test_pt2e_of_a_transformed_model_without_batch_norm_is_right(operator: str) -> None:
     model, x = gpt(operator)
+    if operator == "block":  # torchao takes what makes a layer's weight for a part of the layer
+        with pytest.raises(TypeError, match="tuple indices"):
+            static_int8(model, [x])
+        model = replfx.materialize(model)
     made = static_int8(model, [x])
     with torch.no_grad():
         assert 0 < relative_error(made(x), model(x)) < ERROR
@@ -206,7 +210,7 @@ def test_pt2e_of_a_transformed_model_with_batch_norm_may_be_wrong_and_of_a_mater
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *blocks)
     model = scattered(replfx.transform(model, operator="light")).eval()
     for module in model.modules():
-        if isinstance(module, PreActivation):
+        if isinstance(module, PreActivation) and "bn2" in module._modules:  # it is kept
             module.bn2.weight.mul_(5)
     x, errors = torch.rand(4, 3, 8, 8), []
     for made in (model, replfx.materialize(model)):

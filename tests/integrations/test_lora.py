@@ -140,12 +140,14 @@ def test_a_merge_is_right_after_materialize(operator: str) -> None:
     assert not layers_of(merged)
 
 
-def test_a_replaced_block_has_no_weights_to_adapt() -> None:
-    """Peft asks a layer that has no weight for its device; excluding what is inside of fusion layers helps."""
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'device'"):
-        adapted(transformed(), target_modules=["fc1", "fc2"])
-    by_name = adapted(transformed(), target_modules=["fc1", "fc2"], exclude_modules=r".*\.operator\..*")
-    assert torch.equal(by_name(POINTS), adapted(transformed())(POINTS))
+@pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]])
+def test_a_replaced_block_takes_adapters_of_its_own(targets: str | list[str]) -> None:
+    lora = adapted(transformed(), target_modules=targets)
+    lora(POINTS).square().sum().backward()
+    trained = {name for name, p in lora.named_parameters() if p.requires_grad and p.grad is not None}
+    assert {name.split(".lora_")[0] for name in trained} >= {
+        f"base_model.model.blocks.1.{layer}" for layer in ("fc1", "fc2")
+    }
     adapted(transformed("light"), target_modules=["fc1", "fc2"])  # has none of the block's layers
 
 
