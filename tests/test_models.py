@@ -125,7 +125,7 @@ STAYS = {
     "deeplabv3_resnet50": "its normalisation follows the light map",
     "regnet_y_400mf": "its normalisation follows the light map",
     "regnety_004": "its normalisation follows the light map",
-    "efficientnet_b0": "nothing tells where its",
+    "efficientnet_b0": "its normalisation follows the light map",
 }
 
 

@@ -159,7 +159,8 @@ class Snapshot:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self._kept: list[Callable[[], None]] = [_keeper(inner) for module in modules for inner in module.modules()]
+        inside = dict.fromkeys(inner for module in dict.fromkeys(modules) for inner in module.modules())
+        self._kept: list[Callable[[], None]] = [_keeper(module) for module in inside]
 
     def restore(self) -> None:
         """Make all modules what they were."""

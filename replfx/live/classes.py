@@ -303,7 +303,8 @@ def _hiding(base: type[nn.Module]) -> _Namespace:
     @functools.wraps(base.named_children)
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # Others, such as FSDP and `Module.to`, are to find it.
-        hidden = torch.compiler.is_compiling() or self._modules[SUBMODULE].runs()  # type: ignore[union-attr, operator]
+        synthesis: Any = self._modules.get(SUBMODULE)  # none while it is copied
+        hidden = synthesis is not None and (torch.compiler.is_compiling() or synthesis.runs())
         return (named for named in base.named_children(self) if named[0] != SUBMODULE or not hidden)
 
     return {"named_children": named_children, **_of_container(base)}

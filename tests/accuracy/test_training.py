@@ -190,7 +190,7 @@ def test_the_attention_map_of_the_block_before_is_used_again() -> None:
     operator, x = layer.operator, torch.randn(2, 5, 8)
     queries, keys, _ = before.qkv(before.norm1(x)).chunk(3, dim=-1)
     x = before(x)
-    y = layer(x)
+    y = model.get_submodule("blocks.1")(x)
 
     theta = [(before.get_parameter(name) + after.get_parameter(name)) / 2 for name in ("qkv.weight", "proj.weight")]
     values = F.linear(operator.norm(x), theta[0][16:], operator.inner)
