@@ -80,8 +80,9 @@ def test_no_graph_break_where_there_was_none(name: str) -> None:
     """And the backend that replaces in Dynamo's graph makes what `transform` makes, bit for bit in eager mode."""
     variant = subject(name).variants[-1]
     model, inputs = built(variant), fed(variant)
-    if hasattr(config := getattr(model, "config", None), "use_cache"):
-        config.use_cache = False  # in Dynamo's graph a layer that fills a cache is no piece between two others
+    for config in (vars(module).get("config") for module in model.modules()):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # in Dynamo's graph a layer that fills a cache is no piece between two others
     try:
         compiled(copy.deepcopy(model), inputs, "eager")
     except TorchDynamoException as error:
