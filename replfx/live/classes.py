@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from replfx.errors import FusionError
 
-__all__ = ["LINK", "SUBMODULE", "Traits", "class_before", "come_alive", "computed_by", "links_of", "settle_down"]
+__all__ = ["LINK", "SUBMODULE", "Traits", "come_alive", "computed_by", "links_of", "settle_down"]
 
 SUBMODULE = "replfx"
 """The name of the submodule that a replaced block has more than before."""
@@ -96,11 +96,6 @@ def computed_by(module: nn.Module) -> Any:
     """The `Synthesis` that computes parameters of a module; None if none does."""
     link = vars(module).get(LINK)
     return None if link is None else link[0]
-
-
-def class_before(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without what was made of it here."""
-    return _without(type(module))
 
 
 # ---- classes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
+from tests.live.blocks import by_hand
 
 WIDTH, MASK = 16, nn.Transformer.generate_square_subsequent_mask(6)
 PADDING = torch.arange(6).expand(2, 6) > torch.tensor([[3], [5]])
@@ -44,19 +45,6 @@ class Inside(nn.Module):
         return y
 
 
-def reference(model: nn.Module, transformed: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for r in replfx.plan_of(transformed).replacements:
-        assert r.previous is not None
-        assert r.next is not None
-        here, before, after = (twin.get_submodule(path) for path in (r.path, r.previous, r.next))
-        with torch.no_grad():
-            for name, weight in here.named_parameters():
-                if weight.dim() > 1:
-                    weight.copy_(0.5 * before.get_parameter(name) + 0.5 * after.get_parameter(name))
-    return twin
-
-
 CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "encoder": (Inside(encoder()), (X,)),
     "encoder, tokens first": (Inside(encoder(batch_first=False)), (X,)),
@@ -81,7 +69,7 @@ def test_layers_are_blocks_and_compute_what_they_should(name: str, training: boo
     paths = [path for path, module in model.named_modules() if "Layer" in type(module).__name__[-6:]]
     blocks = [path for path in paths if path.endswith((".layers.1", ".layers.3"))]
     assert replfx.report(made).replaced == blocks
-    wanted = reference(model, made)
+    wanted = by_hand(model, made)
     for mode in (True, False):
         torch.testing.assert_close(made.train(mode)(*inputs), wanted.train(mode)(*inputs))
     with torch.no_grad():  # here the fast path of layers that are kept may be taken
