@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
 
 import replfx
 from tests.distributed.pipelines import STAGES, Case, work
+from tests.distributed.processes import on_ranks
 from tests.models import ConvNet, Tower, tower
 
 pytestmark = [
@@ -39,12 +36,8 @@ JOBS = [
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each process found, from one run of all."""
-    folder: Path = tmp_path_factory.mktemp("stages")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, JOBS, str(folder)), nprocs=STAGES, join=True)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(STAGES)]
+    found: list[dict[str, str | None]] = on_ranks(STAGES, work, tmp_path_factory.mktemp("stages"), JOBS)
+    return found
 
 
 @pytest.mark.slow

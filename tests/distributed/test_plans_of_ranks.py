@@ -1,15 +1,13 @@
 """Ranks with different plans: every rank raises, and says who differs and where; nobody waits."""
 
-import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import replfx
 from tests.distributed.plans import without_the_check, work
+from tests.distributed.processes import on_ranks
 from tests.models import tower
 
 pytestmark = [
@@ -37,18 +35,9 @@ SAID = {
 }
 
 
-def _spawn(worker: object, world: int, *args: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(world, port, *args), nprocs=world, join=True)
-
-
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_says_which_ranks_differ_and_where(world: int, tmp_path: Path) -> None:
-    _spawn(work, world, str(tmp_path))
-    for rank in range(world):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+    for found in on_ranks(world, work, tmp_path):
         assert found.keys() == SAID.keys()
         for name, words in SAID.items():
             if words is None:
@@ -60,8 +49,8 @@ def test_every_rank_says_which_ranks_differ_and_where(world: int, tmp_path: Path
             assert words.format(last=world - 1) in found[name], name
 
 
-def test_ddp_alone_would_train_them() -> None:
-    _spawn(without_the_check, 2)
+def test_ddp_alone_would_train_them(tmp_path: Path) -> None:
+    on_ranks(2, without_the_check, tmp_path)
 
 
 def test_one_process_is_in_agreement() -> None:
