@@ -49,6 +49,8 @@ class GPT(nn.Module):
         heads: heads of an attention; they divide the width.
         dropout: share of an embedding or of a branch that training sets to zero.
         tied: the embedding of the tokens is the head too.
+        scaled: initial weights as GPT-2's: of deviation 0.02, or 0.03 below a width of 64, and at the end of each
+            branch divided by the root of the number of branches (Radford et al. 2019, section 2.3).
 
     """
 
@@ -62,6 +64,7 @@ class GPT(nn.Module):
         *,
         dropout: float = 0.0,
         tied: bool = False,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
@@ -74,6 +77,20 @@ class GPT(nn.Module):
             # At the default deviation of 1 the first logits would be far too large.
             nn.init.normal_(self.tokens.weight, std=0.02)
             self.head.weight = self.tokens.weight
+        if scaled:
+            self._scale(0.02 if width >= 64 else 0.03)
+
+    def _scale(self, deviation: float) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=deviation)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        with torch.no_grad():
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith(("proj.weight", "mlp.2.weight")):
+                    parameter /= (2 * len(self.blocks)) ** 0.5
 
     def forward(self, ids: Tensor) -> Tensor:
         """Predict the token after each."""

@@ -1,6 +1,6 @@
 """The ways out of a transformed model: materialize and unroll."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from replfx.fusion.mixer import MixerOperator
 from replfx.live import SUBMODULE, Synthesis
 from replfx.live.blocks import settle_block
 from replfx.live.classes import settle_down
+from replfx.optimizers import check_optimizer, hand_over
 from replfx.passes.rewritten import Rewritten, restore_region
 from replfx.state import Placement, placed_blocks, unmark
 from replfx.structure import move_hooks, redirect, set_submodule
@@ -94,6 +95,8 @@ def unroll(
         >>> ...                                # the rest at full depth
     """
     root, placed = placed_blocks(model)
+    if optimizer is not None:
+        check_optimizer(optimizer)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     before = {path: _parameters_before(root, at) for path, at in placed.items()}
     with torch.no_grad():
@@ -111,7 +114,7 @@ def unroll(
                 _complete(placement, full[path])
         if optimizer is not None:
             for path, placement in placed.items():
-                _hand_over(optimizer, before[path], _parameters(root, path, placement), placement.synthesis.neighbours)
+                hand_over(optimizer, before[path], _parameters(root, path, placement), placement.synthesis.neighbours)
     _finish(root)
     return model
 
@@ -232,25 +235,3 @@ def _finish(root: nn.Module) -> None:
     unmark(root)
     if isinstance(root, Rewritten):
         root.become_plain()
-
-
-def _hand_over(
-    optimizer: Optimizer, old: set[nn.Parameter], full: Mapping[str, nn.Parameter], like: Sequence[nn.Module]
-) -> None:
-    """Let the parameters of a block at full depth take the place of those of `old` that are gone.
-
-    Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), or else to that
-    of what is gone, or else to the first.
-    """
-    gone = old.difference(full.values())
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    rest = next((group for p, group in groups.items() if p in gone), optimizer.param_groups[0])
-    names = [dict(block.named_parameters()) for block in like]
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if p not in gone]
-    for name, parameter in full.items():
-        if parameter not in old:
-            homes = [groups[side[name]] for side in names if side.get(name) in groups]
-            (homes[0] if homes else rest)["params"].append(parameter)
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)

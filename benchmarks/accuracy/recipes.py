@@ -31,6 +31,7 @@ class Recipe:
             still trained at the highest rate.
         weight_decay: of all parameters.
         clip: norm that gradients are cut to; None leaves them.
+        beta2: AdamW's second decay rate.
         evaluations: how often the metric is taken, the last time at the end.
     """
 
@@ -41,6 +42,7 @@ class Recipe:
     schedule: Schedule = "one-cycle"
     weight_decay: float = 0.0
     clip: float | None = None
+    beta2: float = 0.999
     evaluations: int = 10
 
     def optimizer_for(self, model: nn.Module) -> Optimizer:
@@ -48,7 +50,8 @@ class Recipe:
         trained = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "sgd":
             return torch.optim.SGD(trained, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        betas = (0.9, self.beta2)
+        return torch.optim.AdamW(trained, self.learning_rate, betas, weight_decay=self.weight_decay, fused=True)
 
     def schedule_for(self, optimizer: Optimizer) -> LRScheduler:
         """Make the schedule, which is advanced once a step."""

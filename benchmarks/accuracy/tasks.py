@@ -188,6 +188,14 @@ TASKS = {
             FRAME,
         ),
         Task(
+            "bytes-narrow",
+            partial(wikitext2_bytes, context=64),
+            NATS,
+            {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)},
+            {"small": Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)},
+            FRAME,
+        ),
+        Task(
             "svhn",
             svhn,
             ACCURACY,

@@ -114,10 +114,10 @@ def _read(root: Path) -> list[bytes]:
     raise ReplfxError(f"no WikiText-2 in {root}: it has neither wikitext2/train.txt nor wikitext-2/wiki.train.tokens")
 
 
-def wikitext2_bytes(root: Path) -> Text:
+def wikitext2_bytes(root: Path, context: int = 128) -> Text:
     """WikiText-2 byte by byte; the metric is the validation loss."""
     train, valid, test = (torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()) for text in _read(root))
-    return Text(train, valid, test, vocabulary=256, perplexity=False, final_windows=1024)
+    return Text(train, valid, test, vocabulary=256, context=context, perplexity=False, final_windows=1024)
 
 
 def wikitext2(root: Path) -> Text:

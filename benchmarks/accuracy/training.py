@@ -97,7 +97,8 @@ class Run:
         steps: int | None = None,
     ) -> None:
         self.subject, self.variant, self.seed, self.device = subject, variant, seed, device
-        self.recipe = replace(subject.recipe, steps=steps or subject.recipe.steps)
+        recipe = variant.recipe_of(subject.recipe)
+        self.recipe = replace(recipe, steps=steps or recipe.steps)
         self.name = f"{subject.name}/{variant.name}/{seed}"
         self.path = None if folder is None else folder / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.pt"
         self.model = prepared(subject, variant, seed, device)

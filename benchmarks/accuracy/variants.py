@@ -2,7 +2,8 @@
 
     NAME[:OPTION=VALUE…]        removed     block+scalar:select=layer1.2,layer2.2     same-time:as=light+channel
 
-NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries.
+NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries. Every variant takes `lr=`, a learning rate of its
+own, and `length=`, a share of the recipe's steps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 import replfx
 from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
 from benchmarks.accuracy.prototypes import connect_trials, register_trial
+from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError
 from replfx.tracing import ExampleInputs
@@ -38,6 +40,8 @@ class Variant:
         grows_at: share of the steps.
         as_long_as: the variant whose total training time is to be filled; None takes the recipe's steps.
         made_as: the variant of which this is the model, where steps are as many as fill a time.
+        learning_rate: instead of the recipe's.
+        length: share of the recipe's steps that it is trained for, its schedule as a whole.
     """
 
     name: str
@@ -46,10 +50,17 @@ class Variant:
     grows_at: float = 0.5
     as_long_as: str | None = None
     made_as: str = "full"
+    learning_rate: float | None = None
+    length: float = 1.0
 
     def share_of_full(self, step_over_full: float) -> float:
         """Its training time over full's with as many steps: it costs what full does once it has grown."""
-        return step_over_full if self.grow is None else 1 - self.grows_at * (1 - step_over_full)
+        return self.length * (step_over_full if self.grow is None else 1 - self.grows_at * (1 - step_over_full))
+
+    def recipe_of(self, recipe: Recipe) -> Recipe:
+        """How it is trained, where the task's recipe is this one."""
+        rate = recipe.learning_rate if self.learning_rate is None else self.learning_rate
+        return replace(recipe, learning_rate=rate, steps=round(self.length * recipe.steps))
 
 
 def variant_of(name: str) -> Variant:
@@ -60,6 +71,9 @@ def variant_of(name: str) -> Variant:
 
     """
     method, *given = name.split(":")
+    given, own = [o for o in given if not _is_common(o)], [o for o in given if _is_common(o)]
+    if own:
+        return _with_common(name, variant_of(":".join([method, *given])), own)
     if method in TIMED:
         return _timed(name, method, name.partition(f":{TIMED[method]}=")[2])
     options: dict[str, str] = {}
@@ -72,6 +86,20 @@ def variant_of(name: str) -> Variant:
     try:
         return make(name, options)
     except (TypeError, ValueError) as error:
+        raise ReplfxError(f"variant {name!r}: {error}") from error
+
+
+def _is_common(option: str) -> bool:
+    return option.startswith(("lr=", "length="))
+
+
+def _with_common(name: str, variant: Variant, options: list[str]) -> Variant:
+    """A variant with a learning rate or a length of its own."""
+    given = dict(option.split("=", 1) for option in options)
+    try:
+        rate = float(given["lr"]) if "lr" in given else None
+        return replace(variant, name=name, learning_rate=rate, length=float(given.get("length", 1)))
+    except ValueError as error:
         raise ReplfxError(f"variant {name!r}: {error}") from error
 
 

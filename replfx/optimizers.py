@@ -1,0 +1,91 @@
+"""What an optimizer holds, when a model gets parameters on the way."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from replfx.errors import FusionError
+
+__all__ = ["check_optimizer", "hand_over"]
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Make sure that the parameters of an optimizer can be exchanged.
+
+    Raises:
+        FusionError: it is no optimizer, or keeps its parameters in a second place.
+    """
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise FusionError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    if isinstance(inner, torch.optim.LBFGS):
+        raise FusionError(
+            "LBFGS keeps the history of all its parameters in one vector: make a new one from model.parameters() "
+            "after replfx.unroll(model)"
+        )
+    if hasattr(inner, "_partition_parameters"):  # ZeroRedundancyOptimizer, of which nothing is imported for this
+        raise FusionError(
+            f"{type(inner).__name__} has dealt its parameters out to the ranks: make a new one from "
+            "model.parameters() after replfx.unroll(model)"
+        )
+
+
+def hand_over(
+    optimizer: Optimizer, old: set[nn.Parameter], full: Mapping[str, nn.Parameter], like: Sequence[nn.Module]
+) -> None:
+    """Let the parameters of a block at full depth take the place of those of `old` that are gone.
+
+    Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), or else to that
+    of what is gone, or else to the first. Its state starts as the mean of the states of the neighbours' parameters of
+    its name and shape (`_state_from`).
+
+    Args:
+        optimizer: is changed.
+        old: the parameters of the block until now, some of which it may have kept.
+        full: those that it has now, by their names in it.
+        like: its neighbours.
+    """
+    gone = old.difference(full.values())
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    rest = next((group for p, group in groups.items() if p in gone), optimizer.param_groups[0])
+    names = [dict(block.named_parameters()) for block in like]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in gone]
+    for name, parameter in full.items():
+        if parameter in old:
+            continue
+        sides = [side[name] for side in names if side.get(name) in groups]
+        (groups[sides[0]] if sides else rest)["params"].append(parameter)
+        states = [optimizer.state[side] for side in sides if side.shape == parameter.shape and side in optimizer.state]
+        if state := _state_from(states):
+            optimizer.state[parameter] = state
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
+
+
+def _state_from(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of a parameter that goes on from its neighbours': means of their moments, and their count of steps.
+
+    The parameter was a mixture of the neighbours' until now, and moved with them; a state from nothing would make its
+    first steps as long as Adam's are, whatever the gradient. Nothing is carried where the neighbours' states are not
+    of one form.
+    """
+    if not states or any(state.keys() != states[0].keys() for state in states):
+        return {}
+    mixed = {}
+    for key, first in states[0].items():
+        values = [state[key] for state in states]
+        if not isinstance(first, Tensor):
+            mixed[key] = first
+        elif any(not isinstance(v, Tensor) or v.shape != first.shape for v in values):
+            return {}
+        elif first.dim() == 0:
+            mixed[key] = first.clone()
+        elif not first.is_floating_point():  # moments in eight bits have a scale of their own
+            return {}
+        else:
+            mixed[key] = sum(values[1:], first) / len(values)
+    return mixed
