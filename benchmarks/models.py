@@ -90,7 +90,7 @@ class GPT(nn.Module):
         with torch.no_grad():
             for name, parameter in self.blocks.named_parameters():
                 if name.endswith(("proj.weight", "mlp.2.weight")):
-                    parameter /= (2 * len(self.blocks)) ** 0.5
+                    parameter.div_((2 * len(self.blocks)) ** 0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Predict the token after each."""
