@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from replfx.errors import FusionError
 
-__all__ = ["check_optimizer", "hand_over"]
+__all__ = ["check_optimizer", "hand_over", "in_order"]
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -59,11 +59,30 @@ def hand_over(
             continue
         sides = [side[name] for side in names if side.get(name) in groups]
         (groups[sides[0]] if sides else rest)["params"].append(parameter)
-        states = [optimizer.state[side] for side in sides if side.shape == parameter.shape and side in optimizer.state]
+        states = [optimizer.state[side] for side in sides if _are_alike(side, parameter) and side in optimizer.state]
         if state := _state_from(states):
             optimizer.state[parameter] = state
     for parameter in gone:
         optimizer.state.pop(parameter, None)
+
+
+def in_order(optimizer: Optimizer, model: nn.Module, new: set[nn.Parameter]) -> None:
+    """Put new parameters where `model.parameters()` has them, in each group whose others are in its order.
+
+    An optimizer's state_dict counts parameters: like this it is that of an optimizer which was made for the full model.
+    """
+    order = {parameter: position for position, parameter in enumerate(model.parameters())}
+    for group in optimizer.param_groups:
+        positions = [order.get(p, len(order)) for p in group["params"]]
+        others = [at for at, p in zip(positions, group["params"], strict=True) if p not in new]
+        if others == sorted(others):
+            group["params"] = [p for _, p in sorted(zip(positions, group["params"], strict=True), key=lambda x: x[0])]
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two parameters have one shape, and lie on the processes in the same way."""
+    same = one.shape == other.shape and one.dtype == other.dtype and type(one) is type(other)
+    return same and getattr(one, "placements", None) == getattr(other, "placements", None)
 
 
 def _state_from(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

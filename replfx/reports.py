@@ -1,6 +1,7 @@
 """Reports: what was found in a model, what was replaced, what it saves, and why not where not."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 
 from rich import box
@@ -8,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["BlockReport", "Report", "Totals"]
+__all__ = ["BlockReport", "Report", "Totals", "without"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,17 @@ class Report:
             saved = _change(self.before.saved_bytes / 2**20, self.after.saved_bytes / 2**20)
             parts += [f"forward MFLOPs {flops}", f"saved for backward, MiB {saved}"]
         return "; ".join(parts)
+
+
+def without(report: Report, paths: Collection[str], parameters: int) -> Report:
+    """The report of a model that has some of its blocks back at full depth, and as many trainable parameters."""
+    blocks = [
+        BlockReport(b.path, b.chain, b.parameters, b.flops, b.saved_bytes, kept="it was unrolled")
+        if b.path in paths
+        else b
+        for b in report.blocks
+    ]
+    return replace(report, blocks=blocks, parameters_after=parameters, after=None)
 
 
 def _change(before: float, after: float) -> str:

@@ -1,6 +1,6 @@
 """What a transformed model remembers: its plan and report, and a guard on the state_dicts it is given."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,15 @@ from torch.utils.hooks import RemovableHandle
 from replfx.blocks import head_of
 from replfx.errors import FusionError, PlanError, StateDictError
 from replfx.live import SUBMODULE, Synthesis, check_neighbours, fusion_layers, synthesis_of
+from replfx.measure import trainable_parameters
 from replfx.plans import Plan
-from replfx.reports import Report
+from replfx.reports import Report, without
 from replfx.stages import refuse_split_points
 
 __all__ = [
     "Placement",
     "Transformed",
+    "forget",
     "fusion_layers",
     "load_state_dict",
     "mark",
@@ -26,7 +28,6 @@ __all__ = [
     "plan_of",
     "plans_in",
     "state_of",
-    "unmark",
 ]
 
 _ATTRIBUTE = "_replfx"
@@ -105,8 +106,25 @@ def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     )
 
 
-def unmark(model: nn.Module) -> None:
-    """Forget it again."""
+def forget(model: nn.Module, paths: Collection[str]) -> bool:
+    """Let a model forget some of its replaced blocks, that it was transformed if it has no others.
+
+    Returns:
+        whether it has others.
+    """
+    state = state_of(model)
+    left = tuple(r for r in state.plan.replacements if r.path not in paths)
+    if not left:
+        _unmark(model)
+        return False
+    state.plan = Plan(state.plan.model, left)
+    state.report = without(state.report, paths, trainable_parameters(model))
+    state.syntheses = {path: synthesis for path, synthesis in state.syntheses.items() if path not in paths}
+    state.checked = 0
+    return True
+
+
+def _unmark(model: nn.Module) -> None:
     # By its number: the handle of a copy still speaks of the model that it was copied from.
     model._load_state_dict_pre_hooks.pop(state_of(model).guard.id, None)
     model._forward_pre_hooks.pop(state_of(model).first.id, None)

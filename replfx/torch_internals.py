@@ -15,7 +15,18 @@ from torch import nn
 
 from replfx.errors import ReplfxError
 
-__all__ = ["functorch_is_active", "is_managed_by_fsdp", "is_tensor_parallel", "reshard", "saved_tensors_are_packed"]
+__all__ = [
+    "adopt_parameter",
+    "functorch_is_active",
+    "is_managed_by_fsdp",
+    "is_tensor_parallel",
+    "managed_parameters",
+    "release_parameters",
+    "renew_reducer",
+    "reshard",
+    "saved_tensors_are_packed",
+    "sharded_modules",
+]
 
 
 def _private(holder: object, name: str) -> Any:
@@ -63,12 +74,24 @@ def _check_fsdp() -> None:
 
     _must_speak_of(_fully_shard, ("_is_fsdp_managed_module",))
     _must_speak_of(_fsdp_state, ("_fsdp_param_group",))
-    _must_speak_of(_fsdp_param, _HELD)
-    _must_speak_of(_fsdp_param_group, ("_training_state", "fsdp_params", "is_sharded", "def reshard"))
+    _must_speak_of(_fsdp_param, (*_HELD, "sharded_param", "class FSDPParam", "class ParamModuleInfo"))
+    _must_speak_of(_fsdp_param_group, _OF_A_GROUP)
 
 
 _HELD = ("_unsharded_param", "_sharded_post_forward_param")
 """Where a parameter that is whole for now is kept."""
+
+_OF_A_GROUP = (
+    "_training_state",
+    "fsdp_params",
+    "is_sharded",
+    "def reshard",
+    "def _init_mp_dtypes",
+    "self.mesh_info",
+    "self.post_forward_mesh_info",
+    "self.mp_policy",
+    "self.offload_policy",
+)
 
 
 def is_managed_by_fsdp(module: nn.Module) -> bool:
@@ -80,19 +103,97 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
 
 def reshard(parameters: Collection[int]) -> None:
     """Have FSDP2 shard the parameters with these ids again, but for those of a group that is at work now."""
-    from torch.distributed._composable_state import _module_state_mapping  # FSDP is not imported with every replfx
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     at_rest = (TrainingState.IDLE, TrainingState.POST_BACKWARD)
-    for module in [module for module in _module_state_mapping if isinstance(module, FSDPModule)]:
+    for module in sharded_modules():
         # A parameter does not know its group, and the module that was sharded may lie anywhere above its owner.
-        state: Any = module._get_fsdp_state()
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is None or group.is_sharded or group._training_state not in at_rest:
+        for group in _groups(module):
+            if group.is_sharded or group._training_state not in at_rest:
                 continue
             if any(id(getattr(p, name, None)) in parameters for p in group.fsdp_params for name in _HELD):
                 group.reshard()
+
+
+def sharded_modules() -> list[Any]:
+    """All modules that `fully_shard` was called with."""
+    from torch.distributed._composable_state import _module_state_mapping  # FSDP is not imported with every replfx
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in _module_state_mapping if isinstance(module, FSDPModule)]
+
+
+def _groups(module: Any) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers together for a module."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def managed_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """The sharded parameters of a module that `fully_shard` was called with."""
+    return {parameter.sharded_param for group in _groups(module) for parameter in group.fsdp_params}
+
+
+def release_parameters(module: nn.Module, gone: Collection[nn.Parameter]) -> None:
+    """Have FSDP2 forget parameters that the model has no more."""
+    for group in _groups(module):
+        group.fsdp_params = [parameter for parameter in group.fsdp_params if parameter.sharded_param not in gone]
+
+
+def adopt_parameter(module: nn.Module, owner: nn.Module, leaf: str, dim: int) -> None:
+    """Have FSDP2 look after one more parameter, which it shards.
+
+    Args:
+        module: `fully_shard` was called with it; its group gathers the parameter with its others.
+        owner: has the parameter, whole on each process.
+        leaf: its name there.
+        dim: the dimension to shard.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    from torch.distributed.tensor import Shard
+
+    _check_fsdp()
+    group, parameter = _groups(module)[0], owner._parameters[leaf]
+    assert parameter is not None
+    moved = nn.Parameter(parameter.detach().to(group.device).contiguous(), parameter.requires_grad)
+    made = _fsdp_param.FSDPParam(
+        moved,
+        _fsdp_param.ParamModuleInfo(owner, leaf),
+        group.mesh_info,
+        group.post_forward_mesh_info,
+        group.device,
+        lambda _: Shard(dim),
+        group.mp_policy,
+        group.offload_policy,
+    )
+    vars(made.sharded_param).update(vars(parameter))
+    group.fsdp_params.append(made)
+    group._init_mp_dtypes()
+    for inner in owner.modules():
+        vars(inner).update(_is_fsdp_managed_module=True, _fsdp_use_orig_params=True)
+
+
+# ---- DDP
+
+
+def renew_reducer(wrapper: Any) -> None:
+    """Let a DistributedDataParallel module know of the parameters that its module has now."""
+    wrapper._module_parameters = [
+        parameter
+        for name, parameter in wrapper.module.named_parameters()
+        if name not in _private(wrapper, "parameters_to_ignore")
+    ]
+    parameters, sparse = _private(wrapper, "_build_params_for_reducer")()
+    names = _private(wrapper, "_build_debug_param_to_name_mapping")(parameters)
+    _private(wrapper, "_ddp_init_helper")(parameters, sparse, names, wrapper.static_graph)
+    wrapper._has_rebuilt_buckets = False
+    if wrapper.static_graph:
+        wrapper.static_graph = False  # or else it says that it is set already
+        wrapper._set_static_graph()
+    hooks, wrapper._comm_hooks = list(_private(wrapper, "_comm_hooks")), []
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)
 
 
 # ---- tensor parallelism

@@ -1,6 +1,7 @@
 """The ways out of a transformed model: materialize and unroll."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,17 +11,18 @@ from torch.optim import Optimizer
 
 from replfx.blocks import head_of, is_region
 from replfx.copying import faithful_copy
-from replfx.errors import FusionError
+from replfx.errors import FusionError, PlanError
 from replfx.fusion.interface import read_slot
 from replfx.fusion.mixer import MixerOperator
 from replfx.live import SUBMODULE, Synthesis
 from replfx.live.blocks import settle_block
 from replfx.live.classes import settle_down
-from replfx.optimizers import check_optimizer, hand_over
+from replfx.optimizers import check_optimizer, hand_over, in_order
 from replfx.passes.rewritten import Rewritten, restore_region
-from replfx.state import Placement, placed_blocks, unmark
+from replfx.state import Placement, forget, placed_blocks
 from replfx.structure import move_hooks, redirect, set_submodule
 from replfx.tracing import ExampleInputs, Inputs
+from replfx.wrappers import gather_nothing, tell_of_change
 
 __all__ = ["materialize", "unroll"]
 
@@ -58,12 +60,16 @@ def materialize(model: nn.Module) -> nn.Module:
                 _settle(root, path, placement, theta[path])
             else:
                 _exchange(twin, placement, placement.synthesis.operator.plain(theta[path]))
-    _finish(root)
+    _finish(root, placed)
     return twin
 
 
 def unroll(
-    model: nn.Module, optimizer: Optimizer | None = None, example_inputs: ExampleInputs | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    blocks: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """Give the replaced blocks back at full depth, starting from what they computed.
 
@@ -72,51 +78,78 @@ def unroll(
     `identity` they start as the means of their neighbours, save that each computes exactly what its operator computed
     (`replfx.fusion.folding` says how; random dropping of branches and channels sets in).
 
+    It may be called in the middle of training, between two steps. Whatever wraps the model goes on with it: DDP
+    reduces the gradients of the new parameters, FSDP2 shards them as their block's others, `torch.compile` compiles
+    once more. A copy of the model with averaged weights has to be unrolled too.
+
     Args:
-        model: a transformed model. It is changed in place, so that an optimizer goes on holding the parameters of
-            the kept blocks.
+        model: a transformed model, or what wraps it. It is changed in place, so that an optimizer goes on holding the
+            parameters of the kept blocks.
         optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
-            coefficients; the state of all other parameters stays.
+            coefficients. Their moments start as the means of their neighbours'; the state of all other parameters
+            stays, and so does what a learning-rate scheduler knows. It then is as if it had been made for the full
+            model: its state_dict fits that.
         example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone:
             their inner batch normalisation is set to the statistics of what it gets.
+        blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.
 
     Returns:
         `model` itself, with the outputs that it had and the parameter names of the original.
 
     Raises:
-        PlanError: the model is not transformed.
+        PlanError: the model is not transformed, or has no such replaced block.
         FusionError: an operator that does not go back into a full block (with tensor parallelism that is any but
-            `block`), or example inputs that are needed; the model is left as it was.
+            `block`), an optimizer whose parameters cannot be exchanged (LBFGS, ZeroRedundancyOptimizer), or example
+            inputs that are needed; the model is left as it was.
 
     Example:
-        >>> model = replfx.transform(model, operator="light")
-        >>> ...                                # most of the training
+        >>> model = replfx.transform(model)
+        >>> ...                                # the first fifth of the training
         >>> replfx.unroll(model, optimizer)
         >>> ...                                # the rest at full depth
     """
     root, placed = placed_blocks(model)
     if optimizer is not None:
         check_optimizer(optimizer)
+    placed = _asked_for(placed, blocks)
+    gather_nothing(root)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     before = {path: _parameters_before(root, at) for path, at in placed.items()}
+    known = set(root.parameters())
     with torch.no_grad():
-        like = next(model.parameters())
-        theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
-        full = {  # these may fail, and nothing is changed yet
-            path: _full_block(path, placement.synthesis, theta[path], like, seen.get(path))
-            for path, placement in placed.items()
-            if not placement.synthesis.operator.unrolls
-        }
-        for path, placement in placed.items():
-            if placement.synthesis.operator.keeps_block:
-                _settle(root, path, placement, theta[path])
-            if path in full:
-                _complete(placement, full[path])
+        _unroll(root, placed, seen, next(model.parameters()))
+        tell_of_change(root, _new_parameters(root, placed, known), known.difference(root.parameters()))
         if optimizer is not None:
             for path, placement in placed.items():
                 hand_over(optimizer, before[path], _parameters(root, path, placement), placement.synthesis.neighbours)
-    _finish(root)
+            in_order(optimizer, model, set(root.parameters()) - known)
+    _finish(root, placed)
     return model
+
+
+def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None) -> dict[str, Placement]:
+    """The replaced blocks that globs name; all if there are none."""
+    if blocks is None:
+        return placed
+    globs = [blocks] if isinstance(blocks, str) else list(blocks)
+    for glob in globs:
+        if not any(fnmatchcase(path, glob) for path in placed):
+            raise PlanError(f"blocks={glob!r} matches no replaced block; they are: {', '.join(placed)}")
+    return {path: at for path, at in placed.items() if any(fnmatchcase(path, glob) for glob in globs)}
+
+
+def _unroll(root: nn.Module, placed: Mapping[str, Placement], seen: Mapping[str, Tensor], like: Tensor) -> None:
+    theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
+    full = {  # these may fail, and nothing is changed yet
+        path: _full_block(path, placement.synthesis, theta[path], like, seen.get(path))
+        for path, placement in placed.items()
+        if not placement.synthesis.operator.unrolls
+    }
+    for path, placement in placed.items():
+        if placement.synthesis.operator.keeps_block:
+            _settle(root, path, placement, theta[path])
+        if path in full:
+            _complete(placement, full[path])
 
 
 def _theta(path: str, synthesis: Synthesis) -> dict[str, Tensor]:
@@ -223,6 +256,19 @@ def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, n
     return dict(placement.block.named_parameters())
 
 
+def _new_parameters(
+    root: nn.Module, placed: Mapping[str, Placement], known: set[nn.Parameter]
+) -> dict[nn.Parameter, nn.Parameter | None]:
+    """The parameters that plain blocks have and had not before, each with a neighbour's of its name."""
+    new = {}
+    for path, placement in placed.items():
+        sides = [dict(block.named_parameters()) for block in placement.synthesis.neighbours]
+        for name, parameter in _parameters(root, path, placement).items():
+            if parameter not in known:
+                new[parameter] = next((side[name] for side in sides if name in side), None)
+    return new
+
+
 def _is_parameter(root: nn.Module, home: str) -> bool:
     try:
         root.get_parameter(home)
@@ -231,7 +277,9 @@ def _is_parameter(root: nn.Module, home: str) -> bool:
     return True
 
 
-def _finish(root: nn.Module) -> None:
-    unmark(root)
+def _finish(root: nn.Module, gone: Collection[str]) -> None:
+    """Let the model forget replaced blocks that it has no more."""
+    if forget(root, gone):
+        return
     if isinstance(root, Rewritten):
         root.become_plain()

@@ -1,0 +1,96 @@
+"""What has taken note of a model's parameters and must hear of new ones: DDP's reducer, and FSDP2's groups."""
+
+import gc
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from replfx.fusion.sharded import DTensor, is_distributed
+from replfx.torch_internals import (
+    adopt_parameter,
+    is_managed_by_fsdp,
+    release_parameters,
+    renew_reducer,
+    sharded_modules,
+)
+
+__all__ = ["gather_nothing", "tell_of_change"]
+
+
+def gather_nothing(root: nn.Module) -> None:
+    """Have FSDP2 shard again what it left whole of a model, as it does after a forward pass alone."""
+    for module in _sharded(root):
+        module.reshard()
+
+
+def tell_of_change(
+    root: nn.Module, new: Mapping[nn.Parameter, nn.Parameter | None], gone: Collection[nn.Parameter]
+) -> None:
+    """Let DDP and FSDP2 know of new parameters, and forget those that are gone.
+
+    Args:
+        root: the model, or the part of it, that has changed; what wraps it is found.
+        new: parameters that it has now, whole on each process, each with one that is like it, if any is.
+        gone: parameters that nothing reads any more.
+    """
+    if not is_distributed():
+        return
+    wrappers = _reducers_of(root)
+    for wrapper in wrappers:
+        _make_equal(new, wrapper.process_group)
+    if sharded := _sharded(root):
+        for module in sharded:
+            release_parameters(module, gone)
+        _shard(root, new, sharded)
+    for wrapper in wrappers:
+        renew_reducer(wrapper)
+
+
+# ---- FSDP2
+
+
+def _sharded(root: nn.Module) -> list[Any]:
+    """The modules that FSDP2 shards: of a model, and those that hold it."""
+    if not is_distributed() or not any(is_managed_by_fsdp(module) for module in root.modules()):
+        return []
+    inside = set(root.modules())
+    return [module for module in sharded_modules() if module in inside or root in module.modules()]
+
+
+def _shard(root: nn.Module, new: Mapping[nn.Parameter, nn.Parameter | None], sharded: Collection[Any]) -> None:
+    """Give each new parameter to the smallest of FSDP2's modules that has its owner."""
+    sizes = {module: set(module.modules()) for module in sharded}
+    for owner in root.modules():
+        for leaf, parameter in list(owner._parameters.items()):
+            if parameter is None or parameter not in new:
+                continue
+            holders = [module for module in sharded if owner in sizes[module]]
+            if holders:
+                holder = min(holders, key=lambda module: len(sizes[module]))
+                adopt_parameter(holder, owner, leaf, _sharded_dim(new[parameter]))
+
+
+def _sharded_dim(like: nn.Parameter | None) -> int:
+    """The dimension that a parameter is sharded along; FSDP2's usual one if it is not."""
+    dims: list[int] = [p.dim for p in like.placements if p.is_shard()] if isinstance(like, DTensor) else []
+    return dims[0] if dims else 0  # tensor parallelism shards what FSDP has sharded
+
+
+# ---- DDP
+
+
+def _reducers_of(root: nn.Module) -> list[Any]:
+    """The DistributedDataParallel modules that hold a model, which itself knows nothing of them."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return [wrapper for wrapper in alive if root in wrapper.modules()]
+
+
+def _make_equal(parameters: Collection[nn.Parameter], group: Any) -> None:
+    """Give all ranks the first one's values, as DDP does when it wraps a model."""
+    first = torch.distributed.get_global_rank(group, 0)
+    for parameter in parameters:
+        torch.distributed.broadcast(parameter.detach(), first, group)
