@@ -37,6 +37,7 @@ from replfx.parallel import parallelize_module
 from replfx.plans import Plan, Replacement
 from replfx.ranks import check_ranks
 from replfx.reports import BlockReport, Report, Totals
+from replfx.schedule import Schedule
 from replfx.stages import check_stage
 from replfx.state import load_state_dict, plan_of
 from replfx.tracing import CaptureInfo, Cost, capture
@@ -62,6 +63,7 @@ __all__ = [
     "Replacement",
     "ReplfxError",
     "Report",
+    "Schedule",
     "Site",
     "Source",
     "StateDictError",

@@ -34,7 +34,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def hand_over(
-    optimizer: Optimizer, old: set[nn.Parameter], full: Mapping[str, nn.Parameter], like: Sequence[nn.Module]
+    optimizer: Optimizer, old: set[nn.Parameter], full: Mapping[str, nn.Parameter], like: Sequence[Mapping[str, Tensor]]
 ) -> None:
     """Let the parameters of a block at full depth take the place of those of `old` that are gone.
 
@@ -46,18 +46,19 @@ def hand_over(
         optimizer: is changed.
         old: the parameters of the block until now, some of which it may have kept.
         full: those that it has now, by their names in it.
-        like: its neighbours.
+        like: of each neighbour its parameters, by the same names.
     """
     gone = old.difference(full.values())
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    groups: dict[Tensor | None, dict[str, Any]] = {
+        p: group for group in optimizer.param_groups for p in group["params"]
+    }
     rest = next((group for p, group in groups.items() if p in gone), optimizer.param_groups[0])
-    names = [dict(block.named_parameters()) for block in like]
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p not in gone]
     for name, parameter in full.items():
         if parameter in old:
             continue
-        sides = [side[name] for side in names if side.get(name) in groups]
+        sides = [side[name] for side in like if side.get(name) in groups]
         (groups[sides[0]] if sides else rest)["params"].append(parameter)
         states = [optimizer.state[side] for side in sides if _are_alike(side, parameter) and side in optimizer.state]
         if state := _state_from(states):

@@ -1,6 +1,6 @@
 """What a transformed model remembers: its plan and report, and a guard on the state_dicts it is given."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from replfx.stages import refuse_split_points
 __all__ = [
     "Placement",
     "Transformed",
+    "follow_state_dicts",
     "forget",
     "fusion_layers",
     "load_state_dict",
@@ -42,9 +43,14 @@ class Transformed:
     syntheses: dict[str, Synthesis]
     guard: RemovableHandle
     first: RemovableHandle
+    follow: Callable[[Sequence[str]], None] | None = None  # unrolls blocks which a state_dict has at full depth
     checked: int = 0  # the id of the model that was seen whole: a copy is another one
     here: list[str] = field(default_factory=list)  # the replaced blocks that are in the model
     seen: dict[str, int] = field(default_factory=dict)  # ids of what the neighbours were found in, by their places
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what follows: that is of one model and its optimizer, and not of a copy."""
+        return {**vars(self), "follow": None}
 
 
 @dataclass(frozen=True)
@@ -235,14 +241,17 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
     """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
     syntheses = fusion_layers(module)
-    for path, synthesis in syntheses.items():
-        inside = _gone(path, synthesis, module.get_submodule(path))
-        gone = next((name for name in inside if prefix + name in state_dict), None)
-        if gone is not None:
-            raise StateDictError(
-                f"`{path}` is a replaced block, and the state_dict has its own `{gone}`: it is of the untransformed "
-                "model. Load it before replfx.transform, or into replfx.unroll(model)"
-            )
+    full = _full_in(module, syntheses, state_dict, prefix)
+    known = _memory(module).get(_ATTRIBUTE)
+    if full and isinstance(known, Transformed) and known.follow is not None:
+        known.follow([path for path in known.syntheses if head_of(module, path) in full])
+        syntheses, full = fusion_layers(module), {}
+    for path, gone in full.items():
+        raise StateDictError(
+            f"`{path}` is a replaced block, and the state_dict has its own `{gone}`: it is of the untransformed model, "
+            "or of a time after replfx.unroll. Load it before replfx.transform, or into replfx.unroll(model); load the "
+            "state of a replfx.Schedule before the model's"
+        )
     foreign = [key for key in state_dict if f".{SUBMODULE}." in f".{key}"]
     if foreign and syntheses:
         expected = {prefix + key for key in module.state_dict()}
@@ -258,6 +267,24 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
             "names, as transformers' save_pretrained does without save_original_format=False. Save "
             "replfx.report(model) or the plan's to_json() beside the weights, and use replfx.apply"
         )
+
+
+def _full_in(
+    module: nn.Module, syntheses: Mapping[str, Synthesis], state_dict: Mapping[str, Tensor], prefix: str
+) -> dict[str, str]:
+    """The replaced blocks that a state_dict has at full depth, each with a name of it that they have no more."""
+    found = {}
+    for path, synthesis in syntheses.items():
+        inside = _gone(path, synthesis, module.get_submodule(path))
+        gone = next((name for name in inside if prefix + name in state_dict), None)
+        if gone is not None:
+            found[path] = gone
+    return found
+
+
+def follow_state_dicts(model: nn.Module, unroll: Callable[[Sequence[str]], None]) -> None:
+    """Have blocks unrolled, by a function of their paths, when a state_dict has them at full depth."""
+    state_of(model).follow = unroll
 
 
 def _gone(path: str, synthesis: Synthesis, block: nn.Module) -> Iterable[str]:

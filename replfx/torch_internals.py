@@ -5,23 +5,23 @@ is imported by name elsewhere fails by itself.
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from replfx.errors import ReplfxError
 
 __all__ = [
     "adopt_parameter",
+    "follow_parameters",
     "functorch_is_active",
+    "gathers",
     "is_managed_by_fsdp",
     "is_tensor_parallel",
-    "managed_parameters",
-    "release_parameters",
     "renew_reducer",
     "reshard",
     "saved_tensors_are_packed",
@@ -130,35 +130,55 @@ def _groups(module: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def managed_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """The sharded parameters of a module that `fully_shard` was called with."""
-    return {parameter.sharded_param for group in _groups(module) for parameter in group.fsdp_params}
+def gathers(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers any parameters for a module that `fully_shard` was called with."""
+    return bool(_groups(module))
 
 
-def release_parameters(module: nn.Module, gone: Collection[nn.Parameter]) -> None:
-    """Have FSDP2 forget parameters that the model has no more."""
+def follow_parameters(module: nn.Module, homes: Mapping[nn.Parameter, list[tuple[nn.Module, str]]]) -> None:
+    """Have FSDP2 find parameters where they are now, and forget those that are nowhere.
+
+    Args:
+        module: `fully_shard` was called with it.
+        homes: owners and names of each parameter of the model.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import ParamModuleInfo
+
     for group in _groups(module):
-        group.fsdp_params = [parameter for parameter in group.fsdp_params if parameter.sharded_param not in gone]
+        group.fsdp_params = [parameter for parameter in group.fsdp_params if parameter.sharded_param in homes]
+        for parameter in group.fsdp_params:
+            info, places = parameter._module_info, homes[parameter.sharded_param]
+            if (info.module, info.param_name) not in places:
+                owner, leaf = places[0]
+                parameter._module_info = ParamModuleInfo(owner, leaf)
+                _let_manage(owner)
 
 
-def adopt_parameter(module: nn.Module, owner: nn.Module, leaf: str, dim: int) -> None:
+def adopt_parameter(module: nn.Module, owner: nn.Module, leaf: str, like: Any) -> None:
     """Have FSDP2 look after one more parameter, which it shards.
 
     Args:
         module: `fully_shard` was called with it; its group gathers the parameter with its others.
-        owner: has the parameter, whole on each process.
+        owner: has the parameter, whole on each process or sharded as FSDP2 has it.
         leaf: its name there.
-        dim: the dimension to shard.
+        like: a parameter that is sharded in the way that this one shall be; None for FSDP2's usual way.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import DTensor, Shard
 
     _check_fsdp()
     group, parameter = _groups(module)[0], owner._parameters[leaf]
     assert parameter is not None
-    moved = nn.Parameter(parameter.detach().to(group.device).contiguous(), parameter.requires_grad)
+    whole = parameter.detach().to(group.device)
+    if isinstance(whole, DTensor) and whole.device_mesh == group.mesh_info.mesh:
+        whole = whole.full_tensor()
+    if not isinstance(whole, DTensor):
+        _make_equal(whole, group.mesh_info.mesh)
+    placements: Any = like.placements if isinstance(like, DTensor) else ()
+    dims = [placement.dim for placement in placements if placement.is_shard()]
+    dim = dims[0] if dims else 0  # tensor parallelism shards what FSDP has sharded
     made = _fsdp_param.FSDPParam(
-        moved,
+        nn.Parameter(whole.contiguous(), parameter.requires_grad),
         _fsdp_param.ParamModuleInfo(owner, leaf),
         group.mesh_info,
         group.post_forward_mesh_info,
@@ -170,8 +190,18 @@ def adopt_parameter(module: nn.Module, owner: nn.Module, leaf: str, dim: int) ->
     vars(made.sharded_param).update(vars(parameter))
     group.fsdp_params.append(made)
     group._init_mp_dtypes()
-    for inner in owner.modules():
-        vars(inner).update(_is_fsdp_managed_module=True, _fsdp_use_orig_params=True)
+    _let_manage(owner)
+
+
+def _let_manage(owner: nn.Module) -> None:
+    vars(owner).update(_is_fsdp_managed_module=True, _fsdp_use_orig_params=True)
+
+
+def _make_equal(tensor: Tensor, mesh: Any) -> None:
+    """Give all processes of a mesh the first one's values: what is drawn at random differs."""
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group)
 
 
 # ---- DDP

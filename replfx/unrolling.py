@@ -24,7 +24,7 @@ from replfx.structure import move_hooks, redirect, set_submodule
 from replfx.tracing import ExampleInputs, Inputs
 from replfx.wrappers import gather_nothing, tell_of_change
 
-__all__ = ["materialize", "unroll"]
+__all__ = ["check_unrolls", "materialize", "unroll"]
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -115,16 +115,34 @@ def unroll(
     gather_nothing(root)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     before = {path: _parameters_before(root, at) for path, at in placed.items()}
+    like = {path: at.synthesis.counterparts() for path, at in placed.items()}
     known = set(root.parameters())
     with torch.no_grad():
         _unroll(root, placed, seen, next(model.parameters()))
-        tell_of_change(root, _new_parameters(root, placed, known), known.difference(root.parameters()))
+        tell_of_change(root, _new_parameters(root, placed, like, known))
         if optimizer is not None:
             for path, placement in placed.items():
-                hand_over(optimizer, before[path], _parameters(root, path, placement), placement.synthesis.neighbours)
+                hand_over(optimizer, before[path], _parameters(root, path, placement), like[path])
             in_order(optimizer, model, set(root.parameters()) - known)
     _finish(root, placed)
     return model
+
+
+def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
+    """Make sure that `unroll` would give all blocks back; changes nothing.
+
+    Raises:
+        As `unroll` does.
+    """
+    _, placed = placed_blocks(model)
+    seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
+    with torch.no_grad():
+        for path, placement in placed.items():
+            synthesis = placement.synthesis
+            if synthesis.operator.unrolls:
+                synthesis.check_lays_out()
+            else:
+                _full_block(path, synthesis, _theta(path, synthesis), next(model.parameters()), seen.get(path))
 
 
 def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None) -> dict[str, Placement]:
@@ -257,16 +275,18 @@ def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, n
 
 
 def _new_parameters(
-    root: nn.Module, placed: Mapping[str, Placement], known: set[nn.Parameter]
-) -> dict[nn.Parameter, nn.Parameter | None]:
+    root: nn.Module,
+    placed: Mapping[str, Placement],
+    like: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    known: set[nn.Parameter],
+) -> dict[nn.Parameter, Tensor | None]:
     """The parameters that plain blocks have and had not before, each with a neighbour's of its name."""
-    new = {}
-    for path, placement in placed.items():
-        sides = [dict(block.named_parameters()) for block in placement.synthesis.neighbours]
-        for name, parameter in _parameters(root, path, placement).items():
-            if parameter not in known:
-                new[parameter] = next((side[name] for side in sides if name in side), None)
-    return new
+    return {
+        parameter: next((side[name] for side in like[path] if name in side), None)
+        for path, placement in placed.items()
+        for name, parameter in _parameters(root, path, placement).items()
+        if parameter not in known
+    }
 
 
 def _is_parameter(root: nn.Module, home: str) -> bool:

@@ -5,13 +5,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from replfx.fusion.sharded import DTensor, is_distributed
+from replfx.fusion.sharded import is_distributed
 from replfx.torch_internals import (
     adopt_parameter,
+    follow_parameters,
+    gathers,
     is_managed_by_fsdp,
-    release_parameters,
     renew_reducer,
     sharded_modules,
 )
@@ -25,15 +26,12 @@ def gather_nothing(root: nn.Module) -> None:
         module.reshard()
 
 
-def tell_of_change(
-    root: nn.Module, new: Mapping[nn.Parameter, nn.Parameter | None], gone: Collection[nn.Parameter]
-) -> None:
+def tell_of_change(root: nn.Module, new: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Let DDP and FSDP2 know of new parameters, and forget those that are gone.
 
     Args:
         root: the model, or the part of it, that has changed; what wraps it is found.
-        new: parameters that it has now, whole on each process, each with one that is like it, if any is.
-        gone: parameters that nothing reads any more.
+        new: parameters that it has now, each with one that is like it, if any is.
     """
     if not is_distributed():
         return
@@ -41,9 +39,7 @@ def tell_of_change(
     for wrapper in wrappers:
         _make_equal(new, wrapper.process_group)
     if sharded := _sharded(root):
-        for module in sharded:
-            release_parameters(module, gone)
-        _shard(root, new, sharded)
+        _shard(new, sharded)
     for wrapper in wrappers:
         renew_reducer(wrapper)
 
@@ -59,23 +55,21 @@ def _sharded(root: nn.Module) -> list[Any]:
     return [module for module in sharded_modules() if module in inside or root in module.modules()]
 
 
-def _shard(root: nn.Module, new: Mapping[nn.Parameter, nn.Parameter | None], sharded: Collection[Any]) -> None:
+def _shard(new: Mapping[nn.Parameter, Tensor | None], sharded: Collection[Any]) -> None:
     """Give each new parameter to the smallest of FSDP2's modules that has its owner."""
-    sizes = {module: set(module.modules()) for module in sharded}
-    for owner in root.modules():
-        for leaf, parameter in list(owner._parameters.items()):
-            if parameter is None or parameter not in new:
-                continue
-            holders = [module for module in sharded if owner in sizes[module]]
-            if holders:
-                holder = min(holders, key=lambda module: len(sizes[module]))
-                adopt_parameter(holder, owner, leaf, _sharded_dim(new[parameter]))
-
-
-def _sharded_dim(like: nn.Parameter | None) -> int:
-    """The dimension that a parameter is sharded along; FSDP2's usual one if it is not."""
-    dims: list[int] = [p.dim for p in like.placements if p.is_shard()] if isinstance(like, DTensor) else []
-    return dims[0] if dims else 0  # tensor parallelism shards what FSDP has sharded
+    inside = {module: set(module.modules()) for module in sharded}
+    homes: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for owner in dict.fromkeys(module for modules in inside.values() for module in modules):
+        for leaf, held in owner._parameters.items():
+            if held is not None:
+                homes.setdefault(held, []).append((owner, leaf))
+    for module in sharded:
+        follow_parameters(module, homes)
+    for parameter, like in new.items():
+        owner, leaf = homes[parameter][0]
+        holders = [module for module in sharded if owner in inside[module] and gathers(module)]
+        if holders:
+            adopt_parameter(min(holders, key=lambda module: len(inside[module])), owner, leaf, like)
 
 
 # ---- DDP

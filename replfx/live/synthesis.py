@@ -232,12 +232,20 @@ class Synthesis(nn.Module):
         Raises:
             FusionError: its processes share a sequence.
         """
+        self.check_lays_out()
+        theta = laid_out(self._synthesize(None, alone=True), None, self.tensor_parallel)
+        return {name: tensor.detach().clone() for name, tensor in theta.items()}
+
+    def check_lays_out(self) -> None:
+        """Make sure that the weights can become the block's own.
+
+        Raises:
+            FusionError: its processes share a sequence.
+        """
         if self.tensor_parallel is not None and self.tensor_parallel.sequence is not None:
             raise FusionError(
                 "its processes share the sequence: load a full state_dict into a model on one process, and use that"
             )
-        theta = laid_out(self._synthesize(None, alone=True), None, self.tensor_parallel)
-        return {name: tensor.detach().clone() for name, tensor in theta.items()}
 
     def _laid_out(self, theta: Mapping[str, Tensor], mesh: Any) -> dict[str, Tensor]:
         dtype = lower_precision(self.fusion, theta) if self.fusion is not None and any_sharded(theta) else None
@@ -286,6 +294,14 @@ class Synthesis(nn.Module):
     def readings(self) -> Iterator[Reading]:
         """All that a synthesis reads of both neighbours."""
         return (reading for side in self._readings or () for reading in side.values())
+
+    def counterparts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters of both neighbours by the names of their like in the block: what is read, and all others."""
+        sides = []
+        for side, block in zip(self._readings or ({}, {}), self.neighbours, strict=False):
+            read = {name: getattr(r.owner(), r.leaf) for name, r in side.items()}
+            sides.append({**dict(block.named_parameters()), **read})
+        return (sides[0], sides[1]) if sides else ({}, {})
 
     def read_parameters(self) -> list[nn.Parameter]:
         """The neighbours' parameters and the coefficients; each once."""

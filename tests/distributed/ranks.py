@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import replfx
 from replfx.live import fusion_layers
 from tests.distributed.layouts import MODES, MORE_MODES, Mode
 from tests.reference import Stack
@@ -28,12 +29,13 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Job:
-    """A model to be, the modes to train it in, and the optimizer."""
+    """A model to be, the modes to train it in, the optimizer, and the step before which the model is unrolled."""
 
     name: str
     case: Case | Drawn | Regions
     modes: tuple[str, ...]
     optimizer: str = "sgd"
+    unrolled: int | None = None
 
     @property
     def names(self) -> list[str]:
@@ -59,21 +61,25 @@ def work(jobs: list[Job]) -> dict[str, str | None]:
 
 def _check(model: Stack, single: Stack, history: list[Gradients], mode: Mode, job: Job) -> None:
     """Training on each process's part of the batch, against one process with the whole batch."""
-    parameters, layers, keys = dict(model.named_parameters()), fusion_layers(model), list(model.state_dict())
     wrapped, size = mode.wrap(model), BATCH // dist.get_world_size()
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     for step, gradients in enumerate(_train(wrapped, model, job, mine, mode)):
-        assert gradients.keys() == parameters.keys()
+        assert gradients.keys() == history[step].keys()
         for name, gradient in gradients.items():
             _compare(gradient, history[step][name], f"gradient {step} of {name}")
     assert step == STEPS - 1
     for name, parameter in _named_parameters(model).items():
         _compare(whole_tensor(parameter), single.get_parameter(name), f"parameter {name}")
-    for path, layer in layers.items():  # also from outside of a forward pass, where all is sharded
+    assert _names(model) == _names(single)
+    assert fusion_layers(model).keys() == fusion_layers(single).keys()
+    for path, layer in fusion_layers(model).items():  # also from outside of a forward pass, where all is sharded
         one, other = layer.synthesized(), fusion_layers(single)[path].synthesized()
         for name, tensor in other.items():
             _compare(whole_tensor(one[name]), tensor, f"synthesised {name}")
-    assert list(model.state_dict()) == keys
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [name.replace("_checkpoint_wrapped_module.", "") for name in model.state_dict()]
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -89,6 +95,9 @@ def _train(wrapped: nn.Module, model: Stack, job: Job, part: slice, mode: Mode) 
         # AdamW divides by the size of a gradient: one that is zero but for rounding stays small beside this ε.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     for step in range(STEPS):
+        if step == job.unrolled:
+            torch.manual_seed(0)  # a block that was left out starts at random in part
+            replfx.unroll(wrapped, optimizer)
         x, *extra = job.case.inputs(BATCH)
         x = x.detach() + step
         optimizer.zero_grad()

@@ -74,6 +74,20 @@ def _jobs_of_four() -> list[Job]:
     return found
 
 
+def _unrolled() -> list[Job]:
+    """Unrolled on the way: what wraps a model hears of its new parameters."""
+    every = tuple(mode for mode in (*MODES, *MORE_MODES) if mode not in HYBRID)
+    some = ("ddp", "fsdp_by_block", "fsdp_whole")
+    drawn = {name: case for name, case, _ in (*_uniform(("block", "identity"), BOTH), *_uniform(("mixer",)))}
+    modes = {"transformer-block-channel": every, "basic-block-scalar": some, "transformer-identity-scalar": ("ddp",)}
+    mixer = next(name for name in drawn if "mixer" in name)
+    found = [
+        Job(f"unrolled-{name}", drawn[name], ways, "adamw", unrolled=3) for name, ways in {**modes, mixer: some}.items()
+    ]
+    regions = Job("unrolled-functional", Regions(spec_of("mlp", dropout=False), training=False), ("ddp", "fsdp_whole"))
+    return [*found, replace(regions, optimizer="adamw", unrolled=3)]
+
+
 TWO, FOUR = _jobs_of_two(), _jobs_of_four()
 ALL_OF_FOUR = [replace(job, modes=(*MODES, *MORE_MODES)) for job in FOUR]
 
@@ -97,6 +111,11 @@ def check(ranks: int, jobs: list[Job], folder: Path) -> None:
 @pytest.mark.parametrize("family", [*BOTH, pytest.param("", marks=pytest.mark.slow, id="others")])
 def test_two_processes_train_as_one(tmp_path: Path, family: str) -> None:
     check(2, [job for job in TWO if _family(job) == family], tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_unroll_as_one(tmp_path: Path) -> None:
+    check(2, _unrolled(), tmp_path)
 
 
 @pytest.mark.slow
