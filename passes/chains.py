@@ -1,5 +1,6 @@
 """Chains: what `FindChains` finds, and which blocks of a chain can be replaced."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -121,6 +122,43 @@ class Chain:
             if free:
                 chosen.append(min(free, key=lambda p: abs(p - aim)))
         return chosen
+
+    def keep(self, wanted: int | float) -> list[int]:
+        """The positions that `keep=wanted` replaces: all but that number or share of blocks, first and last kept.
+
+        What else is kept is spread so that the rows of replaced blocks are as short as can be.
+        """
+        count = wanted if isinstance(wanted, int) else round(wanted * len(self.blocks))
+        rows = _rows(self.steady())
+        parted = [0] * len(rows)  # how many blocks are kept inside of each row
+        lengths = [len(row) for row in rows]
+        for _ in range(count - len(self.blocks) + sum(lengths)):
+            longest = max(range(len(rows)), key=lambda i: (lengths[i] - parted[i]) / (parted[i] + 1), default=None)
+            if longest is None or parted[longest] == lengths[longest]:
+                break
+            parted[longest] += 1
+        kept = {
+            row[round((j + 1) * (len(row) + 1) / (n + 1)) - 1]
+            for row, n in zip(rows, parted, strict=True)
+            for j in range(n)
+        }
+        return [position for row in rows for position in row if position not in kept]
+
+
+def _parted(row: Sequence[int], parts: int) -> list[int]:
+    """A row without some of its positions, spread evenly."""
+    left_out = {round(part * (len(row) + 1) / (parts + 1)) - 1 for part in range(1, parts + 1)}
+    return [position for index, position in enumerate(row) if index not in left_out]
+
+
+def _rows(positions: Sequence[int]) -> list[list[int]]:
+    """Positions as rows without gaps."""
+    rows: list[list[int]] = []
+    for position in positions:
+        if not rows or position > rows[-1][-1] + 1:
+            rows.append([])
+        rows[-1].append(position)
+    return rows
 
 
 @dataclass(frozen=True)

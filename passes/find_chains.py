@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from replfx.blocks import is_region, members_of, parameters_of, region_path
 from replfx.fusion import Site
 from replfx.fusion.interface import Interface, read_slot
-from replfx.fusion.pairing import first_unpaired, pair, share_paired
+from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired, too_unlike
 from replfx.fusion.residual import keeps_shape
 from replfx.passes.candidates import Candidate, Candidates, is_layer
 from replfx.passes.chains import CHAINS_KEY, SHORTEST, Block, Chain, Chains
@@ -26,8 +26,6 @@ from replfx.structure import Signature, class_of, family, signature, unfit_to_re
 from replfx.tracing import ModuleCall, info_of
 
 __all__ = ["FindChains"]
-
-_LEAST_SHARE = 0.5  # of a block's weights that have a counterpart in a neighbour
 
 
 @dataclass(frozen=True)
@@ -173,12 +171,7 @@ class _Search:
 
     def _judged(self, block: Block, before: Candidate, after: Candidate) -> Block:
         """The block with what speaks against replacing it."""
-        pairs = [pair(block.site.block, other.module) for other in (before, after)]
-        unlike = None
-        if share_paired(block.site.block, *pairs) < _LEAST_SHARE:
-            other = min((before, after), key=lambda o: share_paired(block.site.block, pair(block.site.block, o.module)))
-            differs = first_unpaired(block.site.block, other.module)
-            unlike = f"too little of it can be made from `{other.path}`: {differs}"
+        unlike = too_unlike(block.site.block, (before.path, before.module), (after.path, after.module))
         alike = self.kinds.of(before.module) == self.kinds.of(block.site.block) == self.kinds.of(after.module)
         fixed = unfit_to_replace(parameters_of(self.root, block.path), self.owners)
         return replace(block, turn=_turn(block.site, alike), fixed=fixed, unlike=unlike)
@@ -225,7 +218,7 @@ class _Kinds:
         if key not in self._likeness:
             a, b = (self._examples[kind] for kind in key)
             share = max(share_paired(a, pair(a, b)), share_paired(b, pair(b, a)))
-            self._likeness[key] = 0.9 * share if share >= _LEAST_SHARE else 0.0
+            self._likeness[key] = 0.9 * share if share >= LEAST_SHARE else 0.0
         return self._likeness[key]
 
 

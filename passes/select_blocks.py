@@ -9,6 +9,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
+from replfx.fusion.fusions import LinearFusion
+from replfx.fusion.pairing import too_unlike
 from replfx.fusion.residual import is_residual
 from replfx.passes.chains import SHORTEST, Chain, Chains, chains_of
 from replfx.passes.stages import cut_chains
@@ -30,13 +32,15 @@ def plan_of(graph_module: fx.GraphModule) -> Plan:
 class SelectBlocks(PassBase):
     """Choose which blocks of each chain are replaced; changes nothing.
 
-    Exactly one of `every`, `fraction` and `select` is given.
+    Exactly one of `every`, `fraction`, `select` and `keep` is given. A replaced block is made from the nearest kept
+    block on each side.
 
     Attributes:
         every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. They are counted from 1, anew from
             each block that changes the shape of its activation or begins a new stage; those that change it stay.
         fraction: 0 < f ≤ ½ replaces that part of each chain, spread evenly, never two in a row.
         select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
+        keep: a number of blocks of each chain that stay, or the share of them; the rest is replaced.
         fusion, operator: what takes a replaced block's place.
         neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours.
         split_at: paths of the modules with which a pipeline stage begins: blocks are chosen in each stage as if it
@@ -46,26 +50,31 @@ class SelectBlocks(PassBase):
     every: int | None = None
     fraction: float | None = None
     select: tuple[str, ...] | None = None
+    keep: int | float | None = None
     fusion: Choice = field(default_factory=lambda: Choice("scalar"))
     operator: Choice = field(default_factory=lambda: Choice("block"))
     neighbour_gradient: float = 1.0
     split_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given = [name for name in ("every", "fraction", "select") if getattr(self, name) is not None]
+        given = [name for name in _RULES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise PlanError(f"give one of every=, fraction= and select=, not {' and '.join(given) or 'none'}")
+            raise PlanError(f"give one of {', '.join(f'{n}=' for n in _RULES)}, not {' and '.join(given) or 'none'}")
         if self.every is not None and (isinstance(self.every, bool) or not isinstance(self.every, int)):
             raise PlanError(f"every must be a whole number, not {self.every!r}")
         if self.every is not None and self.every < 2:
             raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
-        for name in ("fraction", "neighbour_gradient"):
+        for name in ("fraction", "keep", "neighbour_gradient"):
             value = getattr(self, name)
             said = value is not None or name == "neighbour_gradient"
             if said and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise PlanError(f"{name} must be a number, not {value!r}")
         if self.fraction is not None and not 0 < self.fraction <= 0.5:
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
+        if isinstance(self.keep, int) and self.keep < 2:
+            raise PlanError(f"keep={self.keep}: the first and the last block of a chain always stay, so at least 2")
+        if isinstance(self.keep, float) and not 0 < self.keep < 1:
+            raise PlanError(f"keep={self.keep}: a share of the blocks is between 0 and 1; a number of them is an int")
         if not 0 <= self.neighbour_gradient <= 1:
             raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
         if not all(isinstance(path, str) for path in self.split_at):
@@ -102,29 +111,43 @@ class SelectBlocks(PassBase):
         """Which blocks of the chain, counted from 0, the policy asks for."""
         if self.every is not None:
             return chain.every(self.every)
-        assert self.fraction is not None
-        return chain.fraction(self.fraction)
+        if self.fraction is not None:
+            return chain.fraction(self.fraction)
+        assert self.keep is not None
+        return chain.keep(self.keep)
 
     def _replace(self, chain: Chain, positions: Sequence[int], found: Chains) -> list[Replacement]:
-        operator = operators[self.operator.name]
-        made: list[Replacement] = []
-        chosen = set(positions)
+        """Replace those of the blocks that the operator fits; one that it does not fit stays, and others read it."""
+        chosen, matches = set(positions), dict[int, Match]()
         for i in positions:
-            path = chain.blocks[i].path
-            if operator.needs_neighbours:
+            if operators[self.operator.name].needs_neighbours:
                 _check_neighbours(chain, i, chosen)
-            site = _site(chain, i)
-            match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
-            if match and self.operator.name == "identity" and chain.blocks[i].turn is not None:
-                match = Match(reason=f"it changes the shape of its activation: {chain.blocks[i].turn}")
-            if not match:
-                found.refused[path] = f"operator {self.operator.name!r} does not fit it: {match.reason}"
-                if self.select is not None:
-                    raise FusionError(f"`{path}`: {found.refused[path]}")
+        while unjudged := sorted(chosen - matches.keys()):
+            i = unjudged[0]
+            match = self._match(chain, i, chosen)
+            if match:
+                matches[i] = match
                 continue
-            options = {**match.options, **self.operator.options}
-            made.append(self._replacement(site, chain, i, Choice(self.operator.name, options)))
-        return made
+            found.refused[chain.blocks[i].path] = f"operator {self.operator.name!r} does not fit it: {match.reason}"
+            if self.select is not None:
+                raise FusionError(f"`{chain.blocks[i].path}`: {found.refused[chain.blocks[i].path]}")
+            left = chosen - {i}
+            matches = {j: m for j, m in matches.items() if _sides(chain, j, left) == _sides(chain, j, chosen)}
+            chosen = left
+        return [self._replacement(chain, i, chosen, matches[i]) for i in sorted(chosen)]
+
+    def _match(self, chain: Chain, position: int, chosen: Set[int]) -> Match:
+        """Whether the operator fits a block beside those that stay."""
+        block, site = chain.blocks[position], _site(chain, position, chosen)
+        operator = operators[self.operator.name]
+        if operator.needs_neighbours:
+            sides = [chain.blocks[side] for side in _sides(chain, position, chosen)]
+            if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
+                return Match(reason=why)
+        match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
+        if match and self.operator.name == "identity" and block.turn is not None:
+            return Match(reason=f"it changes the shape of its activation: {block.turn}")
+        return match
 
     # ---- why the others stay
 
@@ -148,22 +171,28 @@ class SelectBlocks(PassBase):
             return "select does not name it"
         if block.turn is not None:
             return f"it changes the shape of its activation: {block.turn}"
-        if self.every is None:
+        if self.fraction is not None:
             return f"fraction={self.fraction} leaves it"
+        if self.every is None:
+            return f"keep={self.keep} leaves it"
         return f"every={self.every} leaves it: it is number {chain.numbers(self.every)[position]} in its stage"
 
-    def _replacement(self, site: Site, chain: Chain, position: int, choice: Choice) -> Replacement:
+    def _replacement(self, chain: Chain, position: int, chosen: Set[int], match: Match) -> Replacement:
+        site = _site(chain, position, chosen)
         sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
-        if operators[choice.name].needs_neighbours:
-            neighbours = (chain.blocks[position + step] for step in (-1, 1))
+        fusion = self.fusion
+        if operators[self.operator.name].needs_neighbours:
+            before, after = _sides(chain, position, chosen)
+            fusion = _by_distance(fusion, position - before, after - position)
+            neighbours = (chain.blocks[side] for side in (before, after))
             sides = [(block.path, block_digest(block.site.block)) for block in neighbours]
         (previous, previous_kind), (next, next_kind) = sides
         return Replacement(
             path=site.path,
             previous=previous,
             next=next,
-            fusion=self.fusion,
-            operator=choice,
+            fusion=fusion,
+            operator=Choice(self.operator.name, {**match.options, **self.operator.options}),
             interface=site.interface,
             kind=block_digest(site.block),
             previous_kind=previous_kind,
@@ -172,10 +201,31 @@ class SelectBlocks(PassBase):
         )
 
 
-def _site(chain: Chain, position: int) -> Site:
+_RULES = ("every", "fraction", "select", "keep")
+
+
+def _sides(chain: Chain, position: int, chosen: Set[int]) -> tuple[int, int]:
+    """The nearest blocks on each side that stay; beyond the chain where there is none."""
+    before, after = position - 1, position + 1
+    while before in chosen:
+        before -= 1
+    while after in chosen:
+        after += 1
+    return before, after
+
+
+def _by_distance(fusion: Choice, before: int, after: int) -> Choice:
+    """The fusion with coefficients that start by how far the neighbours are, the nearer one's the larger."""
+    if before == after or "initial" in fusion.options or not issubclass(fusions[fusion.name], LinearFusion):
+        return fusion
+    initial = [after / (before + after), before / (before + after)]
+    return Choice(fusion.name, {**fusion.options, "initial": initial})
+
+
+def _site(chain: Chain, position: int, chosen: Set[int]) -> Site:
     """The block's site, with its neighbours."""
     before, after = (
-        chain.blocks[p].site.block if 0 <= p < len(chain.blocks) else None for p in (position - 1, position + 1)
+        chain.blocks[p].site.block if 0 <= p < len(chain.blocks) else None for p in _sides(chain, position, chosen)
     )
     return replace(chain.blocks[position].site, previous=before, next=after)
 
@@ -223,7 +273,8 @@ def _selected(wanted: set[str], chain: Chain) -> list[int]:
 
 def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
     """A replaced block needs a kept one on each side."""
-    if not 0 < position < len(chain.blocks) - 1 or {position - 1, position + 1} & positions:
+    before, after = _sides(chain, position, positions)
+    if before < 0 or after >= len(chain.blocks):
         raise PlanError(_lonely(chain, position, positions))
 
 
@@ -236,11 +287,11 @@ def _some(paths: Sequence[str], most: int = 12) -> str:
 
 
 def _lonely(chain: Chain, position: int, positions: Set[int]) -> str:
-    path = chain.paths[position]
-    why = chain.end(position)
-    if why is None:
-        twin = next(i for i in (position - 1, position + 1) if i in positions)
-        why = f"its neighbour `{chain.paths[twin]}` is to be replaced too"
+    path, (before, _) = chain.paths[position], _sides(chain, position, positions)
+    end = 0 if before < 0 else len(chain.blocks) - 1
+    why = chain.end(end)
+    if end != position:
+        why = f"`{chain.paths[end]}` is to be replaced too, and {why}"
     return f"`{path}` has no kept block on each side: {why}; select others, or use every="
 
 
@@ -262,6 +313,6 @@ def _nothing_left(policy: SelectBlocks, chains: Sequence[Chain], found: Chains, 
     reasons = [f"`{path}`: {why}" for path, why in (*declined, *obstacles, *others)]
     if reasons:
         return f"nothing can be replaced: {'; '.join(reasons[:4])}"
-    asked = f"every={policy.every}" if policy.every is not None else f"fraction={policy.fraction}"
+    asked = next(f"{name}={getattr(policy, name)}" for name in _RULES if getattr(policy, name) is not None)
     part = " part of a chain in one pipeline stage" if any(c.before or c.after for c in chains) else " chain"
     return f"{asked} replaces nothing: the longest{part} has {longest} blocks; every=2 replaces at least one of three"

@@ -56,6 +56,7 @@ def transform(
     *,
     every: int | None = None,
     fraction: float | None = None,
+    keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
@@ -74,6 +75,9 @@ def transform(
             symbolic tracing fails; with them shapes are checked, and the report knows costs.
         every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. The default policy, with k = 2.
         fraction: replaces this part of each chain instead, spread evenly; at most ½.
+        keep: replaces all blocks of each chain but this number (an int) or share (a float) of them instead. The first
+            and the last always stay, and so do those that change the shape of their activation. Of several replaced
+            blocks in a row each is made from the nearest kept ones.
         select: replaces the blocks with these paths or globs instead ("blocks.1", "layer3.*").
         split_at: for pipeline parallelism, the modules with which a stage begins (["blocks.4", "blocks.8"], the keys of
             torch's `split_spec`): each stage's blocks are chosen as if it were a model of its own, so that no
@@ -112,7 +116,7 @@ def transform(
         ['blocks.1', 'blocks.3', 'blocks.5', 'blocks.7', 'blocks.9']
         >>> optimizer = torch.optim.AdamW(model.parameters())
     """
-    given = {"every": every, "fraction": fraction, "select": select, "split_at": split_at}
+    given = {"every": every, "fraction": fraction, "keep": keep, "select": select, "split_at": split_at}
     if calibrate is not None and inplace:
         raise CalibrationError(
             "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
@@ -124,7 +128,7 @@ def transform(
         made = apply(model, plan, example_inputs, inplace=inplace)
     else:
         factor = 0.0 if detach_neighbours else neighbour_gradient
-        policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
+        policy = policy_of(every, fraction, select, fusion, operator, factor, split_at, keep)
         _refuse_transformed(model)
         made = _Transformation(model, model if inplace else faithful_copy(model), example_inputs, policy).carry_out()
     if calibrate is not None:
@@ -138,6 +142,7 @@ def inspect(
     *,
     every: int | None = None,
     fraction: float | None = None,
+    keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
@@ -155,7 +160,7 @@ def inspect(
     Example:
         >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
     """
-    policy = policy_of(every, fraction, select, fusion, operator, 1.0, split_at)
+    policy = policy_of(every, fraction, select, fusion, operator, 1.0, split_at, keep)
     _refuse_transformed(model)
     attempt = _Transformation(model, structural_copy(model), example_inputs, policy)
     try:
@@ -193,6 +198,7 @@ def plan(
     *,
     every: int | None = None,
     fraction: float | None = None,
+    keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
@@ -210,7 +216,7 @@ def plan(
         >>> replfx.apply(model, plan)
     """
     factor = 0.0 if detach_neighbours else neighbour_gradient
-    policy = policy_of(every, fraction, select, fusion, operator, factor, split_at)
+    policy = policy_of(every, fraction, select, fusion, operator, factor, split_at, keep)
     _refuse_transformed(model)
     return plan_of(_planned(model, example_inputs, policy))
 

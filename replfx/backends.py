@@ -23,6 +23,7 @@ def backend(
     *,
     every: int | None = None,
     fraction: float | None = None,
+    keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     fusion: Choosable | None = None,
     operator: Choosable | None = None,
@@ -35,12 +36,13 @@ def backend(
 ) -> "Backend | ReplacingBackend":
     """A backend for `torch.compile` that knows syntheses, and that can replace blocks itself.
 
-    With none of the first six options it compiles a transformed model, and a model that synthesises nothing goes to
+    With none of the first seven options it compiles a transformed model, and a model that synthesises nothing goes to
     `inner` as it is. With any of them it replaces blocks of a plain model, in the graph that Dynamo captures.
 
     Args:
-        every: these six are as for `replfx.transform`: which blocks,
+        every: these seven are as for `replfx.transform`: which blocks,
         fraction: or which part of each chain,
+        keep: or all but how many,
         select: or which by name ("blocks.1"),
         fusion: how their weights are made,
         operator: what runs with them,
@@ -76,15 +78,19 @@ def backend(
         >>> optimizer = torch.optim.AdamW([*model.parameters(), *backend.parameters()])
     """
     if unknown:
-        known = "every, fraction, select, fusion, operator, neighbour_gradient, max_bytes, cache, kernels and inner"
+        known = (
+            "every, fraction, keep, select, fusion, operator, neighbour_gradient, max_bytes, cache, kernels and inner"
+        )
         raise CompileError(f"replfx.backend has no option {next(iter(unknown))!r}, but {known}")
     from replfx.compile import Backend, ReplacingBackend
 
     plain = Backend(max_bytes=max_bytes, cache=cache, kernels=kernels, inner=inner)
-    if all(option is None for option in (every, fraction, select, fusion, operator, neighbour_gradient)):
+    if all(option is None for option in (every, fraction, keep, select, fusion, operator, neighbour_gradient)):
         return plain
     factor = 1.0 if neighbour_gradient is None else neighbour_gradient
-    return ReplacingBackend(policy_of(every, fraction, select, fusion or AUTO, operator or AUTO, factor), plain)
+    return ReplacingBackend(
+        policy_of(every, fraction, select, fusion or AUTO, operator or AUTO, factor, keep=keep), plain
+    )
 
 
 def replfx_backend(

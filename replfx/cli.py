@@ -62,6 +62,7 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument("--every", type=int, metavar="K", help="replace blocks K, 2K, … of each chain (default: 2)")
     policy.add_argument("--fraction", type=float, metavar="F", help="replace this part of each chain")
+    policy.add_argument("--keep", type=_number, metavar="N", help="keep this number or share of a chain's blocks")
     policy.add_argument("--select", action="append", metavar="GLOB", help="replace these blocks (may be repeated)")
     parser.add_argument(
         "--split-at", action="append", metavar="PATH", help="a pipeline stage begins with this module (may be repeated)"
@@ -75,6 +76,13 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="shape of the float input (default: the model's own, with batch 2); for a factory: none",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -96,6 +104,7 @@ def _inspect(args: argparse.Namespace) -> int:
         inputs,
         every=args.every,
         fraction=args.fraction,
+        keep=args.keep,
         select=args.select,
         split_at=args.split_at,
         fusion=args.fusion,

@@ -21,6 +21,7 @@ def policy_of(
     operator: Choosable,
     neighbour_gradient: float,
     split_at: str | Sequence[str] | None = None,
+    keep: int | float | None = None,
 ) -> SelectBlocks:
     """The pass that chooses blocks as these options ask: `every=2` if none says which.
 
@@ -32,17 +33,19 @@ def policy_of(
         operator: the same.
         neighbour_gradient: the same.
         split_at: the same.
+        keep: the same.
 
     Raises:
         PlanError: an impossible selection.
         FusionError: an unknown fusion or operator.
     """
-    if every is None and fraction is None and select is None:
+    if every is None and fraction is None and select is None and keep is None:
         every = 2
     chosen, fused = settled(Choice.of(operator, "operator"), Choice.of(fusion, "fusion"))
     return SelectBlocks(
         every=every,
         fraction=fraction,
+        keep=keep,
         select=None if select is None else _paths(select, "select must be a path or a glob, or"),
         fusion=fused,
         operator=chosen,

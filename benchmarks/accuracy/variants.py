@@ -127,8 +127,10 @@ def policy_of(options: Options) -> dict[str, Any]:
             policy[key] = int(value)
         elif key == "fraction":
             policy[key] = float(value)
+        elif key == "keep":
+            policy[key] = int(value) if value.isdecimal() else float(value)
         else:
-            raise ValueError(f"there is no option {key}; there are select, every, fraction")
+            raise ValueError(f"there is no option {key}; there are select, every, fraction, keep")
     return policy
 
 

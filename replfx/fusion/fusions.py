@@ -1,8 +1,8 @@
 """Fusions: learnable maps (θ_prev, θ_next) → θ, one for all synthesised parameters of a block."""
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,8 @@ class LinearFusion(Fusion):
     which one vector of complex coefficients would make complex.
 
     Args:
-        initial: start of all a and b. At ½ a block starts as the mean of its neighbours (ours; the paper
-            names no start).
+        initial: start of all a and b, or of all a and of all b. At ½ a block starts as the mean of its neighbours
+            (ours; the paper names no start).
     """
 
     separate: bool = True
@@ -100,16 +100,14 @@ class LinearFusion(Fusion):
         *,
         dtype: torch.dtype,
         device: torch.device,
-        initial: float = 0.5,
+        initial: float | Sequence[float] = 0.5,
     ) -> None:
         super().__init__(shapes, dtype=dtype, device=device)
-        if not isinstance(initial, int | float) or not math.isfinite(initial):
-            raise FusionError(f"option `initial` must be a finite number, not {initial!r}")
-        self.initial = float(initial)
+        self.initial = _both(initial)
         self.sizes = {name: self.coefficients(shape) for name, shape in shapes.items()}
         total, dtype = self.total(list(self.sizes.values())), dtype.to_real()
-        self.previous = nn.Parameter(torch.full((total,), self.initial, dtype=dtype, device=device))
-        self.next = nn.Parameter(torch.full((total,), self.initial, dtype=dtype, device=device))
+        self.previous = nn.Parameter(torch.full((total,), self.initial[0], dtype=dtype, device=device))
+        self.next = nn.Parameter(torch.full((total,), self.initial[1], dtype=dtype, device=device))
 
     def coefficients(self, shape: torch.Size) -> int:
         """How many a (and as many b) a parameter of this shape has: one, or one an output channel."""
@@ -136,7 +134,19 @@ class LinearFusion(Fusion):
         return sum(a[name] * size + b[name] * next[name] for name, size in previous.items())
 
     def extra_repr(self) -> str:
-        return f"coefficients={2 * self.previous.numel()}, initial={self.initial}"
+        a, b = self.initial
+        return f"coefficients={2 * self.previous.numel()}, initial={a if a == b else self.initial}"
+
+
+def _both(initial: object) -> tuple[float, float]:
+    """The start of a and that of b."""
+    both: list[Any] = list(initial) if isinstance(initial, list | tuple) else [initial, initial]
+    for number in both:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise FusionError(f"option `initial` must be a finite number, or two, not {initial!r}")
+    if len(both) != 2:
+        raise FusionError(f"option `initial` must be a finite number, or two, not {initial!r}")
+    return float(both[0]), float(both[1])
 
 
 def along_first(coefficients: Tensor, theta: Tensor) -> Tensor:

@@ -66,12 +66,42 @@ def test_fraction(length: int, fraction: float) -> None:
 def test_select(data: st.DataObject, length: int) -> None:
     wanted = data.draw(st.sets(st.integers(0, length - 1), min_size=1))
     select = tuple(f"blocks.{i}" for i in data.draw(st.permutations(sorted(wanted))))
-    possible = not wanted & {0, length - 1} and all(i + 1 not in wanted for i in wanted)
+    possible = not wanted & {0, length - 1}
     if possible:
         assert positions(length, select=select) == sorted(wanted)
     else:
         with pytest.raises(replfx.PlanError, match="has no kept block on each side"):
             positions(length, select=select)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.sampled_from(sorted(GRAPHS)), keep=st.integers(2, 20) | st.floats(0.05, 0.95))
+def test_keep(length: int, keep: int | float) -> None:
+    count = min(length, max(2, keep if isinstance(keep, int) else round(keep * length)))
+    if count == length:
+        assert positions(length, keep=keep) == []
+        return
+    kept = sorted(set(range(length)) - set(positions(length, keep=keep)))
+    assert len(kept) == count
+    assert (kept[0], kept[-1]) == (0, length - 1)
+    gaps = [b - a for a, b in itertools.pairwise(kept)]
+    assert max(gaps) - min(gaps) <= 1  # as evenly as whole numbers allow
+
+
+def test_of_several_in_a_row_each_is_made_from_the_nearest_kept_blocks() -> None:
+    model = tower(6)
+    made = replfx.transform(model, select=["blocks.1", "blocks.3", "blocks.4"])
+    rows = [(r.path, r.previous, r.next) for r in replfx.plan_of(made).replacements]
+    places = [("1", "0", "2"), ("3", "2", "5"), ("4", "2", "5")]
+    assert rows == [tuple(f"blocks.{number}" for number in place) for place in places]
+    # The nearer neighbour's part is the larger one, and both together are one.
+    for number, part in ((1, 1 / 2), (3, 2 / 3), (4, 1 / 3)):
+        first, last = (0, 2) if number == 1 else (2, 5)
+        expected = part * model.blocks[first].fc1.weight + (1 - part) * model.blocks[last].fc1.weight
+        torch.testing.assert_close(made.blocks[number].fc1.weight, expected)
+    again = replfx.apply(model, replfx.Plan.from_json(replfx.plan_of(made).to_json()))
+    x = torch.randn(2, 4)
+    assert torch.equal(again(x), made(x))
 
 
 def test_fraction_is_spread_evenly() -> None:
@@ -113,9 +143,12 @@ def test_select_takes_a_path_a_glob_or_several() -> None:
 
 
 BAD = [
-    ({}, "give one of every=, fraction= and select=, not none"),
+    ({}, "give one of every=, fraction=, select=, keep=, not none"),
     ({"every": 2, "fraction": 0.3}, "not every and fraction"),
     ({"every": 1}, "every=1: .*at least 2"),
+    ({"keep": 1}, "keep=1: .*at least 2"),
+    ({"keep": 1.5}, "keep=1.5: .*between 0 and 1"),
+    ({"keep": "half"}, "keep must be a number"),
     ({"every": 0}, "every=0"),
     ({"every": -1}, "every=-1"),
     ({"every": True}, "whole number, not True"),
@@ -160,7 +193,8 @@ def test_unknown_names_are_refused_when_the_pass_is_made() -> None:
         ("blocks.1.fc1", r"matches `blocks\.1\.fc1`, which is no block of a chain"),
         ("blocks.0", r"`blocks\.0` has no kept block on each side: it is the first block of its chain"),
         ("blocks.4", r"`blocks\.4` .*it is the last block of its chain"),
-        ("blocks.[12]", r"`blocks\.1` .*its neighbour `blocks\.2` is to be replaced too"),
+        ("blocks.[01]", r"`blocks\.0` .*it is the first block of its chain"),
+        ("blocks.[1234]", r"`blocks\.1` .*`blocks\.4` is to be replaced too, and it is the last block of its chain"),
         ([1], "select must be a path or a glob, or a sequence"),
         ([], "select must be"),
         (5, "select must be"),
