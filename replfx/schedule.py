@@ -1,6 +1,6 @@
 """When blocks are unrolled: share weights early, train at full depth late."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -27,11 +27,15 @@ class Schedule:
         unroll_at: a number of optimizer steps (an int), or a share of `total_steps` (a float between 0 and 1). Several
             of them, in a sequence, unroll as many equal parts of the blocks, each spread over the depth; a mapping
             from them to paths or globs says which. Our measurements speak for 0.2 (docs/findings.md).
-        total_steps: of the whole training; needed for shares.
+        total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
+            late.
         example_inputs: as for `replfx.unroll`.
         averages: copies of the model with averaged weights (EMA), which are unrolled with it.
         follow: whether a state_dict with blocks at full depth, loaded into the model while these are replaced, unrolls
             them. For trainers that load a model's weights before anything else; without it that is an error.
+
+    Attributes:
+        optimizer: may be set later, where it is made after the model's weights are loaded.
 
     Raises:
         PlanError: the model is not transformed, or `unroll_at` cannot be met.
@@ -54,20 +58,21 @@ class Schedule:
         optimizer: Optimizer | None = None,
         *,
         unroll_at: When | Sequence[When] | Mapping[When, str | Sequence[str]],
-        total_steps: int | None = None,
+        total_steps: int | Callable[[], int] | None = None,
         example_inputs: ExampleInputs | None = None,
         averages: Iterable[nn.Module] = (),
         follow: bool = False,
     ) -> None:
-        paths = list(placed_blocks(model)[1])
+        self._paths = list(placed_blocks(model)[1])
         check_unrolls(model, example_inputs)
-        self._model, self._optimizer, self._example_inputs = model, optimizer, example_inputs
-        self._root, self._averages = marked(model), list(averages)
+        self._model, self._example_inputs, self._averages = model, example_inputs, list(averages)
+        self.optimizer = optimizer
+        self._unroll_at, self._total = unroll_at, total_steps
+        _parts(unroll_at, 1_000_000 if callable(total_steps) else total_steps, self._paths)  # it may be impossible
         self._steps = 0
-        self._parts = _parts(unroll_at, total_steps, paths)
         self._done: list[list[str]] = []
         if follow:
-            follow_state_dicts(self._root, self._unroll)
+            follow_state_dicts(marked(model), self._unroll)
 
     @property
     def steps(self) -> int:
@@ -77,7 +82,7 @@ class Schedule:
     @property
     def is_done(self) -> bool:
         """Whether all blocks are at full depth."""
-        return sum(map(len, self._done)) == sum(len(paths) for _, paths in self._parts)
+        return sum(map(len, self._done)) == len(self._paths)
 
     def step(self) -> list[str]:
         """Count a step; call it after each of the optimizer's.
@@ -95,14 +100,19 @@ class Schedule:
             the same.
         """
         self._steps = steps
+        if self.is_done:
+            return []
         known = {path for part in self._done for path in part}
-        due = [path for at, paths in self._parts if at <= steps for path in paths if path not in known]
-        if due:
-            self._unroll(due)
+        total = self._total() if callable(self._total) else self._total
+        due = []
+        for at, paths in _parts(self._unroll_at, total, self._paths):
+            if at <= steps and (left := [path for path in paths if path not in known]):
+                self._unroll(left)
+                due += left
         return due
 
     def _unroll(self, paths: Sequence[str]) -> None:
-        unroll(self._model, self._optimizer, self._example_inputs, blocks=paths)
+        unroll(self._model, self.optimizer, self._example_inputs, blocks=paths)
         for average in self._averages:
             unroll(average, None, self._example_inputs, blocks=paths)
         self._done.append(list(paths))
@@ -123,10 +133,9 @@ class Schedule:
             steps, unrolled = int(state["steps"]), [list(part) for part in state["unrolled"]]
         except (KeyError, TypeError, ValueError) as error:
             raise StateDictError(f"it is not the state of a replfx.Schedule: {error!r}") from error
-        known = {path for _, paths in self._parts for path in paths}
         here = {path for part in self._done for path in part}
         wanted = {path for part in unrolled for path in part}
-        if foreign := sorted(wanted - known):
+        if foreign := sorted(wanted.difference(self._paths)):
             raise StateDictError(f"it has unrolled `{foreign[0]}`, which was not replaced in this model")
         if ahead := sorted(here - wanted):
             raise StateDictError(

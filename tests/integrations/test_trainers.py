@@ -119,9 +119,31 @@ def test_lightning(tmp_path: Path) -> None:
     assert loss_on_digits(model, whole) < 0.7 * loss_on_digits(model, start)
 
 
-def lightning_run(model: nn.Module, folder: Path, plan: replfx.Plan, left: Path | None = None) -> dict[str, Tensor]:
+@pytest.mark.parametrize("at", [4, 0.5, 20])
+def test_lightning_unrolls_and_goes_on(tmp_path: Path, at: float) -> None:
+    """The checkpoint is of after the switch, of the very step, or of before."""
+    plan = replfx.plan(cnn(0))
+    whole = lightning_run(replfx.apply(cnn(0), plan), tmp_path / "whole", plan, at=at)
+    (left,) = (tmp_path / "whole").glob("epoch=0*.ckpt")
+    is_plain = not any(".replfx." in name for name in torch.load(left, weights_only=True)["state_dict"])
+    assert is_plain == (at != 20)
+    resumed = lightning_run(replfx.apply(cnn(99), plan), tmp_path / "resumed", plan, left, at=at)
+    assert_ended_plain(cnn(0), whole, resumed)
+
+
+def assert_ended_plain(plain: nn.Module, whole: dict[str, Tensor], resumed: dict[str, Tensor]) -> None:
+    plain.load_state_dict(whole)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def lightning_run(
+    model: nn.Module, folder: Path, plan: replfx.Plan, left: Path | None = None, at: float | None = None
+) -> dict[str, Tensor]:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from replfx.integrations.lightning import Unroll
 
     class Digits(lightning.LightningModule):
         def __init__(self) -> None:
@@ -145,7 +167,7 @@ def lightning_run(model: nn.Module, folder: Path, plan: replfx.Plan, left: Path 
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, save_top_k=-1)],
+        callbacks=[ModelCheckpoint(folder, save_top_k=-1), *([] if at is None else [Unroll(at)])],
     )
     trainer.fit(Digits(), loader(), ckpt_path=left)
     assert trainer.current_epoch == EPOCHS
@@ -218,6 +240,15 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     assert_resumed(start, whole, resumed)
 
 
+@pytest.mark.parametrize("at", [4, 0.5, 20])
+def test_transformers_trainer_unrolls_and_goes_on(tmp_path: Path, at: float) -> None:
+    plan = replfx.plan(bert(0), {key: value[None] for key, value in Pixels()[0].items()})
+    whole, _ = transformers_run(replfx.apply(bert(0), plan), Pixels(), tmp_path / "whole", plan, at=at)
+    left = tmp_path / "whole" / f"checkpoint-{BATCHES}"
+    resumed, _ = transformers_run(replfx.apply(bert(99), plan), Pixels(), tmp_path / "resumed", plan, left, at=at)
+    assert_ended_plain(bert(0), whole, resumed)
+
+
 def test_transformers_trainer_where_save_pretrained_renames_weights(tmp_path: Path) -> None:
     """Its Trainer does not load what it saved of such a model: of an untransformed one it only warns (5.24)."""
     plan = replfx.plan(vit(0), {key: value[None] for key, value in Pictures()[0].items()})
@@ -239,9 +270,16 @@ def as_named(model: Any) -> Any:
 
 
 def transformers_run(
-    model: nn.Module, data: Dataset[dict[str, Tensor]], folder: Path, plan: replfx.Plan, left: Path | None = None
+    model: nn.Module,
+    data: Dataset[dict[str, Tensor]],
+    folder: Path,
+    plan: replfx.Plan,
+    left: Path | None = None,
+    at: float | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from replfx.integrations.transformers import Unroll
 
     class SavePlan(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -258,7 +296,8 @@ def transformers_run(
         disable_tqdm=True,
     )
     made = optimizer_of(model, BATCHES)  # its own groups would let the coefficients decay
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[SavePlan()], optimizers=made)
+    callbacks = [SavePlan(), *([] if at is None else [Unroll(at)])]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks, optimizers=made)
     trainer.train(resume_from_checkpoint=None if left is None else str(left))
     assert trainer.state.global_step == EPOCHS * BATCHES
     return weights_of(model), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -278,7 +317,17 @@ def test_accelerate(tmp_path: Path) -> None:
     assert loss_on_digits(model, whole) < 0.7 * loss_on_digits(model, start)
 
 
-def accelerate_run(model: nn.Module, folder: Path, plan: replfx.Plan, left: Path | None = None) -> dict[str, Tensor]:
+@pytest.mark.parametrize("at", [4, 16, 20])
+def test_accelerate_unrolls_and_goes_on(tmp_path: Path, at: int) -> None:
+    plan = replfx.plan(cnn(0))
+    whole = accelerate_run(replfx.apply(cnn(0), plan), tmp_path, plan, at=at)
+    resumed = accelerate_run(replfx.apply(cnn(99), plan), tmp_path / "resumed", plan, tmp_path / "epoch-0", at=at)
+    assert_ended_plain(cnn(0), whole, resumed)
+
+
+def accelerate_run(
+    model: nn.Module, folder: Path, plan: replfx.Plan, left: Path | None = None, at: int | None = None
+) -> dict[str, Tensor]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -286,6 +335,9 @@ def accelerate_run(model: nn.Module, folder: Path, plan: replfx.Plan, left: Path
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
     prepared, optimizer, schedule, batches = accelerator.prepare(model, *optimizer_of(model), loader())
+    unrolls = None if at is None else replfx.Schedule(prepared, optimizer, unroll_at=at, follow=True)
+    if unrolls is not None:
+        accelerator.register_for_checkpointing(unrolls)
     if left is not None:
         accelerator.load_state(str(left))
     for epoch in range(0 if left is None else 1, EPOCHS):
@@ -295,6 +347,8 @@ def accelerate_run(model: nn.Module, folder: Path, plan: replfx.Plan, left: Path
             accelerator.backward(F.cross_entropy(prepared(images), labels))
             accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
             optimizer.step()
+            if unrolls is not None:
+                unrolls.step()
         schedule.step()
         accelerator.save_state(str(folder / f"epoch-{epoch}"))
         (folder / f"epoch-{epoch}" / "plan.json").write_text(plan.to_json())

@@ -1,0 +1,70 @@
+"""For Lightning: a callback that unrolls a model on the way."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:  # the older name of the same package
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+
+from replfx.errors import PlanError
+from replfx.schedule import Schedule, When
+from replfx.tracing import ExampleInputs
+
+__all__ = ["Unroll"]
+
+
+class Unroll(Callback):
+    """Unrolls the transformed model in a LightningModule after a part of the training.
+
+    A run that goes on from a checkpoint (`ckpt_path=`) unrolls what the checkpoint has at full depth before its weights
+    are loaded. A checkpoint of after that is one of the plain model.
+
+    Args:
+        unroll_at: as for `replfx.Schedule`; shares are of `trainer.estimated_stepping_batches`.
+        example_inputs: as for `replfx.unroll`.
+
+    Raises:
+        PlanError: when training starts: there is no transformed model, or more than one optimizer.
+
+    Example:
+        >>> module.model = replfx.transform(module.model)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.2)])
+        >>> trainer.fit(module, loader)
+    """
+
+    def __init__(
+        self,
+        unroll_at: When | Sequence[When] | Mapping[When, str | Sequence[str]] = 0.2,
+        example_inputs: ExampleInputs | None = None,
+    ) -> None:
+        self.unroll_at, self.example_inputs = unroll_at, example_inputs
+        self.schedule: Schedule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before weights are loaded and optimizers are made."""
+        if stage != "fit":
+            return
+        self.schedule = Schedule(
+            pl_module,
+            unroll_at=self.unroll_at,
+            total_steps=lambda: int(trainer.estimated_stepping_batches),
+            example_inputs=self.example_inputs,
+            follow=True,
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the optimizer."""
+        if len(trainer.optimizers) != 1:
+            raise PlanError(
+                f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, and Unroll hands the new "
+                "parameters to one: call replfx.unroll(model, optimizer) yourself"
+            )
+        assert self.schedule is not None
+        self.schedule.optimizer = trainer.optimizers[0]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Unroll when it is time; checkpoints are written after it."""
+        assert self.schedule is not None
+        self.schedule.advance_to(trainer.global_step)
