@@ -160,7 +160,7 @@ def _parts(
             what = f"unrolls `{twice[0]}` twice" if twice else f"never unrolls `{left[0]}`"
             raise PlanError(f"unroll_at {what}: name each replaced block once, of {', '.join(paths)}")
         return sorted(found, key=lambda part: part[0])
-    times = [unroll_at] if isinstance(unroll_at, int | float) else list(unroll_at)
+    times = [unroll_at] if isinstance(unroll_at, int | float | str) else list(unroll_at)
     if not times or len(times) > len(paths):
         raise PlanError(f"unroll_at has {len(times)} times for {len(paths)} replaced blocks: give one to as many")
     steps = sorted(_step(at, total) for at in times)
