@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import replfx
-from benchmarks.models import GPT
 from replfx.compile import Backend
+from replfx.demo.model import GPT
 from tests.compiled import Compiled
 from tests.models import tower
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy.seeds import chosen, generator
 from replfx import ReplfxError
-from replfx.demo.data import augmented, cifar10_pixels
 
 Batch = tuple[Tensor, Tensor]
 EVALUATED = 500
@@ -158,3 +158,55 @@ def stl10(root: Path) -> Images:
         parts += [torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) - 1)]
     train, train_labels, test, test_labels = parts
     return Images(train, train_labels, test, test_labels)
+
+
+def cifar10_pixels(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read CIFAR-10 as image folders (cifar10/train/CLASS/*.png) or as the pickled batches it comes in.
+
+    Returns:
+        training images (N, 3, 32, 32) uint8 and labels (N,) int64, then the same of the test images.
+
+    Raises:
+        ReplfxError: `root` has neither.
+
+    """
+    folders, batches = root / "cifar10", root / "cifar-10-batches-py"
+    if (folders / "train").is_dir() and (folders / "test").is_dir():
+        train, test = _image_folder(folders / "train"), _image_folder(folders / "test")
+    elif batches.is_dir():
+        train = _pickled([batches / f"data_batch_{i}" for i in range(1, 6)])
+        test = _pickled([batches / "test_batch"])
+    else:
+        raise ReplfxError(f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}")
+    return (*train, *test)
+
+
+def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import ImageFolder
+
+    images = ImageFolder(str(folder))
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image, _ in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
+
+
+def _pickled(files: list[Path]) -> tuple[Tensor, Tensor]:
+    # The published files are pickles; they are the user's own download, as torchvision reads them too.
+    parts = [pickle.loads(file.read_bytes(), encoding="bytes") for file in files]
+    pixels = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([part[b"labels"] for part in parts])
+    return torch.from_numpy(pixels), torch.from_numpy(labels).long()
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its width, and mirror half of them left to right."""
+    count, _, size, _ = images.shape
+    reach = size // 8
+    padded = torch.nn.functional.pad(images, [reach] * 4)
+    offsets = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
+    rows, columns = offsets + torch.arange(size)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    # Indices around a slice: the channels come out last.
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import replfx
 from benchmarks.accuracy.resnet import BasicBlock
-from benchmarks.models import CausalBlock
 from replfx import Interface, Match, Operator, Site, Source
+from replfx.demo.model import CausalBlock
 from replfx.fusion.interface import read_slot
 from replfx.kernels import synthesize_low_rank
 from replfx.live import fusion_layers

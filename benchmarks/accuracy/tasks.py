@@ -19,9 +19,9 @@ from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import ResNet, classifier
 from benchmarks.accuracy.scenes import camvid, cityscapes
 from benchmarks.accuracy.text import wikitext2, wikitext2_bytes
-from benchmarks.models import GPT
+from benchmarks.models import vision_transformer
 from replfx import ReplfxError
-from replfx.demo.models import vision_transformer
+from replfx.demo.model import GPT
 
 BUDGETS = ("small", "full")
 

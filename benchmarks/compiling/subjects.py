@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import replfx
 from benchmarks.accuracy.resnet import ResNet
 from benchmarks.common import in_training
-from benchmarks.models import CLASSES, CONTEXT, GPT, PIXELS, VOCABULARY
+from benchmarks.models import CLASSES, CONTEXT, PIXELS, VOCABULARY
+from replfx.demo.model import GPT
 from replfx.measure import Training
 
 Batch = tuple[Tensor, Tensor]

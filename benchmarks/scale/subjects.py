@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import CLASSES, CONTEXT, GPT, VOCABULARY
+from benchmarks.models import CLASSES, CONTEXT, VOCABULARY
+from replfx.demo.model import GPT
 
 __all__ = ["MODELS", "TOWERS", "Model", "Tower"]
 

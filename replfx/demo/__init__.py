@@ -1,6 +1,6 @@
-"""The demo: train a ViT and a residual CNN whole, with replaced blocks, and with those blocks deleted.
+"""The demo: a small language model at full depth, beside what replfx makes of it.
 
-It is what ``python -m replfx demo`` runs, on real images, over several seeds.
+It is what ``python -m replfx demo`` runs: on the sources of Python's own standard library, over several seeds.
 """
 
 from __future__ import annotations
@@ -9,39 +9,27 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from replfx import ReplfxError
+from replfx.errors import ReplfxError
 
 __all__ = ["add_arguments", "run"]
 
-DATASETS = ("digits", "cifar10")
-NEEDED = {"timm": "timm", "torchvision": "torchvision", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+NEEDED = {"matplotlib": "matplotlib"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the demo's options."""
     parser.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default="digits",
-        help="what to train on (digits come with scikit-learn)",
-    )
-    parser.add_argument(
-        "--data-root",
+        "--text",
         type=Path,
-        metavar="DIR",
-        help="folder that holds cifar10/{train,test}/CLASS/*.png or cifar-10-batches-py",
+        metavar="PATH",
+        help="train on this file, or on all files of this folder (default: the sources of Python's standard library)",
     )
     parser.add_argument("--out", type=Path, default=Path("replfx-demo"), metavar="DIR", help="where the results go")
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each variant")
-    parser.add_argument("--epochs", type=_positive, default=12, metavar="N", help="passes over the images")
-    parser.add_argument(
-        "--threads",
-        type=_positive,
-        metavar="N",
-        help="CPU threads (default: 1 for the digits, whose images are too small to share; else PyTorch's)",
-    )
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each variant (3)")
+    parser.add_argument("--steps", type=_positive, default=1200, metavar="N", help="optimizer steps a run (1200)")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few images: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps: does it run at all?")
 
 
 def _positive(text: str) -> int:

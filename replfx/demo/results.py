@@ -5,75 +5,75 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
+from replfx.demo.train import Run, Variant
 from replfx.measure import MIB, Cost
+
+COLOURS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73")
+"""Told apart by eyes that do not see all colours (Okabe and Ito)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one model: its cost, and its accuracy on held-out images, one value a seed."""
+    """One variant: what a step costs at the beginning, and a run a seed."""
 
-    model: str
-    variant: str
+    variant: Variant
     cost: Cost
-    accuracies: tuple[float, ...]
+    runs: tuple[Run, ...]
 
     @property
-    def mean(self) -> float:
-        """Mean accuracy over the seeds."""
-        return statistics.mean(self.accuracies)
+    def losses(self) -> list[float]:
+        """The final held-out loss of each seed."""
+        return [run.losses[-1] for run in self.runs]
 
     @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over the seeds; None for a single one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
-
-    @property
-    def accuracy(self) -> str:
-        """Mean ± standard deviation, in percent."""
-        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
+    def seconds(self) -> float:
+        """Mean training time."""
+        return statistics.mean(run.seconds[-1] for run in self.runs)
 
 
-def table(rows: Sequence[Row], dataset: str, seeds: int) -> Table:
-    """Lay the rows out for the terminal, the models apart."""
-    # Narrow enough for a terminal of 80 columns.
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± sample standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{deviation}"
+
+
+def table(rows: Sequence[Row], name: str, steps: int) -> Table:
+    """Lay the rows out for the terminal: narrow enough for 80 columns."""
+    full = rows[0]
+    seeds = len(full.runs)
     result = Table(
-        title=f"{dataset}, {seeds} seed{'s' if seeds > 1 else ''}",
-        caption="Step: median of interleaved steps, optimizer included. Accuracy: held out, mean ± sd.",
+        title=f"{name}: {steps:,} steps, {seeds} seed{'s' if seeds > 1 else ''}",
+        caption="Loss: held out, nats a byte, mean ± sd over the seeds; lower is better. Memory: peak of a step.",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    result.add_column("model")
-    result.add_column("variant", no_wrap=True)
+    result.add_column("every second block", no_wrap=True)
     for head in (
         "trainable\nparameters",
-        "step\ntime,\nms",
-        "peak\ntraining\nmemory, MiB",
-        "saved\nactivations,\nMiB",
-        "accuracy,\n%",
+        "training\ntime, s",
+        "memory,\nMiB",
+        "held-out\nloss",
+        "− full depth,\npaired",
     ):
         result.add_column(head, justify="right", no_wrap=True)
-    for model, group in groupby(rows, key=lambda row: row.model):
-        for row in group:
-            cost = row.cost
-            result.add_row(
-                model,
-                row.variant,
-                f"{cost.trainable_parameters:,}",
-                f"{1e3 * cost.step_seconds.median:.1f}",
-                f"{cost.peak_bytes / MIB:.1f}",
-                f"{cost.saved_bytes / MIB:.1f}",
-                row.accuracy,
-            )
-        result.add_section()
+    for row in rows:
+        start, end = row.runs[0].parameters
+        differences = [one - other for one, other in zip(row.losses, full.losses, strict=True)]
+        result.add_row(
+            row.variant.name,
+            f"{start:,}" if start == end else f"{start:,}\n→ {end:,}",
+            f"{row.seconds:.0f}",
+            f"{row.cost.peak_bytes / MIB:.1f}",
+            spread(row.losses),
+            "" if row is full else spread(differences, "+"),
+        )
     return result
 
 
@@ -86,35 +86,44 @@ def write(
         "config": config,
         "environment": environment,
         "results": [
-            {"model": r.model, "variant": r.variant, "accuracies": r.accuracies, **r.cost.to_dict()} for r in rows
+            {"variant": row.variant.name, "cost": row.cost.to_dict(), "runs": [asdict(run) for run in row.runs]}
+            for row in rows
         ],
     }
-    data = folder / "demo.json"
+    data, picture = folder / "demo.json", folder / "demo.png"
     data.write_text(json.dumps(record, indent=2) + "\n")
-    picture = folder / "demo.png"
-    _plot(rows, str(config["dataset"]), picture)
+    _plot(rows, str(config["text"]), picture)
     return [data, picture]
 
 
-def _plot(rows: Sequence[Row], dataset: str, path: Path) -> None:
-    """Plot accuracy against parameters and against step time, one row of axes a model."""
+def _plot(rows: Sequence[Row], name: str, path: Path) -> None:
+    """Plot the held-out loss against training time; a line a variant, and a band of one standard deviation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    models = {model: list(group) for model, group in groupby(rows, key=lambda row: row.model)}
-    figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(models), 2, squeeze=False)
-    for (model, group), line in zip(models.items(), axes, strict=True):
-        for row, marker in zip(group, "osD^", strict=True):
-            cost = row.cost
-            for ax, x in zip(line, (cost.trainable_parameters / 1e3, 1e3 * cost.step_seconds.median), strict=True):
-                spread = 100 * (row.deviation or 0)
-                ax.errorbar(x, 100 * row.mean, yerr=spread, fmt=marker, markersize=8, capsize=4, label=row.variant)
-        for ax, label in zip(line, ("trainable parameters, thousands", "step time, ms"), strict=True):
-            ax.set(xlabel=label, ylabel="held-out accuracy, %", title=f"{model} on {dataset}")
-            ax.set_xlim(0, 1.08 * ax.dataLim.x1)
-            ax.grid(alpha=0.3)
-    # Outside of the axes, where it covers no point.
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=130)
+    ax = figure.subplots()
+    for row, colour in zip(rows, COLOURS, strict=True):
+        times = [statistics.mean(at) for at in zip(*(run.seconds for run in row.runs), strict=True)]
+        every = list(zip(*(run.losses for run in row.runs), strict=True))
+        means = [statistics.mean(losses) for losses in every]
+        ax.plot(times, means, color=colour, marker="o", markersize=3.5, label=row.variant.name)
+        if len(row.runs) > 1:
+            band = [statistics.stdev(losses) for losses in every]
+            low, high = ([m + sign * b for m, b in zip(means, band, strict=True)] for sign in (-1, 1))
+            ax.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
+        switches = [run.switched for run in row.runs if run.switched is not None]
+        if switches:
+            at = statistics.mean(switches)
+            ax.axvline(at, color=colour, linestyle=":", linewidth=1)
+            ax.annotate("unroll", (at, 0.97), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                        color=colour, va="top")  # fmt: skip
+    lowest = min(min(run.losses) for row in rows for run in row.runs)
+    highest = statistics.median(run.losses[min(1, len(run.losses) - 1)] for row in rows for run in row.runs)
+    ax.set(xlabel="training time, s", ylabel="held-out loss, nats a byte", xlim=(0, None))
+    ax.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.15 * (highest - lowest))
+    ax.set_title(f"A language model of 12 blocks on {name}", fontsize=11)
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -17,8 +17,9 @@ pytest.importorskip("matplotlib")
 from benchmarks.inference import command
 from benchmarks.inference.output import Row
 from benchmarks.inference.subjects import BOUNDS, FULL, Way, runnable, to_int8, ways_of, weight_bytes
-from benchmarks.models import GPT, SUBJECTS, Subject
+from benchmarks.models import SUBJECTS, Subject
 from replfx import ReplfxError
+from replfx.demo.model import GPT
 
 CPU = torch.device("cpu")
 SMALL = Subject(

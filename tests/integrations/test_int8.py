@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
-from replfx.demo.data import Images, load
-from replfx.demo.models import cnn, vit
-from replfx.demo.train import Recipe, accuracy, train
+from tests.digits import Digits, accuracy, cnn, train, vit
+from tests.digits import digits as handwritten
 from tests.integrations.shipped import OPERATORS, scattered
 from tests.models import GPT, ConvNet
 
@@ -224,20 +223,20 @@ def test_pt2e_of_a_transformed_model_with_batch_norm_may_be_wrong_and_of_a_mater
 
 
 @pytest.fixture(scope="module")
-def digits() -> Images:
+def digits() -> Digits:
     pytest.importorskip("sklearn")
-    return load("digits", None)
+    return handwritten()
 
 
-def trained(make: Callable[[Images], nn.Module], operator: str, data: Images) -> nn.Module:
+def trained(make: Callable[[], nn.Module], operator: str, data: Digits) -> nn.Module:
     """A model that was transformed, trained for seconds and materialized."""
     torch.manual_seed(0)
-    model = replfx.transform(make(data), data.train_images[:2], operator=operator)
-    train(model, data, Recipe(epochs=8), seed=0, on_epoch=lambda: None)
+    model = replfx.transform(make(), data.train_images[:2], operator=operator)
+    train(model, data, epochs=8, seed=0)
     return replfx.materialize(model.eval())
 
 
-def static_accuracy(plain: nn.Module, data: Images) -> float:
+def static_accuracy(plain: nn.Module, data: Digits) -> float:
     """Of static INT8, calibrated on images that it was trained on."""
     batch = len(data.test_images)
     made = static_int8(plain, [data.train_images[:batch]])
@@ -246,7 +245,7 @@ def static_accuracy(plain: nn.Module, data: Images) -> float:
 
 
 @pytest.mark.parametrize(("make", "operator"), [(vit, "block"), (vit, "light"), (cnn, "light")])
-def test_accuracy_survives(make: Callable[[Images], nn.Module], operator: str, digits: Images) -> None:
+def test_accuracy_survives(make: Callable[[], nn.Module], operator: str, digits: Digits) -> None:
     if make is vit:
         pytest.importorskip("timm")
     plain = trained(make, operator, digits)

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import replfx
+from tests.digits import ResidualCNN
+from tests.digits import digits as handwritten
 
 pytestmark = pytest.mark.integrations
 
@@ -39,10 +41,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digits() -> TensorDataset:
-    from replfx.demo.data import load
-
-    data = load("digits", None).shortened(BATCH * BATCHES, 1)
-    return TensorDataset(data.train_images, data.train_labels)
+    data = handwritten()
+    return TensorDataset(data.train_images[: BATCH * BATCHES], data.train_labels[: BATCH * BATCHES])
 
 
 class EpochOrder(Sampler[int]):
@@ -69,8 +69,6 @@ def loader() -> DataLoader[Any]:
 
 def cnn(seed: int) -> nn.Module:
     """Has batch statistics, which are to be saved and loaded too."""
-    from replfx.demo.models import ResidualCNN
-
     torch.manual_seed(seed)
     return ResidualCNN(1, 10, (8,), blocks=5)
 
