@@ -58,6 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fusion", default="auto", help="how neighbours are fused: auto, scalar, scalar_layer, channel"
     )
+    parser.add_argument(
+        "--unroll-at", type=number, metavar="N", help="back to full depth after this share of the steps, or so many"
+    )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=64, help="images a step and process")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -69,6 +72,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("run"), help="on a disk that all processes share")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return parser.parse_args(argv)
+
+
+def number(text: str) -> int | float:
+    """A whole number, or a share."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 # ---- data: a batch is a function of (seed, step, rank), so that a resumed run sees what it would have seen
@@ -317,8 +325,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     network = distribute(args, model, blocks, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor_of(step, args.steps))
+    unrolls = None
+    if args.unroll_at is not None and plan is not None:
+        unrolls = replfx.Schedule(network, optimizer, unroll_at=args.unroll_at, total_steps=args.steps)
     torch.manual_seed(seed_of(args.seed, "rank", rank))  # dropouts differ between ranks
     if newest:
+        if unrolls is not None:
+            unrolls.load_state_dict(about["unrolls"])  # first: it says what the model and the optimizer hold
         load(newest[0], model, optimizer)
         schedule.load_state_dict(about["schedule"])
         step = about["step"]
@@ -340,6 +353,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             [rate] = schedule.get_last_lr()
             schedule.step()
             step += 1
+            if unrolls is not None:
+                unrolls.step()
             dist.all_reduce(mean := loss.detach() / world_size)
             value, seconds, before = mean.item(), time.perf_counter() - before, time.perf_counter()
             if not math.isfinite(value):
@@ -349,6 +364,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             progress.update(bar, completed=step, description=f"loss {value:.4f}")
             if step % args.save_every == 0 or step == args.steps:
                 about = {"step": step, "schedule": schedule.state_dict(), "identity": identity}
+                about["unrolls"] = None if unrolls is None else unrolls.state_dict()
                 save(args.output, state_of(model, optimizer), about)
 
 

@@ -107,6 +107,19 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, float]:
     return rows, seconds
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_unrolls_goes_on_from_either_side(tmp_path: Path, ranks: int) -> None:
+    """From a checkpoint of before the switch, which comes after step 21, and from one of that very step."""
+    options = [*OPTIONS, "--operator", "block", "--unroll-at", "21", *(["--fsdp"] if ranks > 1 else [])]
+    assert not Job(options, tmp_path / "whole", ranks).run()
+    for number, die_at in enumerate(("step-000000021", "step-000000028")):
+        output = tmp_path / f"killed{number}"
+        assert Job(options, output, ranks, die_at=(die_at, 1)).run() == "killed"
+        assert not Job(options, output, ranks).run()
+        assert rows_of(output) == rows_of(tmp_path / "whole")
+    assert json.loads((output / "step-000000035" / "run.json").read_text())["unrolls"]["unrolled"]
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed just before it began the checkpoint of step 21."""
