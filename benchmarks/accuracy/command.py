@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     shown = [v.name for v in variants]
     if not args.variants:
         shown = list(dict.fromkeys(shown + [r["variant"] for r in records]))
-    rows = rows_of(records, shown, TASKS[args.task].metric, args.target)
+    rows = [r for r in rows_of(records, shown, TASKS[args.task].metric, args.target) if r.metrics or args.variants]
     if not any(row.metrics for row in rows):
         raise ReplfxError(f"{lines} has no finished run of {args.task}/{budget}")
     console.print(table(rows, TASKS[args.task].metric))

@@ -114,8 +114,8 @@ class Row:
 def rows_of(records: Sequence[Record], variants: Sequence[str], metric: Metric, target: float | None) -> list[Row]:
     """Set the variants beside the bounds.
 
-    Which `removed` bounds a variant is that of the same blocks: `removed:select=…` where it has a `select` (or
-    another policy) of its own, else `removed`.
+    Full is the one of those with rates of their own (`full:lr=…`) that ends best. Which `removed` bounds a variant is
+    that of the same blocks: `removed:select=…` where it has a `select` (or another policy) of its own, else `removed`.
 
     Args:
         records: of one subject, costs and runs.
@@ -131,11 +131,20 @@ def rows_of(records: Sequence[Record], variants: Sequence[str], metric: Metric, 
             costs[record["variant"]] = record
         else:
             runs.setdefault(record["variant"], {})[record["seed"]] = record
-    metrics = {name: {seed: float(run["metric"]) for seed, run in runs.get(name, {}).items()} for name in variants}
-    full = metrics.get("full", {})
+    known = dict.fromkeys((*variants, *runs))
+    metrics = {name: {seed: float(run["metric"]) for seed, run in runs.get(name, {}).items()} for name in known}
+    best = best_full(metrics, metric)
+    full = metrics.get(best, {})
     if target is None and full:
         target = min(full.values()) if metric.higher_is_better else max(full.values())
-    return [_row(name, metrics, costs, runs.get(name, {}), metric, target) for name in variants]
+    return [_row(name, best, metrics, costs, runs.get(name, {}), metric, target) for name in variants]
+
+
+def best_full(metrics: Mapping[str, Mapping[int, float]], metric: Metric) -> str:
+    """The name of full at the learning rate that suits it best, of those that were tried with most seeds."""
+    tried = [name for name in metrics if name.split(":")[0] == "full" and ":length=" not in name and metrics[name]]
+    sign = 1 if metric.higher_is_better else -1
+    return max(tried, key=lambda name: (len(metrics[name]), sign * mean(metrics[name].values())), default="full")
 
 
 def removed_like(variant: str) -> str:
@@ -143,7 +152,7 @@ def removed_like(variant: str) -> str:
     method, *options = variant.split(":")
     if method in ("same-time", "full"):
         return "removed"
-    policy = [o for o in options if o.partition("=")[0] in ("select", "every", "fraction")]
+    policy = [o for o in options if o.partition("=")[0] in ("select", "every", "fraction", "keep")]
     if method == "rule2024" and not policy:
         policy = ["every=4"]
     return ":".join(["removed", *policy])
@@ -151,6 +160,7 @@ def removed_like(variant: str) -> str:
 
 def _row(
     name: str,
+    full: str,
     metrics: Mapping[str, dict[int, float]],
     costs: Mapping[str, Record],
     runs: Mapping[int, Record],
@@ -164,7 +174,7 @@ def _row(
     return Row(
         name,
         metrics[name],
-        None if name == "full" else Difference.of(metrics[name], metrics.get("full", {})),
+        None if name == full else Difference.of(metrics[name], metrics.get(full, {})),
         None if name == bound else Difference.of(metrics[name], metrics.get(bound, {})),
         cost,
         _eta(costs, name, bound, lambda c: float(c["step_over_full"]["median"])),
