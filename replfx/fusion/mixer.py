@@ -5,11 +5,12 @@ token alone. Most of a block's FLOPs are the MLP's, and what replacing keeps of 
 (docs/findings.md), so this one keeps the first and drops the second: y = x + attention(N(x); θ, own).
 """
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -96,7 +97,7 @@ class MixerOperator(BlockOperator):
 
     def prepare(self, block: nn.Module) -> None:
         for path in self.dropped:
-            nothing = _nothing(self.items.get(path), spread=self.spread)
+            nothing = _in_place_of(block.get_submodule(path), _nothing(self.items.get(path), spread=self.spread))
             set_submodule(block, path, nothing.train(block.training))
         for name in self.scales:  # what scales nothing is not to be trained
             path, _, leaf = name.rpartition(".")
@@ -156,6 +157,19 @@ def _nothing(items: Sequence[bool] | None, *, spread: bool) -> fx.GraphModule:
     zero = graph.call_method("new_zeros", (x, shape))
     graph.output(zero if items is None else tuple(zero if tensor else None for tensor in items))
     return fx.GraphModule(nn.Module(), graph, "Nothing")
+
+
+def _in_place_of(left_out: nn.Module, nothing: fx.GraphModule) -> nn.Module:
+    """What stands in the place of a module that is left out, with what others ask a normalisation of torch.nn for.
+
+    `nn.TransformerEncoderLayer` compares the `eps` of its two before it hands all weights to one fused operator. One
+    that equals no number keeps it from looking for weights that are not there.
+    """
+    if not type(left_out).__module__.startswith("torch.nn") or not hasattr(left_out, "eps"):
+        return nothing
+    asked: Any = nn.Sequential(nothing)  # a copy of a GraphModule has no more attributes than its graph reads
+    asked.eps = math.nan
+    return cast(nn.Module, asked)
 
 
 # ---- finding the MLP
