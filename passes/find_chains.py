@@ -132,12 +132,12 @@ class _Search:
 
     def _block(self, candidate: Candidate, entered: Joined, left: Joined) -> Block:
         call = candidate.call
-        interface = interface_of(call, entered, left)
+        nodes = tuple(self.info.nodes[call.start : call.stop])
+        interface = interface_of(call, nodes, entered, left)
         given, gives = read_slot(interface.main, call.args, call.kwargs), output_slots(call)[left[0][0]]
         assert isinstance(given, fx.Node)
         members = members_of(self.root, call.path)
         names = {call.path: ""} if members == [call.path] else {path: str(i) for i, path in enumerate(members)}
-        nodes = tuple(self.info.nodes[call.start : call.stop])
         if call.filled:
             fills, effects = effects_of(call, set(nodes), given)
             interface = replace(interface, fills=fills, effects=effects)

@@ -1,5 +1,6 @@
 """Slots: which node sits where among the inputs and the outputs of a module call."""
 
+from collections.abc import Collection
 from typing import TypeAlias
 
 from torch import fx
@@ -56,11 +57,12 @@ def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
                 _walk(f"{slot}.{key}".lstrip("."), item, slots)
 
 
-def interface_of(call: ModuleCall, entered: Joined, left: Joined) -> Interface:
+def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, left: Joined) -> Interface:
     """How a call of a chain is made.
 
     Args:
         call: the call.
+        nodes: those that were recorded in it.
         entered: pairs of the previous block's output slots and the input slots that they fill; the first is
             that of the main activation.
         left: pairs of its own output slots and the next block's input slots. One goes with the input slot of
@@ -70,11 +72,14 @@ def interface_of(call: ModuleCall, entered: Joined, left: Joined) -> Interface:
     slots = tuple(dict.fromkeys(slot for _, slot in entered if slot in inputs)) or tuple(inputs)[:1]
     carried = {outputs[out]: slot if slot in slots else slots[0] for out, slot in reversed(left) if out in outputs}
     handed = {same_value(node): slot for slot, node in inputs.items()}
+    inside = set(nodes)
 
     def template(value: object) -> object:
         if isinstance(value, fx.Node):
             slot = carried.get(value, handed.get(same_value(value)))
-            return {"computed": True} if slot is None else {"input": slot}
+            if slot is not None:
+                return {"input": slot}
+            return {"computed" if any(user not in inside for user in value.users) else "unread": True}
         if isinstance(value, tuple):
             return {"tuple": [template(item) for item in value]}
         if isinstance(value, list):

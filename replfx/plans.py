@@ -265,7 +265,7 @@ def _check_template(template: object, where: str, depth: int = 0) -> None:
     if len(template) != 1:
         raise PlanError(f"{where}: each part of its output must have one key")
     ((key, inner),) = template.items()
-    wanted = {"input": str, "computed": bool, "tuple": list, "list": list, "dict": dict}.get(key)
+    wanted = {"input": str, "computed": bool, "unread": bool, "tuple": list, "list": list, "dict": dict}.get(key)
     if wanted is None or type(inner) is not wanted:
         raise PlanError(f"{where}: its output has {key!r}: {type(inner).__name__}")
     if key == "input" and not _is_slot(inner):

@@ -23,8 +23,8 @@ REPLACED, REFUSED, FAILURE = "replaced", "refused", "failure"
 # larger. A wrong weight changes outputs by about their own size.
 TOLERANCE = 1e-3
 
-# Which expert of a mixture gets a token depends on the weights before it: where a parameter has no gradient yet,
-# further batches are drawn.
+# Which expert of a mixture gets a token depends on the weights before it, and layer drop leaves layers out by chance:
+# where a parameter has no gradient yet, further batches and other chances are drawn.
 DRAWS = 6
 
 
@@ -151,7 +151,7 @@ def _without_gradient(model: nn.Module) -> set[str]:
 def _without_gradient_in_more(model: nn.Module, variant: Variant, ever: set[str]) -> set[str]:
     """The same after some more batches, or as soon as only those of `ever` are left."""
     for draw in range(2, DRAWS + 1):
-        loss_of(called(model, fed(variant, draw))).backward()
+        loss_of(called(model, fed(variant, draw), draw)).backward()
         if _without_gradient(model) <= ever:
             break
     return _without_gradient(model)

@@ -63,9 +63,9 @@ def fed(variant: Variant, draw: int = 1) -> Inputs:
     return variant.inputs()
 
 
-def called(model: Callable[..., object], inputs: Inputs) -> object:
-    """Call a model, or what a peer made of it, from the same state of the random generators each time."""
-    seed(2)
+def called(model: Callable[..., object], inputs: Inputs, draw: int = 1) -> object:
+    """Call a model, or what a peer made of it, from the same state of the random generators each time for one draw."""
+    seed(draw + 1)
     if isinstance(inputs, Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)

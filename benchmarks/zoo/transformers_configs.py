@@ -28,8 +28,6 @@ TINY: Mapping[str, object] = {
     **dict.fromkeys(_HEADS.split(), HEADS),
     **dict.fromkeys(_HIDDEN.split(), 2 * WIDTH),
     **dict.fromkeys(_LENGTHS.split(), 64),
-    # Layer drop leaves layers out at random.
-    **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv"), WIDTH // HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),

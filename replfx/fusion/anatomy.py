@@ -22,6 +22,7 @@ from replfx.fusion.residual import ACTIVATIONS, Branch, Residual
 __all__ = ["Anatomy", "MapPair", "activation_of", "dissect"]
 
 _CLOSE = 1e-6
+_DRAWS = 4
 _LARGE = 16
 
 
@@ -204,6 +205,7 @@ class _Maps:
         self.branch, self.residual = branch, branch.residual
         self.probe = branch.residual.probe
         self.norm = first_norm(branch)
+        self.close = max(_CLOSE, self.probe.rounding)  # numbers that were drawn are apart by about their own size
         readings = [(name, node) for node in branch.nodes for name, p in self.probe.parameters_at(node) if p.dim() >= 2]
         self.readers: dict[str, fx.Node] = dict(readings)
 
@@ -216,13 +218,13 @@ class _Maps:
         last = self._last()
         if last is None:
             return None
-        starts = [self._alike() for _ in range(2)]
+        starts = [self._alike() for _ in range(_DRAWS)]
         inner = [self._what_goes_in(last, start) for start in starts]
         firsts = [reading for name in self.readers if (reading := self._as_first(name, last, starts[0])) is not None]
-        change = inner[0] - inner[1]
+        change = _differences(inner)
         for first in firsts:
-            made = self._rows_of(first) @ (self._normalised(starts[0]) - self._normalised(starts[1]))
-            order = _order(change, made) or self._row_by_row(first, last, len(change), starts[0])
+            made = self._rows_of(first) @ _differences([self._normalised(start) for start in starts])
+            order = _order(change, made, self.close) or self._row_by_row(first, last, len(change), starts[0])
             if order is not None:
                 return replace(self._paired(first, last, order, len(made)), proven=True)
         return self._by_width(firsts, last, len(change), starts[0])
@@ -234,16 +236,16 @@ class _Maps:
 
         What reaches a row's gradient is scaled as the one input of the last map is that the row makes.
         """
-        along, scales = self.probe.draw((self.residual.width,)), torch.linspace(1, 2, hidden, dtype=torch.float64)
+        along, scales = self.probe.draw((self.residual.width,)), torch.linspace(1, 2, hidden, dtype=self.probe.dtype)
         weight = self.probe.block.get_parameter(last.name).detach()
         by_input = scales.unsqueeze(1) if last.column else scales.view(-1, *[1] * (weight.dim() - 2))
         before, after = (
             self._row_gradients(first, last, start, along, weights) for weights in ({}, {last.name: weight * by_input})
         )
-        rows = (before.abs() > _CLOSE * before.abs().max()).nonzero().flatten()
+        rows = (before.abs() > self.close * before.abs().max()).nonzero().flatten()
         if len(rows) != hidden or not self._is_linear_in(first, last, start):
             return None
-        inputs = _order(after[rows] / before[rows], scales)
+        inputs = _order((after[rows] / before[rows]).unsqueeze(1), scales.unsqueeze(1), self.close)
         if inputs is None or len(set(inputs)) != hidden:
             return None
         return [int(rows[inputs.index(place)]) for place in range(hidden)]
@@ -351,7 +353,7 @@ class _Maps:
                 if not self._has_channels(values.get(node)):
                     continue
                 gradient = self._gradient(name, node, start, along)
-                column = None if gradient is None else _column(gradient, along, outward=True)
+                column = None if gradient is None else _column(gradient, along, self.close, outward=True)
                 if column is not None:
                     return _Reading(name, node, column)
         return None
@@ -375,9 +377,9 @@ class _Maps:
         if name == last.name:
             return None
         gradient = self._gradient(name, last.node, start, self.probe.draw((self.residual.width,)))
-        if gradient is None or gradient.abs().max() < _CLOSE:
+        if gradient is None or gradient.abs().max() < self.close:
             return None
-        column = _column(gradient, self._normalised(start), outward=False)
+        column = _column(gradient, self._normalised(start), self.close, outward=False)
         return None if column is None else _Reading(name, self.readers[name], column)
 
     def _is_linear_in(self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor]) -> bool:
@@ -389,15 +391,16 @@ class _Maps:
                 self.branch.gives(start, watch=[last.node], weights={first.name: weight + count * step})[last.node]
                 for count in range(3)
             ]
-        return torch.allclose(made[1] - made[0], made[2] - made[1], rtol=_CLOSE, atol=_CLOSE)
+        return torch.allclose(made[1] - made[0], made[2] - made[1], rtol=self.close, atol=self.close)
 
 
-def _column(gradient: Tensor, vector: Tensor, *, outward: bool) -> bool | None:
+def _column(gradient: Tensor, vector: Tensor, close: float, *, outward: bool) -> bool | None:
     """Whether a map has its outputs in columns, if its gradient is an outer product with a vector; None if it is none.
 
     Args:
         gradient: for the map.
         vector: of its outputs' gradient, or of its inputs.
+        close: how far apart the two may be, as a share of the largest.
         outward: which of the two.
     """
     for column in (False, True):
@@ -405,21 +408,33 @@ def _column(gradient: Tensor, vector: Tensor, *, outward: bool) -> bool | None:
         if by_rows.shape[1] != len(vector):
             continue
         other = by_rows @ vector / (vector @ vector)
-        if torch.allclose(torch.outer(other, vector), by_rows, rtol=_CLOSE, atol=_CLOSE * float(by_rows.abs().max())):
+        if torch.allclose(torch.outer(other, vector), by_rows, rtol=close, atol=close * float(by_rows.abs().max())):
             return column
     return None
 
 
-def _order(taken: Tensor, made: Tensor) -> list[int] | None:
-    """Which of the numbers `made` each of `taken` is; None if one of them is none."""
-    values, indices = made.sort()
-    right = torch.searchsorted(values, taken).clamp(1, max(1, len(values) - 1))
-    left = right - 1
-    right = right.clamp(max=len(values) - 1)
-    nearest = torch.where((values[left] - taken).abs() <= (values[right] - taken).abs(), left, right)
-    if bool(((values[nearest] - taken).abs() > _CLOSE * float(made.abs().max())).any()):
+def _differences(vectors: Sequence[Tensor]) -> Tensor:
+    """What tells the vectors from the first one, in columns: without what is added to all, as a bias is."""
+    return torch.stack([vector - vectors[0] for vector in vectors[1:]], 1)
+
+
+def _order(taken: Tensor, made: Tensor, close: float) -> list[int] | None:
+    """Which row of `made` each row of `taken` is; None if one of them is none.
+
+    Of thousands of numbers some are closer to each other than rounding is: the columns together tell them apart.
+    """
+    reach = close * float(made.abs().max())
+    values, indices = made[:, 0].contiguous().sort()
+    start = torch.searchsorted(values, taken[:, 0] - reach)
+    stop = torch.searchsorted(values, taken[:, 0] + reach, right=True)
+    if bool((start == stop).any()):
         return None
-    return [int(index) for index in indices[nearest]]
+    nearest, distance = start, torch.full_like(taken[:, 0], torch.inf)
+    for step in range(int((stop - start).max())):
+        place = torch.minimum(start + step, stop - 1)
+        apart = (made[indices[place]] - taken).abs().amax(1)
+        nearest, distance = torch.where(apart < distance, place, nearest), torch.minimum(apart, distance)
+    return None if bool((distance > reach).any()) else [int(index) for index in indices[nearest]]
 
 
 def _ranges(order: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -29,12 +29,13 @@ from torch import Tensor, fx, nn
 from replfx.errors import FusionError
 from replfx.fusion.norms import is_entry, is_norm
 from replfx.fusion.operators import Site
-from replfx.fusion.probe import Probe, Unmeasured, module_at, number_of
+from replfx.fusion.probe import Probe, Unmeasured, module_at, number_of, rounding_of
 from replfx.fusion.residual import Branch, Residual, gives, is_passing, is_residual, not_residual
 
 __all__ = ["Fold", "branch_silencers", "fold_of", "identity_fold", "set_linear", "silence", "silencers"]
 
 _PATHS = ("norm", "first", "inner", "last", "entry")
+_NEAR = 1e-10  # a branch that gives anything gives something of the size of its weights
 _LISTS = ("silenced", "scales", "columns")
 
 
@@ -172,7 +173,8 @@ def _in_both_modes(value: Callable[[bool], Tensor], wanted: Tensor | float) -> b
                 if not training:
                     raise
                 continue
-            if not torch.allclose(made, torch.as_tensor(wanted, dtype=made.dtype), rtol=1e-10, atol=1e-10):
+            near = max(_NEAR, rounding_of(made.dtype))
+            if not torch.allclose(made, torch.as_tensor(wanted, dtype=made.dtype), rtol=near, atol=near):
                 return False
     return True
 

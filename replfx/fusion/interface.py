@@ -20,7 +20,8 @@ class Interface:
     Attributes:
         inputs: the slots that the previous block of the chain fills; the first is the main activation.
         output: what the block gives, as plain JSON: `{"input": slot}` where an activation is carried or an
-            input is handed through, `{"computed": true}` what only the block itself knows,
+            input is handed through, `{"computed": true}` what only the block itself knows, `{"unread": true}` the
+            same where nobody reads it (the weights of an attention): None in what takes the block's place,
             `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}` and constants.
         fills: the caches of keys and values among its inputs that it fills.
         effects: it puts something else into an object that it is given, or what it fills is read by others.
@@ -77,6 +78,8 @@ def _any_computed(template: object) -> bool:
     if isinstance(template, Mapping):
         if "computed" in template:
             return True
+        if "unread" in template:
+            return False
         (inner,) = template.values()
         parts = inner.values() if isinstance(inner, Mapping) else inner
         return not isinstance(parts, str) and any(_any_computed(part) for part in parts)
@@ -99,6 +102,8 @@ def _places(template: object, slot: str) -> Iterator[tuple[Any, ...]]:
 def _build(template: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: str, main: Any) -> Any:
     if not isinstance(template, Mapping):
         return template
+    if "unread" in template:
+        return None
     if "input" in template:
         return main if template["input"] == slot else read_slot(template["input"], args, kwargs)
     if "tuple" in template:

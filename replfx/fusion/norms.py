@@ -133,7 +133,7 @@ def _takes_channels_second(residual: Residual, path: str) -> bool:
     sides = [side for side in _SIDES if side != width][: residual.probe.x.dim() - 2]
     try:
         twin = copy.deepcopy(residual.probe.block.get_submodule(path))
-        twin(torch.zeros(2, width, *sides, dtype=torch.float64))
+        twin(torch.zeros(2, width, *sides, dtype=residual.probe.dtype))
     except (RuntimeError, ValueError, IndexError):
         return False
     return True

@@ -43,7 +43,7 @@ def _slots(interface: Interface) -> set[str]:
             ((key, inner),) = template.items()
             if key == "input":
                 found.add(str(inner))
-            elif key != "computed":
+            elif key not in ("computed", "unread"):
                 for part in inner.values() if isinstance(inner, Mapping) else inner:
                     visit(part)
 
@@ -65,6 +65,8 @@ def _emit(
     if not isinstance(template, Mapping):
         return template
     ((key, inner),) = template.items()
+    if key == "unread":
+        return None
     if key == "input":
         return main if inner == slot else _node_of_slot(graph, inner, args, kwargs)
     if key == "dict":

@@ -1,7 +1,8 @@
 """Runs a block's part of a captured graph alone, on numbers drawn at random, to see what its structure does not prove.
 
 Nothing of the model's own numbers is used: weights that are zero at the start, as those of many branches are, would
-hide what depends on what; and a model on the meta device has none. All floats are of double precision.
+hide what depends on what; and a model on the meta device has none. All floats are of double precision, or of single
+precision where the block has operations that know no other (grouped matrix products of experts).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,7 +17,17 @@ from replfx.errors import CaptureError
 from replfx.fusion.operators import Site
 from replfx.structure import is_wrapped
 
-__all__ = ["Probe", "Unmeasured", "activations_of", "is_cast", "is_layout", "module_at", "name_of", "number_of"]
+__all__ = [
+    "Probe",
+    "Unmeasured",
+    "activations_of",
+    "is_cast",
+    "is_layout",
+    "module_at",
+    "name_of",
+    "number_of",
+    "rounding_of",
+]
 
 _SEED = 7
 _LAYOUT = ("reshape", "view", "flatten", "contiguous", "permute", "transpose", "unflatten", "squeeze", "unsqueeze", "t")
@@ -28,6 +39,8 @@ _FLAG = "training_flag"
 _DIMS = (3, 4, 2, 5)  # of an activation whose shape is not known, the likely ones first
 _SIDES = (7, 6, 5)
 _DEPTH = 32
+_PRECISIONS = (torch.float64, torch.float32)
+_ROUNDINGS = 2.0**10
 
 
 class Unmeasured(Exception):  # noqa: N818 - an answer, not an error
@@ -44,6 +57,7 @@ class Probe:
     Attributes:
         block: a copy of the block with these weights.
         x: its main activation, of what the operations before the block can give: behind a ReLU it is not negative.
+        dtype: of all floats.
 
     Raises:
         Unmeasured: it does not run alone.
@@ -52,26 +66,45 @@ class Probe:
     def __init__(self, site: Site, shape: tuple[int, ...] | None = None) -> None:
         self.site = site
         self._wanted = shape
-        self._draw = torch.Generator().manual_seed(_SEED)
         if any(is_wrapped(p) for p in site.block.parameters()):
             raise Unmeasured("its weights are of a class of their own")
-        self.block = self._with_numbers(site.block)
         self._inside = frozenset(site.nodes)
+        reasons = [reason for dtype in _PRECISIONS if (reason := self._starts_in(dtype)) is not None]
+        if len(reasons) == len(_PRECISIONS):
+            raise Unmeasured(reasons[-1])
+
+    def _starts_in(self, dtype: torch.dtype) -> str | None:
+        """Draw all numbers in one precision; gives the reason why the block does not run on them."""
+        self.dtype = dtype
+        self._draw = torch.Generator().manual_seed(_SEED)
         self._given: dict[fx.Node, Any] = {}
         self._masked: bool | None = None
-        self.x = self._fitting_input()
+        self.block = self._with_numbers(self.site.block)
+        fitting = self._fitting_input()
+        if isinstance(fitting, str):
+            return fitting
+        self.x = fitting
+        return None
+
+    @property
+    def rounding(self) -> float:
+        """How far apart two results may be that would be equal without rounding, as a share of the largest."""
+        return rounding_of(self.dtype)
 
     # ---- numbers
 
-    def draw(self, shape: Iterable[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        """Numbers at random, of any sign."""
+    def draw(self, shape: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Numbers at random, of any sign; floats whatever their `dtype` is in the precision of this probe."""
+        dtype = dtype or self.dtype
         if dtype == torch.bool:
             return self._mask(tuple(shape))
         if not (dtype.is_floating_point or dtype.is_complex):
             return torch.zeros(tuple(shape), dtype=dtype)
-        return torch.randn(
-            tuple(shape), generator=self._draw, dtype=torch.complex128 if dtype.is_complex else torch.float64
-        )
+        return torch.randn(tuple(shape), generator=self._draw, dtype=self._precise(dtype))
+
+    def _precise(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of this probe's precision in place of another one."""
+        return self.dtype if dtype.is_floating_point else self.dtype.to_complex() if dtype.is_complex else dtype
 
     def _mask(self, shape: tuple[int, ...]) -> Tensor:
         """A mask in which everything sees itself, whichever of its values means that it may."""
@@ -100,14 +133,14 @@ class Probe:
         """A buffer as it is if there is a value; running statistics that nobody took are drawn too."""
         if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta":
             value = tensor.detach().cpu().clone()
-            return value.to(torch.complex128 if value.is_complex() else torch.float64) if _floats(value) else value
+            return value.to(self._precise(value.dtype))
         drawn = self.draw(tensor.shape, tensor.dtype)
         return 0.5 + drawn.abs() if drawn.is_floating_point() else drawn
 
     # ---- what comes in
 
-    def _fitting_input(self) -> Tensor:
-        """An activation on which the block runs."""
+    def _fitting_input(self) -> Tensor | str:
+        """An activation on which the block runs, or why there is none."""
         failure: Exception | None = None
         for shape in self._shapes():
             for masked in (None, True, False):
@@ -126,7 +159,7 @@ class Probe:
                 if not any(isinstance(v, Tensor) and v.dtype == torch.bool for v in self._given.values()):
                     break
         text = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-        raise Unmeasured(text if self.site.input.meta.get("shape") else f"{text}; give example_inputs")
+        return text if self.site.input.meta.get("shape") else f"{text}; give example_inputs"
 
     def _shapes(self) -> list[tuple[int, ...]]:
         known = self._wanted or self.site.input.meta.get("shape")
@@ -292,7 +325,7 @@ class Probe:
         target = str(node.target)
         if node.op == "get_attr":
             return self._attribute(node, weights)
-        args, kwargs = _mapped((node.args, node.kwargs), values)
+        args, kwargs = self._mapped((node.args, node.kwargs), values)
         if node.op == "call_module":
             if target.endswith(_FLAG):
                 return training
@@ -304,9 +337,23 @@ class Probe:
         if node.op == "call_method":
             if target in _MOVES:
                 return args[0]
-            return getattr(args[0], "double" if target in _FLOATS else target)(*args[1:], **kwargs)
+            if target in _FLOATS:
+                return args[0].to(self.dtype)
+            return getattr(args[0], target)(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _mapped(self, tree: Any, values: Mapping[fx.Node, Any]) -> Any:
+        """Arguments with values for nodes, in the precision of this probe and on the CPU."""
+
+        def leaf(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return values[value]
+            if isinstance(value, torch.dtype):
+                return self._precise(value)
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        return fx.node.map_aggregate(tree, leaf)
 
     def _attribute(self, node: fx.Node, weights: Mapping[str, Tensor]) -> Any:
         name = self.site.inside(node)
@@ -316,6 +363,15 @@ class Probe:
         if self.site.holds(str(node.target)) or name in own:
             return own[name] if name in own else _at(self.block, name)
         return self._outside(node)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """How far apart two results may be that would be equal without rounding, as a share of the largest.
+
+    A thousand times the distance of neighbouring numbers: a sum of n products is off by about √n of it, and none of
+    those that are measured has a million terms.
+    """
+    return _ROUNDINGS * torch.finfo(dtype).eps
 
 
 def name_of(node: fx.Node) -> str:
@@ -348,23 +404,6 @@ def is_cast(node: fx.Node) -> bool:
 def number_of(module: nn.Module) -> int:
     """How many parameters a module has."""
     return sum(1 for _ in module.parameters())
-
-
-def _mapped(tree: Any, values: Mapping[fx.Node, Any]) -> Any:
-    """Arguments with values for nodes, in double precision and on the CPU."""
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return values[value]
-        if isinstance(value, torch.dtype):
-            return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
-        return torch.device("cpu") if isinstance(value, torch.device) else value
-
-    return fx.node.map_aggregate(tree, leaf)
-
-
-def _floats(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _clone(value: Any) -> Any:

@@ -332,7 +332,7 @@ class Recorder(TorchFunctionMode):
         """
         if not path or type(module) in self.opened or is_composite(module):
             return False
-        if not (is_leaf(module) or (is_small(module) and _reads_training(module))):
+        if not (is_leaf(module) or (is_small(module) and _reads_training(module) and not _are_alike(arguments))):
             return False
         own = all(own_tensors(part) == self._own.get(id(part)) for part in module.modules())
         return own and not holds_modules(arguments)
@@ -429,6 +429,12 @@ def _reads_training(module: nn.Module) -> bool:
     """Whether the code of its `forward` names `training`: then only calling it whole follows the mode."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "training" in code.co_names
+
+
+def _are_alike(arguments: object) -> bool:
+    """Whether two activations of one shape go in: one may be added to what is made of the other."""
+    shapes = [(t.shape, t.dtype) for t in tensors_in(arguments) if t.is_floating_point() and t.dim() > 1]
+    return len(set(shapes)) < len(shapes)
 
 
 def _set_attribute(tensor: Tensor, value: object, name: str) -> None:

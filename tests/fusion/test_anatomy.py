@@ -48,3 +48,64 @@ def test_a_norm_without_parameters_is_not_left_out(norm: Callable[[], Callable[[
 def test_a_norm_with_parameters_is_taken_over() -> None:
     model = replfx.transform(_model(lambda: nn.LayerNorm(WIDTH)), torch.randn(2, 3, WIDTH), operator="light")
     assert [type(module) for module in model[1].replfx.operator.children()] == [nn.LayerNorm]
+
+
+class Telling(nn.Module):
+    """A block that gives the weights of its attention beside its activation; `single` refuses double precision."""
+
+    def __init__(self, single: bool = False) -> None:
+        super().__init__()
+        self.norm, self.single = nn.LayerNorm(WIDTH), single
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        weights = (self.q(h) @ self.k(h).mT).softmax(-1)
+        mixed = weights @ self.v(h)
+        return x + self.out(_single(mixed) if self.single else mixed), weights
+
+
+def _single(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise RuntimeError("Expected mat_a to be Float32, BFloat16 or Float16 matrix, got Double")
+    return x
+
+
+torch.fx.wrap("_single")
+
+
+class Listening(nn.Module):
+    def __init__(self, asks: bool, single: bool = False) -> None:
+        super().__init__()
+        self.layers, self.asks = nn.ModuleList(Telling(single) for _ in range(3)), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = []
+        for layer in self.layers:
+            x, weights = layer(x)
+            told.append(weights)
+        return x + torch.stack(told).sum() if self.asks else x
+
+
+@pytest.mark.parametrize("operator", ["light", "identity"])
+def test_what_a_block_gives_and_nobody_reads_is_none(operator: str) -> None:
+    model, x = Listening(asks=False), torch.randn(2, 3, WIDTH)
+    made = replfx.transform(model, x, operator=operator)
+    made(x).sum().backward()
+    assert made.layers[1](x)[1] is None
+    with torch.no_grad():
+        torch.testing.assert_close(replfx.materialize(made)(x), made(x))
+    again = replfx.apply(model, replfx.Plan.from_json(replfx.plan_of(made).to_json()))
+    again.load_state_dict(made.state_dict())
+    torch.testing.assert_close(again(x), made(x))
+    with pytest.raises(replfx.NoChainError, match="it gives more than "):
+        replfx.transform(Listening(asks=True), x, operator=operator)
+
+
+def test_a_block_that_knows_no_double_precision_is_measured_in_single() -> None:
+    """The value and the output map are found as in double precision."""
+    x = torch.randn(2, 3, WIDTH)
+    for single in (False, True):
+        made = replfx.transform(Listening(asks=False, single=single), x, operator="light")
+        assert made.layers[1].replfx.operator.recipe.maps == ("v.weight", "out.weight")
+        assert made.layers[1].replfx.operator.recipe.taken is None

@@ -288,15 +288,6 @@ class Alone(Mixing):
         return x + self.mlp(self.norm2(x))
 
 
-class InPlace(Mixing):
-    """What its MLP gives is a place to add in, which a nothing has no room for."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.mlp(self.norm2(x))
-        h += self.attend(x)
-        return h + x
-
-
 class After(Mixing):
     """Normalised after the sum."""
 
@@ -310,7 +301,6 @@ class After(Mixing):
     [
         (Attentive, "its branch at `[_a-z0-9]*` mixes tokens; its branch at `[_a-z0-9]*` mixes tokens"),
         (Shaped, "its MLP is not made of modules alone"),
-        (InPlace, "its MLP is not made of modules alone"),
         (Alone, "it has one branch alone"),
         (After, "it is not residual"),
     ],
@@ -382,3 +372,116 @@ def test_models_out_of_libraries(build: Callable[[], nn.Module], side: int, coun
         y = made(x)
         torch.testing.assert_close(replfx.materialize(made)(x), y, rtol=0, atol=0)
         torch.testing.assert_close(replfx.unroll(made).eval()(x), y, rtol=0, atol=0)  # a sum with zero is exact
+
+
+# ---- ways in which other people write their MLPs
+
+
+class InPlace(Mixing):
+    """Falcon's: the other branch is added into what the MLP gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp(self.norm2(x))
+        h += self.attend(x)
+        return h + x
+
+
+class Scored(nn.Module):
+    """An MLP that gives its scores too, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        y = self.layers(x)
+        return y, y.softmax(-1), None
+
+
+class Unpacked(Mixing):
+    def build(self) -> None:
+        self.mlp = Scored()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        y, _, nothing = self.mlp(self.norm2(x))
+        assert nothing is None
+        return x + y
+
+
+class Adding(nn.Module):
+    """BLOOM's MLP: it gets the activation too, and does the sum itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return x + F.dropout(self.last(F.gelu(self.first(h))), 0.0, self.training)
+
+
+class Handed(Mixing):
+    def build(self) -> None:
+        self.mlp = Adding()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return self.mlp(self.norm2(x), x)
+
+
+class Sorted(nn.Module):
+    """Tokens sorted by expert, sent through matrices that know no double precision, and put back in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        order = rows[:, 0].detach().argsort()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return self.down(_single(self.up(rows[order])))[back].view_as(x)
+
+
+def _single(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise RuntimeError("Expected mat_a to be Float32, BFloat16 or Float16 matrix, got Double")
+    return F.relu(x)
+
+
+torch.fx.wrap("_single")
+
+
+class Expert(Mixing):
+    def build(self) -> None:
+        self.mlp = Sorted()
+
+
+@pytest.mark.parametrize("kind", [InPlace, Unpacked, Handed, Expert])
+def test_an_mlp_is_left_out_however_it_is_written(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, TOKENS, WIDTH)
+    model = nn.Sequential(*(kind() for _ in range(3)))
+    made = replfx.transform(model, x, operator="mixer", fusion="scalar")
+    assert not any("mlp" in name for name, _ in made[1].named_parameters())
+    made(x).square().sum().backward()
+    with torch.no_grad():
+        h = model[0](x)
+        h = h + made[1].attend(h)  # the block's own attention, which reads synthesised weights
+        expected = model[2](h)
+        torch.testing.assert_close(made(x), expected)
+        torch.testing.assert_close(replfx.materialize(made)(x), expected)
+
+
+def test_an_encoder_layer_of_torch_takes_the_way_without_its_fused_operator() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 5, enable_nested_tensor=False)
+    x = torch.randn(2, TOKENS, WIDTH)
+    made = replfx.transform(model, x, operator="mixer")
+    assert list(replfx.report(made).replaced) == ["layers.1", "layers.3"]
+    expected = made(x)
+    for one in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)), replfx.materialize(made)):
+        with torch.no_grad():
+            torch.testing.assert_close(one.eval()(x), expected)
