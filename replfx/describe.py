@@ -42,7 +42,7 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
 
 
 def describe_plan(model: nn.Module, plan: Plan) -> Report:
-    """What a plan alone says of `model`, where nothing was captured: the blocks that are replaced, and their neighbours."""
+    """What a plan alone says of `model`, where nothing was captured: the replaced blocks and their neighbours."""
     chains = _chains_of_plan(plan)
     replaced = {replacement.path for replacement in plan.replacements}
     readers = {side: r.path for r in reversed(plan.replacements) for side in (r.previous, r.next) if side}

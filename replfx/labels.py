@@ -22,7 +22,7 @@ def shortened(text: str, width: int) -> str:
         return text
     cut = text[len(text) - width + 1 :]
     names = cut.partition(".")[2]
-    return f"…{names if 2 * len(names) >= width else cut}"
+    return f"…{names if 3 * len(names) >= width else cut}"
 
 
 def amount(number: float) -> str:

@@ -10,9 +10,10 @@ from rich.text import Text
 from replfx.labels import amount, change, listed, mebibytes, shortened
 from replfx.reports import BlockReport, Report
 
-__all__ = ["ReportText"]
+__all__ = ["ReportText", "hanging"]
 
 _STYLES = {"replaced": "bold", "neighbour": "", "kept": "dim", "refused": "dim"}
+_BLOCK, _ROLE = "block", "role"  # the columns of text
 _WIDE = 72  # columns of a terminal from which on the table's columns are two apart
 
 
@@ -34,40 +35,47 @@ class ReportText:
         yield from self._reasons()
 
     def _table(self, width: int) -> Table:
-        report, roles = self.report, self.report.roles
         rows = self._rows()
-        columns = [
-            ("chain", [str(blocks[0].chain) for blocks in rows], len(report.chains) > 1),
-            ("", [f"{len(blocks)} ×" if len(blocks) > 1 else "" for blocks in rows], len(rows) < len(report.blocks)),
-            ("block", [listed(block.path for block in blocks) for blocks in rows], True),
-            ("role", [roles[blocks[0].path] for blocks in rows], True),
-            ("para-\nmeters", [amount(blocks[0].parameters) for blocks in rows], True),
-            ("\nafter", [_or_blank(amount, blocks[0].parameters_after) for blocks in rows], bool(report.replaced)),
-            ("\nFLOPs", [_or_blank(amount, blocks[0].flops) for blocks in rows], report.measured),
-            ("saved\nMiB", [_or_blank(mebibytes, blocks[0].saved_bytes) for blocks in rows], report.measured),
-        ]
-        shown = [(name, cells) for name, cells, wanted in columns if wanted]
+        columns = self._columns(rows)
         gap = 2 if width >= _WIDE else 1
-        widths = {name: max(map(len, [*name.split("\n"), *cells])) for name, cells in shown}
-        others = sum(widths.values()) - widths["block"] + gap * len(shown) + 2  # 2: the edges of the box
-        room = widths["block"] = min(widths["block"], max(width - others, 8))
-        table = Table(title=_title(report), box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
+        widths = {name: max(map(len, [*name.split("\n"), *cells])) for name, cells in columns.items()}
+        others = sum(widths.values()) - widths[_BLOCK] + gap * len(columns) + 2  # 2: the edges of the box
+        widths[_BLOCK] = min(widths[_BLOCK], max(width - others, 8))
+        columns[_BLOCK] = [shortened(cell, widths[_BLOCK]) for cell in columns[_BLOCK]]
+        table = Table(title=_title(self.report), box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
         for name, size in widths.items():
-            side: JustifyMethod = "left" if name in ("block", "role") else "right"
+            side: JustifyMethod = "left" if name in (_BLOCK, _ROLE) else "right"
             table.add_column(name, justify=side, vertical="bottom", min_width=size, no_wrap=True)
         for number, blocks in enumerate(rows):
-            table.add_row(
-                *(shortened(cells[number], room) if name == "block" else cells[number] for name, cells in shown),
-                style=_STYLES[roles[blocks[0].path]],
-            )
-            last = number + 1 == len(rows)
-            if not last and rows[number + 1][0].chain != blocks[0].chain:
+            if number and rows[number - 1][0].chain != blocks[0].chain:
                 table.add_section()
+            cells = (column[number] for column in columns.values())
+            table.add_row(*cells, style=_STYLES[self.report.roles[blocks[0].path]])
         return table
+
+    def _columns(self, rows: list[list[BlockReport]]) -> dict[str, list[str]]:
+        """What each column has in each row, by the columns' names; of columns that say something."""
+        report, roles = self.report, self.report.roles
+        first = [blocks[0] for blocks in rows]
+        columns: dict[str, list[str]] = {}
+        if len(report.chains) > 1:
+            columns["chain"] = [str(block.chain) for block in first]
+        if len(rows) < len(report.blocks):
+            columns[""] = [f"{len(blocks)} ×" if len(blocks) > 1 else "" for blocks in rows]
+        columns[_BLOCK] = [listed(block.path for block in blocks) for blocks in rows]
+        columns[_ROLE] = [roles[block.path] for block in first]
+        columns["para-\nmeters"] = [amount(block.parameters) for block in first]
+        if report.replaced:
+            columns["\nafter"] = [_or_blank(amount, block.parameters_after) for block in first]
+        if report.measured:
+            columns["\nFLOPs"] = [_or_blank(amount, block.flops) for block in first]
+            columns["saved\nMiB"] = [_or_blank(mebibytes, block.saved_bytes) for block in first]
+        return columns
 
     def _rows(self) -> list[list[BlockReport]]:
         """The blocks that share a row."""
-        roles, rows = self.report.roles, dict[object, list[BlockReport]]()
+        roles = self.report.roles
+        rows: dict[object, list[BlockReport]] = {}
         for number, block in enumerate(self.report.blocks):
             costs = (block.parameters, block.flops, block.saved_bytes, block.parameters_after)
             alike = (block.chain, roles[block.path], *costs, block.operator, block.fusion)
@@ -77,7 +85,7 @@ class ReportText:
     def _totals(self) -> Iterator[str]:
         report = self.report
         count = len(report.replaced)
-        kinds = ", ".join(dict.fromkeys(how(block) for block in report.blocks if block.operator is not None))
+        kinds = ", ".join(dict.fromkeys(block.how for block in report.blocks if block.operator is not None))
         yield f"{count} block{'s' * (count != 1)} replaced{f' by {kinds}' * bool(kinds)}"
         before, after = report.parameters_before, report.parameters_after
         yield f"trainable parameters: {before:,} → {after:,} ({change(before, after)})"
@@ -93,14 +101,9 @@ class ReportText:
 
     def _reasons(self) -> Iterator[RenderableType]:
         for (role, why), paths in self.report.reasons().items():
-            yield _hanging(f"{role}: {listed(paths)}: {why}")
+            yield hanging(f"{role}: {listed(paths)}: {why}")
         for note in self.report.notes:
-            yield _hanging(f"note: {note}")
-
-
-def how(block: BlockReport) -> str:
-    """How a replaced block is replaced."""
-    return str(block.operator) if block.fusion is None else f"{block.operator} · {block.fusion}"
+            yield hanging(f"note: {note}")
 
 
 def _title(report: Report) -> str:
@@ -111,8 +114,8 @@ def _or_blank(write: Callable[[int], str], value: int | None) -> str:
     return "" if value is None else write(value)
 
 
-def _hanging(text: str) -> RenderableType:
-    """A paragraph whose lines after the first are indented."""
+def hanging(text: str) -> RenderableType:
+    """A paragraph behind a dash, whose lines after the first are indented."""
     grid = Table.grid(padding=0)
     grid.add_column(width=2)
     grid.add_column(overflow="fold")

@@ -44,6 +44,11 @@ class BlockReport:
     kept: str | None = None
     not_unrolled: str | None = None
 
+    @property
+    def how(self) -> str:
+        """How it is replaced, "block · scalar"; empty where it is kept."""
+        return " · ".join(name for name in (self.operator, self.fusion) if name is not None)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -104,11 +109,12 @@ class Report:
 
     @property
     def roles(self) -> dict[str, Role]:
-        """What each block is to the plan: "replaced"; a "neighbour" of one that is; "refused", with a reason in
-        `refused`; or "kept" by the policy.
+        """What each block is to the plan.
+
+        "replaced"; "neighbour", kept and read by a replaced block; "refused", with a reason in `refused`; or "kept".
         """
         read = {side for block in self.blocks for side in (block.previous, block.next)}
-        roles: dict[str, Role] = {path: "refused" for path in self.refused}
+        roles: dict[str, Role] = dict.fromkeys(self.refused, "refused")
         for block in self.blocks:
             if block.operator is not None:
                 roles[block.path] = "replaced"
