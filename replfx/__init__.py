@@ -10,6 +10,7 @@ from replfx.accumulation import synthesize_once
 from replfx.api import apply, inspect, plan, report, transform
 from replfx.backends import backend
 from replfx.calibration import calibrate
+from replfx.drawing import Drawing, draw
 from replfx.errors import (
     CalibrationError,
     CaptureError,
@@ -52,6 +53,7 @@ __all__ = [
     "Choice",
     "CompileError",
     "Cost",
+    "Drawing",
     "Fusion",
     "FusionError",
     "Interface",
@@ -76,6 +78,7 @@ __all__ = [
     "capture",
     "check_ranks",
     "check_stage",
+    "draw",
     "inspect",
     "load_state_dict",
     "materialize",

@@ -10,7 +10,7 @@ from replfx.blocks import head_of
 from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
 from replfx.copying import faithful_copy, structural_copy
-from replfx.describe import describe_chains, describe_plan, with_layers
+from replfx.describe import describe_chains, describe_plan, with_costs, with_layers
 from replfx.errors import (
     CalibrationError,
     FusionError,
@@ -34,7 +34,7 @@ from replfx.passes import (
 )
 from replfx.plans import Plan, has_regions, keeping
 from replfx.policies import Choosable, policy_of
-from replfx.reports import Report, Totals
+from replfx.reports import Report
 from replfx.state import mark, state_of
 from replfx.tracing import (
     ExampleInputs,
@@ -42,7 +42,6 @@ from replfx.tracing import (
     Inputs,
     capture_lazily,
     check_is_whole,
-    costs_of,
     info_of,
     limits_of,
 )
@@ -175,19 +174,21 @@ def inspect(
         refused = attempt.found(f"nothing can be replaced: {error}")
         why = "the transformed model would not be sound"
         return replace(refused, blocks=[replace(block, kept=block.kept or why) for block in refused.blocks])
-    found = state_of(made).report
-    if attempt.inputs is None:
-        return found
-    return replace(
-        found, before=Totals(*costs_of(model, attempt.inputs)), after=Totals(*costs_of(made, attempt.inputs))
-    )
+    return state_of(made).report
 
 
 def report(model: nn.Module) -> Report:
     """What a transformed model has had done to it.
 
+    With the example inputs that `transform` or `apply` got, it also has FLOPs and saved bytes before and after.
+
     Raises:
         PlanError: the model is not transformed.
+
+    Example:
+        >>> model = replfx.transform(model, images)
+        >>> replfx.report(model).after.saved_bytes
+        205733376
     """
     return state_of(model).report
 
@@ -230,7 +231,8 @@ def apply(
         model: a fresh model of the kind that the plan was made for.
         plan: from `replfx.plan`, `Plan.from_json`, or empty: that changes nothing.
         example_inputs: as for `transform`. Needed only for a plan whose blocks are regions of the graph ("@…"):
-            that alone captures the model, as `transform` did, and gives a GraphModule too.
+            that alone captures the model, as `transform` did, and gives a GraphModule too. With them the report knows
+            costs.
         inplace: change `model` itself rather than a copy.
 
     Raises:
@@ -251,9 +253,11 @@ def apply(
         run_passes(graph, [FindChains()])
         graph.meta["replfx_plan"] = plan
         return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
+    inputs = Inputs.of(example_inputs, model)
+    original = structural_copy(model) if inplace and inputs is not None else model
     built, draft = build(target, plan), describe_plan(target, plan)
     install(target, built)
-    mark(target, plan, with_layers(draft, plan, target))
+    mark(target, plan, with_costs(with_layers(draft, plan, target), original, target, inputs))
     return target
 
 
@@ -340,7 +344,7 @@ def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, input
         refuse_reads_of_freed(graph, planned)
         planned = _carry_out_on_modules(graph, target, planned, Verify(target, original, inputs))
         draft = replace(draft, notes=list(info_of(graph).notes))
-    mark(target, planned, with_layers(draft, planned, target))
+    mark(target, planned, with_costs(with_layers(draft, planned, target), original, target, inputs))
     return target
 
 

@@ -1,30 +1,31 @@
 """The command line: `python -m replfx {inspect, demo}`."""
 
 import argparse
-import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from torch import nn
 
 import replfx
-from replfx import demo
+from replfx import demo, named_models
 from replfx.errors import ReplfxError
 from replfx.fusion.registry import AUTO
-from replfx.tracing import ExampleInputs
+from replfx.named_models import Named, UsersError
+from replfx.reports import Report
 
 __all__ = ["main"]
 
-_SMALLEST_BATCH = 2  # BatchNorm in training mode refuses a batch of one
+_STOPPED = 130  # what shells give for a command that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 after a ReplfxError, 2 for a wrong call."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 1 after an error of replfx or in the user's factory; 2 for a wrong call; 130 after Ctrl-C.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -32,6 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReplfxError as error:
         print(f"replfx: {error}", file=sys.stderr)
         return 1
+    except UsersError as error:
+        print(f"replfx: {args.model} raised:\n{_users_frames(error.__cause__)}", file=sys.stderr, end="")
+        return 1
+    except KeyboardInterrupt:
+        print("replfx: stopped by Ctrl-C", file=sys.stderr)
+        return _STOPPED
+
+
+def _users_frames(error: BaseException | None) -> str:
+    """A traceback of the user's files alone: neither replfx's nor those of Python and of installed packages."""
+    assert error is not None
+    written = traceback.TracebackException.from_exception(error)
+    ours = Path(replfx.__file__).parent
+    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    # A user's folder may lie within Python's, as a virtual environment's does in a project; so by the frame's file.
+    kept = [
+        frame
+        for frame in written.stack
+        if not frame.filename.startswith("<")
+        and not any(Path(frame.filename).is_relative_to(p) for p in (ours, *installed))
+    ]
+    written.stack = traceback.StackSummary.from_list(kept)
+    return "".join(written.format(chain=False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="print a model's chains, what each block costs, what would be replaced and what that saves",
         description="Print a model's chains, what each block costs, what would be replaced and what that saves.",
+        epilog="Examples: replfx inspect torchvision:resnet50 --draw resnet50.svg; "
+        "replfx inspect transformers:gpt2 --config n_layer=6 --compare; "
+        "replfx inspect models:build --input 2,64 --tokens 1000 --json",
     )
     _add_inspect_arguments(inspecting)
     inspecting.set_defaults(run=_inspect)
@@ -57,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", help="timm:NAME, torchvision:NAME, or package.module:FACTORY (called without arguments)"
+        "model",
+        help=f"{named_models.FORMS}; all have random weights. NAME of transformers is a configuration's type (gpt2) "
+        "or a model class; FACTORY is called without arguments",
     )
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument("--every", type=int, metavar="K", help="replace blocks K, 2K, … of each chain (default: 2)")
@@ -68,14 +97,40 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         "--split-at", action="append", metavar="PATH", help="a pipeline stage begins with this module (may be repeated)"
     )
     parser.add_argument("--fusion", default=AUTO, metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--operator", default=AUTO, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of a transformers configuration, such as num_hidden_layers=4 (may be repeated)",
+    )
     parser.add_argument(
         "--input",
         type=_shape,
         metavar="N,C,H,W",
-        help="shape of the float input (default: the model's own, with batch 2); for a factory: none",
+        help="shape of the input (default: the model's own, with batch 2); for a factory: none",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="N",
+        help="the input of --input is integers below N, such as a vocabulary's size, rather than floats",
+    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--operator", default=AUTO, metavar="NAME", help="default: %(default)s")
+    one.add_argument(
+        "--compare",
+        action="store_true",
+        help="instead of the blocks, all operators that fit: parameters, FLOPs, saved bytes, time of a training step",
+    )
+    parser.add_argument(
+        "--repeats", type=_positive, default=5, metavar="N", help="timed steps of --compare (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="a row for every block, rather than one for all equal blocks"
+    )
+    parser.add_argument("--draw", metavar="FILE.svg", help="draw the chains into this file too")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _number(text: str) -> int | float:
@@ -95,13 +150,25 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return number
+
+
 def _inspect(args: argparse.Namespace) -> int:
-    model, shape = _build(args.model)
-    shape = args.input or shape
-    inputs: ExampleInputs | None = None if shape is None else torch.rand(shape)
-    report = replfx.inspect(
-        model,
-        inputs,
+    named = named_models.build(args.model, args.config)
+    return _compare(args, named) if args.compare else _report(args, named)
+
+
+def _report(args: argparse.Namespace, named: Named) -> int:
+    found = replfx.inspect(
+        named.model,
+        named_models.inputs_of(named, args.input, args.tokens),
         every=args.every,
         fraction=args.fraction,
         keep=args.keep,
@@ -110,83 +177,49 @@ def _inspect(args: argparse.Namespace) -> int:
         fusion=args.fusion,
         operator=args.operator,
     )
+    if args.draw is not None:
+        _draw(found, args.draw)
     if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(found.to_dict(), indent=2))
     else:
-        Console().print(report)
+        from rich.console import Console
+
+        from replfx.report_text import ReportText
+
+        Console().print(ReportText(found, every_block=args.all))
     return 0
 
 
-def _build(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """The model that a name on the command line means, with random weights, and its input shape if known."""
-    source, colon, rest = name.partition(":")
-    if not colon or not rest:
-        raise ReplfxError(f"{name!r} names no model: write timm:NAME, torchvision:NAME or package.module:FACTORY")
-    builders: dict[str, Callable[[str], tuple[nn.Module, tuple[int, ...] | None]]] = {
-        "timm": _from_timm,
-        "torchvision": _from_torchvision,
-    }
-    return builders[source](rest) if source in builders else _from_factory(source, rest)
+def _draw(found: Report, path: str) -> None:
+    try:
+        replfx.draw(found, path)
+    except OSError as error:
+        raise ReplfxError(f"the drawing cannot be written: {error}") from error
 
 
-def _from_timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    timm = _extra("timm")
-    if not timm.is_model(name):
-        raise ReplfxError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
-    model: nn.Module = timm.create_model(name)
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    return model, (_SMALLEST_BATCH, *size)
+def _compare(args: argparse.Namespace, named: Named) -> int:
+    from rich.console import Console
 
+    from replfx.comparing import compare
 
-def _from_torchvision(name: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    models = _extra("torchvision.models")
-    if name not in models.list_models():
-        raise ReplfxError(f"torchvision has no model {name!r}{_near(name, models.list_models())}")
-    backbone = {"weights_backbone": None} if name in _with_backbone(models) else {}
-    model: nn.Module = models.get_model(name, weights=None, **backbone)
-    if name in models.list_models(models.detection):
-        raise ReplfxError(
-            f"{name} takes a list of images; call replfx.inspect(model, (images, targets)) from Python instead"
+    if args.draw is not None or args.all:
+        raise ReplfxError("--compare shows operators rather than blocks: leave --draw and --all out")
+    inputs = named_models.inputs_of(named, args.input, args.tokens)
+    if inputs is None:
+        raise ReplfxError("--compare times training steps, and this model does not say what it takes: give --input")
+    with Console(stderr=True).status("measuring"):
+        comparison = compare(
+            named.model,
+            inputs,
+            every=args.every,
+            fraction=args.fraction,
+            select=args.select,
+            split_at=args.split_at,
+            fusion=args.fusion,
+            repeats=args.repeats,
         )
-    video = name in models.list_models(models.video)
-    return model, (_SMALLEST_BATCH, 3, 16, 224, 224) if video else (_SMALLEST_BATCH, 3, _side(name), _side(name))
-
-
-def _with_backbone(models: Any) -> set[str]:
-    return {*models.list_models(models.detection), *models.list_models(models.segmentation)}
-
-
-def _side(name: str) -> int:
-    return 299 if name.startswith("inception") else 224
-
-
-def _from_factory(module: str, name: str) -> tuple[nn.Module, None]:
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ReplfxError(f"cannot import {module!r}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    factory = getattr(found, name, None)
-    if not callable(factory):
-        raise ReplfxError(f"{module!r} has no callable {name!r}")
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise ReplfxError(f"{module}:{name} gave {type(model).__name__}, not a torch.nn.Module")
-    return model, None
-
-
-def _extra(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ReplfxError(f"this needs {module.partition('.')[0]}: pip install 'replfx[vision]'") from error
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    """A hint at a name that may have been meant."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, known, n=3)
-    return f"; near it: {', '.join(near)}" if near else ""
+    if args.json:
+        print(json.dumps(comparison.to_dict(), indent=2))
+    else:
+        Console().print(comparison)
+    return 0

@@ -6,15 +6,17 @@ from dataclasses import replace
 from torch import fx, nn
 
 from replfx.blocks import head_of, is_region, parameters_of
+from replfx.errors import CaptureError
 from replfx.fusion import Operator, operators
 from replfx.live import fusion_layers
 from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
 from replfx.plans import Plan, Replacement
-from replfx.reports import BlockReport, Report
-from replfx.tracing import Cost, info_of
+from replfx.reports import BlockReport, Report, Totals
+from replfx.tracing import Cost, Inputs, costs_of, info_of
+from replfx.tree import tensors_in
 
-__all__ = ["describe_chains", "describe_plan", "with_layers"]
+__all__ = ["describe_chains", "describe_plan", "with_costs", "with_layers"]
 
 
 def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
@@ -40,13 +42,57 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
 
 
 def describe_plan(model: nn.Module, plan: Plan) -> Report:
-    """What a plan alone says of `model`, where nothing was captured."""
+    """What a plan alone says of `model`, where nothing was captured: the replaced blocks and their neighbours."""
+    chains = _chains_of_plan(plan)
+    replaced = {replacement.path for replacement in plan.replacements}
+    readers = {side: r.path for r in reversed(plan.replacements) for side in (r.previous, r.next) if side}
     blocks = [
-        BlockReport(r.path, index, _trainable(parameters_of(model, r.path).values()))
-        for index, r in enumerate(plan.replacements)
+        BlockReport(
+            path,
+            index,
+            _trainable(parameters_of(model, path).values()),
+            kept=None if path in replaced else f"`{readers[path]}` is made from it",
+        )
+        for index, paths in enumerate(chains)
+        for path in paths
     ]
     count = trainable_parameters(model)
-    return Report(model=type(model).__name__, blocks=blocks, parameters_before=count, parameters_after=count)
+    return Report(
+        model=type(model).__name__, chains=chains, blocks=blocks, parameters_before=count, parameters_after=count
+    )
+
+
+def _chains_of_plan(plan: Plan) -> list[list[str]]:
+    """The replaced blocks with their neighbours; where a neighbour is of two replaced blocks, the chain goes on."""
+    chains: list[list[str]] = []
+    for replacement in plan.replacements:
+        if chains and replacement.previous is not None and chains[-1][-1] == replacement.previous:
+            chain = chains[-1]
+        else:
+            chain = [replacement.previous] if replacement.previous is not None else []
+            chains.append(chain)
+        chain.append(replacement.path)
+        if replacement.next is not None:
+            chain.append(replacement.next)
+    return chains
+
+
+def with_costs(report: Report, before: nn.Module, after: nn.Module, inputs: Inputs | None) -> Report:
+    """The report with what the model cost before and costs after, where there are example inputs to run it on."""
+    if inputs is None:
+        return report
+    try:
+        totals = [Totals(*costs_of(model, inputs)) for model in (before, after)]
+    except CaptureError as error:
+        return replace(report, notes=[*report.notes, f"the costs of the whole model are not known: {error}"])
+    return replace(report, before=totals[0], after=totals[1], example=_described(inputs))
+
+
+def _described(inputs: Inputs) -> str:
+    """The shapes of the tensors among the example inputs."""
+    named = [("", value) for value in inputs.args] + [(f"{name} ", value) for name, value in inputs.kwargs.items()]
+    shapes = [name + "×".join(map(str, t.shape)) for name, value in named for t in tensors_in(value) if t.dim()]
+    return ", ".join([*shapes[:4], "…"] if len(shapes) > 4 else shapes) or "the example inputs"
 
 
 def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:

@@ -3,13 +3,16 @@
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["BlockReport", "Report", "Totals", "without"]
+__all__ = ["BlockReport", "Report", "Role", "Totals", "without"]
+
+Role: TypeAlias = Literal["replaced", "neighbour", "kept", "refused"]
+
+_WIDTH = 80  # columns of a terminal
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class BlockReport:
     kept: str | None = None
     not_unrolled: str | None = None
 
+    @property
+    def how(self) -> str:
+        """How it is replaced, "block · scalar"; empty where it is kept."""
+        return " · ".join(name for name in (self.operator, self.fusion) if name is not None)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -61,7 +69,8 @@ class Report:
         blocks: one entry a block of a chain.
         refused: block path → why it is in no chain or cannot be replaced.
         parameters_before, parameters_after: trainable parameters of the model.
-        before, after: FLOPs and saved bytes; only where example inputs were given and asked for.
+        before, after: FLOPs of a forward pass and bytes that it saves for backward; None without example inputs.
+        example: the batch that `before` and `after`, and the costs of blocks, are of ("2×3×224×224"); None without.
         notes: what else a reader should know, such as a branch on `training` that the capture froze.
 
     Example:
@@ -80,6 +89,7 @@ class Report:
     parameters_after: int = 0
     before: Totals | None = None
     after: Totals | None = None
+    example: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -92,55 +102,50 @@ class Report:
         """Whether `replfx.unroll` can give every replaced block back at full depth."""
         return not any(block.not_unrolled for block in self.blocks)
 
+    @property
+    def measured(self) -> bool:
+        """Whether blocks have costs: example inputs were given."""
+        return any(block.flops is not None for block in self.blocks)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """What each block is to the plan.
+
+        "replaced"; "neighbour", kept and read by a replaced block; "refused", with a reason in `refused`; or "kept".
+        """
+        read = {side for block in self.blocks for side in (block.previous, block.next)}
+        roles: dict[str, Role] = dict.fromkeys(self.refused, "refused")
+        for block in self.blocks:
+            if block.operator is not None:
+                roles[block.path] = "replaced"
+            elif block.path not in self.refused:
+                roles[block.path] = "neighbour" if block.path in read else "kept"
+        return roles
+
+    def reasons(self) -> dict[tuple[Role, str], list[str]]:
+        """Why blocks stay: role and reason → the blocks. That a block is a neighbour needs no other reason."""
+        roles, found = self.roles, dict[tuple[Role, str], list[str]]()
+        whys = {**{block.path: block.kept for block in self.blocks if roles[block.path] == "kept"}, **self.refused}
+        for path, why in whys.items():
+            if why is not None:
+                found.setdefault((roles[path], why), []).append(path)
+        return found
+
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
-        return {**asdict(self), "replaced": self.replaced}
+        return {**asdict(self), "replaced": self.replaced, "roles": self.roles}
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = StringIO()
-        Console(file=text, width=130, color_system=None).print(self)
+        Console(file=text, width=_WIDTH, color_system=None).print(self)
         return text.getvalue()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.blocks:
-            yield self._table()
-        yield Text(self._summary())
-        for path, reason in self.refused.items():
-            yield Text(f"  not replaced: {path}: {reason}")
-        for note in self.notes:
-            yield Text(f"  note: {note}")
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from replfx.report_text import ReportText
 
-    def _table(self) -> Table:
-        measured = any(block.flops is not None for block in self.blocks)
-        title = f"{self.model}: {len(self.chains)} chain{'s' * (len(self.chains) != 1)}"
-        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("chain")
-        table.add_column("block", overflow="fold")  # a narrow terminal may break text, but no figures
-        for name in ("parameters", *(("MFLOPs", "saved MiB") if measured else ()), "after"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("replaced by, or why not", overflow="fold")
-        for block in self.blocks:
-            how = block.operator if block.fusion is None else f"{block.operator} · {block.fusion}"
-            costs = (f"{(block.flops or 0) / 1e6:,.1f}", f"{(block.saved_bytes or 0) / 2**20:,.2f}")
-            table.add_row(
-                str(block.chain),
-                block.path,
-                f"{block.parameters:,}",
-                *(costs if measured else ()),
-                "" if block.parameters_after is None else f"{block.parameters_after:,}",
-                how or (f"– {block.kept}" if block.kept else ""),
-            )
-        return table
-
-    def _summary(self) -> str:
-        before, after = self.parameters_before, self.parameters_after
-        count = len(self.replaced)
-        parts = [f"{count} block{'s' * (count != 1)} replaced; trainable parameters {_change(before, after)}"]
-        if self.before is not None and self.after is not None:
-            flops = _change(self.before.flops / 1e6, self.after.flops / 1e6)
-            saved = _change(self.before.saved_bytes / 2**20, self.after.saved_bytes / 2**20)
-            parts += [f"forward MFLOPs {flops}", f"saved for backward, MiB {saved}"]
-        return "; ".join(parts)
+        return ReportText(self).__rich_console__(console, options)
 
 
 def without(report: Report, paths: Collection[str], parameters: int) -> Report:
@@ -152,8 +157,3 @@ def without(report: Report, paths: Collection[str], parameters: int) -> Report:
         for b in report.blocks
     ]
     return replace(report, blocks=blocks, parameters_after=parameters, after=None)
-
-
-def _change(before: float, after: float) -> str:
-    percent = 100 * (after - before) / before if before else 0.0
-    return f"{before:,.0f} → {after:,.0f} ({percent:+.1f} %)"
