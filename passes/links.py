@@ -7,9 +7,9 @@ connection). Longest paths over these links are the chains, and where ways part,
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
-import networkx as nx
 from torch import fx
 
 from replfx.passes.candidates import Candidate
@@ -20,6 +20,7 @@ __all__ = ["Path", "paths_of"]
 Path: TypeAlias = tuple[list[int], list[Joined]]  # indices of candidates, and what joins each to the next
 
 _Origin: TypeAlias = tuple[int, str, bool]  # a candidate, its output slot, and whether nothing lies between
+_Network: TypeAlias = dict[int, dict[int, float]]  # target → source, which comes before it, → weight of their link
 _NEAREST = 4  # origins that a value remembers of each family: its residual stream alone has one a block
 
 
@@ -37,7 +38,8 @@ def paths_of(
         families: the family of each candidate.
         likeness: how alike two candidates are, from 0 (no link) to 1.
     """
-    networks: dict[Hashable, nx.DiGraph[int]] = defaultdict(nx.DiGraph)
+    networks: dict[Hashable, _Network] = defaultdict(dict)
+    joints: dict[tuple[int, int], Joined] = {}
     for target, links in enumerate(_links(candidates, nodes, families)):
         for source, (joined, direct) in links.items():
             alike = likeness(source, target)
@@ -45,10 +47,11 @@ def paths_of(
                 # Two links between unlike blocks don't outweigh one between like ones: attention goes with
                 # attention, not with the MLP between.
                 weight = 2.0 * alike + 0.25 * direct if alike == 1 else 0.8 * alike + 0.1 * direct
-                networks[families[target]].add_edge(source, target, joined=joined, weight=weight)
+                networks[families[target]].setdefault(target, {})[source] = weight
+                joints[source, target] = joined
     for network in networks.values():
-        for path in _longest_paths(network):
-            yield path, [network.edges[edge]["joined"] for edge in nx.utils.pairwise(path)]
+        for path in _heaviest_paths(network):
+            yield path, [joints[edge] for edge in pairwise(path)]
 
 
 def _links(
@@ -100,13 +103,37 @@ class _Origins:
                 self._of[node] = merged
 
 
-def _longest_paths(network: "nx.DiGraph[int]") -> Iterator[list[int]]:
-    """Disjoint heaviest paths, heaviest first, of each connected part."""
-    for part in nx.weakly_connected_components(network):
-        rest = network.subgraph(sorted(part)).copy()
-        while len(rest) > 1:
-            path = nx.dag_longest_path(rest, weight="weight")
-            if len(path) < 2:
-                break
+def _heaviest_paths(network: _Network) -> Iterator[list[int]]:
+    """Disjoint heaviest paths of two or more, heaviest first in each connected part."""
+    for part in _parts(network):
+        while len(part) > 1 and (path := _heaviest(part, network)):
             yield path
-            rest.remove_nodes_from(path)
+            part = [node for node in part if node not in path]
+
+
+def _parts(network: _Network) -> Iterator[list[int]]:
+    """The connected parts, whichever way the links point, each in rising order."""
+    beside: dict[int, set[int]] = defaultdict(set)
+    for target, sources in network.items():
+        for source in sources:
+            beside[source].add(target)
+            beside[target].add(source)
+    while beside:
+        part, ahead = set(), {min(beside)}
+        while ahead:
+            node = ahead.pop()
+            part.add(node)
+            ahead |= beside.pop(node) - part
+        yield sorted(part)
+
+
+def _heaviest(part: Sequence[int], network: _Network) -> list[int]:
+    """The heaviest path through some of the nodes, in rising order; empty if no two are linked."""
+    best: dict[int, tuple[float, int]] = {}  # the heaviest way to a node, and the node before it there
+    for node in part:
+        ways = [(best[source][0] + w, source) for source, w in network.get(node, {}).items() if source in best]
+        best[node] = max(ways, key=lambda way: way[0], default=(0.0, node))
+    path = [max(best, key=lambda node: best[node][0])]
+    while (before := best[path[-1]][1]) != path[-1]:
+        path.append(before)
+    return path[::-1] if len(path) > 1 else []

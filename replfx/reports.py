@@ -2,11 +2,11 @@
 
 from dataclasses import asdict, dataclass, field
 from io import StringIO
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:  # rich is imported where a report is printed
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 __all__ = ["BlockReport", "Report", "Totals"]
 
@@ -96,11 +96,15 @@ class Report:
         return {**asdict(self), "replaced": self.replaced}
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = StringIO()
         Console(file=text, width=130, color_system=None).print(self)
         return text.getvalue()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.text import Text
+
         if self.blocks:
             yield self._table()
         yield Text(self._summary())
@@ -109,7 +113,10 @@ class Report:
         for note in self.notes:
             yield Text(f"  note: {note}")
 
-    def _table(self) -> Table:
+    def _table(self) -> "Table":
+        from rich import box
+        from rich.table import Table
+
         measured = any(block.flops is not None for block in self.blocks)
         title = f"{self.model}: {len(self.chains)} chain{'s' * (len(self.chains) != 1)}"
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)

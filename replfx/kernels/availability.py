@@ -8,18 +8,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from replfx.dtensors import is_dtensor
+
 __all__ = ["INSTALLED", "INTERPRETED", "device_of", "runs_triton"]
 
 INSTALLED: Final = importlib.util.find_spec("triton") is not None
 # Triton reads the variable once too, when a kernel is defined.
 INTERPRETED: Final = INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # a build of torch without torch.distributed has no DTensors either
-
-    class DTensor(Tensor):  # type: ignore[no-redef]
-        """Stands for a class that cannot exist in this build."""
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -27,7 +22,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
     A DTensor stays with plain operations, whose sharding PyTorch knows.
     """
-    if not INSTALLED or isinstance(tensor, DTensor):
+    if not INSTALLED or is_dtensor(tensor):
         return False
     return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
 
