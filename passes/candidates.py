@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import networkx as nx
 from torch import fx, nn
 
 from replfx.blocks import block_at, window_path
@@ -47,9 +46,6 @@ class Candidates:
         self.modules = dict(info.root.named_modules(remove_duplicate=False))
         self.counts = Counter(call.path for call in info.calls)
         self.refused: dict[str, str] = {}
-        self._flow: nx.DiGraph[fx.Node] = nx.DiGraph()
-        self._flow.add_nodes_from(graph.nodes)
-        self._flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
 
     def blocks(self) -> list[Candidate]:
         """Calls of modules, outer ones before those inside them; torch.nn's layers alone are no blocks."""
@@ -128,14 +124,16 @@ class Candidates:
 
     def _leak(self, call: ModuleCall) -> str | None:
         """Why the call's nodes are no region with its arguments as entry and its output as exit."""
-        region = set(self.info.nodes[call.start : call.stop])
+        nodes = self.info.nodes[call.start : call.stop]
+        region = set(nodes)
         outputs = {*nodes_in(call.output), *call.filled.values()}
         arguments = {*nodes_in((call.args, call.kwargs)), *call.held.values()}
-        for inner, _ in nx.edge_boundary(self._flow, region):
-            if inner not in outputs and inner.op != "get_attr" and not _is_flag(inner):
+        for inner in nodes:
+            hidden = inner not in outputs and inner.op != "get_attr" and not _is_flag(inner)
+            if hidden and not region.issuperset(inner.users):
                 return f"an intermediate result of it (`{inner.name}`) is used outside of it"
-        for node in region:
-            for outer in self._flow.predecessors(node):
+        for node in nodes:
+            for outer in node.all_input_nodes:
                 if outer not in region and outer not in arguments and outer.op != "get_attr" and not _is_flag(outer):
                     return f"it reads `{outer.name}`, which is not among its arguments"
         return None

@@ -18,20 +18,19 @@ __all__ = ["find_regions"]
 MULTIPLES = 3  # how many times the tokens' period the layers' may be, where the arguments alternate
 
 
-def find_regions(graph_module: fx.GraphModule, *, same_shapes: bool = False) -> Regions:
+def find_regions(graph_module: fx.GraphModule) -> Regions:
     """Find maximal chains of like regions in a captured graph, or in any other; changes nothing.
 
     Args:
         graph_module: a graph by `replfx.capture`, by `torch.fx.symbolic_trace`, or made by hand.
-        same_shapes: let the regions of a chain agree in all shapes and sizes. Without it they agree in what is
-            computed and in the number of dimensions of their parameters.
 
     Returns:
-        Chains of three regions and more that share no node, that with the most parameters first. A region reads
+        Chains of three regions and more that share no node, that with the most parameters first. The regions of a chain
+        agree in what is computed and in the number of dimensions of their parameters, not in sizes. A region reads
         a parameter of two dimensions or more; its parameters are trainable and read by it alone; nothing but
         its output is read outside of it.
     """
-    stream = Stream(graph_module, same_shapes=same_shapes)
+    stream = Stream(graph_module)
     found = [layers for run in runs(stream.tokens) if (layers := _layers(stream, run)) is not None]
     chains = _without_overlaps(stream, [(chain, layers.period) for layers in found for chain in layers.chains])
     taken = {path for chain in chains for piece in chain for path in piece.parameters.values()}

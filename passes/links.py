@@ -7,13 +7,15 @@ connection). Longest paths over these links are the chains, and where ways part,
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import networkx as nx
 from torch import fx
 
 from replfx.passes.candidates import Candidate
 from replfx.passes.slots import Joined, input_slots, output_slots, same_value
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["Path", "paths_of"]
 
@@ -37,6 +39,8 @@ def paths_of(
         families: the family of each candidate.
         likeness: how alike two candidates are, from 0 (no link) to 1.
     """
+    import networkx as nx  # a fifth of a second, which `import replfx` does without
+
     networks: dict[Hashable, nx.DiGraph[int]] = defaultdict(nx.DiGraph)
     for target, links in enumerate(_links(candidates, nodes, families)):
         for source, (joined, direct) in links.items():
@@ -102,6 +106,8 @@ class _Origins:
 
 def _longest_paths(network: "nx.DiGraph[int]") -> Iterator[list[int]]:
     """Disjoint heaviest paths, heaviest first, of each connected part."""
+    import networkx as nx
+
     for part in nx.weakly_connected_components(network):
         rest = network.subgraph(sorted(part)).copy()
         while len(rest) > 1:

@@ -36,7 +36,7 @@ class Stream:
         grad_off: for each position, whether gradients are switched off before it.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, *, same_shapes: bool) -> None:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
         everything: list[fx.Node] = list(graph_module.graph.nodes)
         self.root = root_of(graph_module)
         self.order = {node: index for index, node in enumerate(everything)}
@@ -50,7 +50,7 @@ class Stream:
         self.readers: dict[int, tuple[int, int]] = {}
         self.calls: Counter[int] = Counter()
         self._note_readers()
-        self._tokens = Tokens(self.root, self.values.__getitem__, same_shapes=same_shapes)
+        self._tokens = Tokens(self.root, self.values.__getitem__)
         parameters = [self._parameters(node) for node in self.nodes]
         self.has_parameters = [bool(read) for read in parameters]
         self.matrices = [0, *accumulate(sum(p.dim() >= 2 for p in read) for read in parameters)]

@@ -33,13 +33,11 @@ class Tokens:
     Args:
         root: what the graph's targets refer to.
         value_of: gives the value that a `get_attr` node reads.
-        same_shapes: let nodes differ whose parameters, sizes or (where they were measured) results do.
     """
 
-    def __init__(self, root: nn.Module, value_of: Callable[[fx.Node], object], *, same_shapes: bool) -> None:
+    def __init__(self, root: nn.Module, value_of: Callable[[fx.Node], object]) -> None:
         self.root = root
         self.value_of = value_of
-        self.same_shapes = same_shapes
 
     def of(self, node: fx.Node) -> Hashable:
         """The token of a node that is no `get_attr`."""
@@ -49,10 +47,9 @@ class Tokens:
         if node.op == "call_module":
             what = self._module(self.root.get_submodule(str(node.target)))
         name = getattr(node.target, "__name__", str(node.target))
-        sizes = not self.same_shapes and _TAKES_SIZES.fullmatch(name) is not None
-        shape = node.meta.get("shape") if self.same_shapes else None
+        sizes = _TAKES_SIZES.fullmatch(name) is not None
         args = node.args[:1] if what is torch._assert else node.args  # a traced message may name nodes
-        return node.op, what, self._argument(args, sizes), self._argument(node.kwargs, sizes), shape
+        return node.op, what, self._argument(args, sizes), self._argument(node.kwargs, sizes)
 
     def _argument(self, value: Any, sizes: bool) -> Hashable:
         """What an argument is; `sizes`: the integers in it are sizes."""
@@ -67,14 +64,14 @@ class Tokens:
             return type(value).__name__, *(self._argument(item, sizes) for item in value)
         if isinstance(value, slice):
             bounds = (value.start, value.stop, value.step)
-            return "slice", *(self._argument(bound, not self.same_shapes) for bound in bounds)
+            return "slice", *(self._argument(bound, sizes=True) for bound in bounds)
         if isinstance(value, float) or (sizes and type(value) is int):
             return type(value).__name__
         # The type too, because 1, 1.0 and True are equal.
         return type(value).__name__, value if isinstance(value, Hashable) else None
 
     def _parameter(self, tensor: Tensor) -> Hashable:
-        return "parameter", tensor.dim(), tensor.dtype, tuple(tensor.shape) if self.same_shapes else None
+        return "parameter", tensor.dim(), tensor.dtype
 
     def _module(self, module: nn.Module) -> Hashable:
         """What a called leaf module is."""
@@ -94,8 +91,8 @@ class Tokens:
         settings: list[Hashable] = []
         for name in getattr(module, "__constants__", ()):
             value = getattr(module, name, None)
-            if name == "groups" and not self.same_shapes and value == getattr(module, "in_channels", None) != 1:
+            if name == "groups" and value == getattr(module, "in_channels", None) != 1:
                 value = "depthwise"
-            if self.same_shapes or not _SIZES.fullmatch(name):
+            if not _SIZES.fullmatch(name):
                 settings.append((name, self._argument(value, sizes=False)))
         return settings

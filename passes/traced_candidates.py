@@ -22,7 +22,7 @@ class TracedCandidates(Candidates):
 
     def __init__(self, info: CaptureInfo, graph_module: fx.GraphModule) -> None:
         super().__init__(info, graph_module.graph)
-        self._stream = Stream(graph_module, same_shapes=True)
+        self._stream = Stream(graph_module)
 
     def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
         return super()._unfit(call, module) or self._unfit_region(call, module)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from replfx.dtensors import is_distributed
 from replfx.errors import FusionError
-from replfx.fusion.sharded import is_distributed
 from replfx.live import Synthesis, fusion_layers
 from replfx.live.synthesis import Held
 

@@ -9,7 +9,6 @@ from replfx.blocks import head_of, is_region, parameters_of
 from replfx.errors import CaptureError
 from replfx.fusion import Operator, operators
 from replfx.live import fusion_layers
-from replfx.measure import trainable_parameters
 from replfx.passes import chains_of
 from replfx.plans import Plan, Replacement
 from replfx.reports import BlockReport, Report, Totals
@@ -26,9 +25,9 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
     for index, chain in enumerate(found.chains):
         for block in chain.blocks:
             flops, saved = _sum_costs(block.site.nodes)
-            size, kept = trainable_parameters(block.site.block), found.kept.get(block.path)
+            size, kept = _trainable(block.site.block.parameters()), found.kept.get(block.path)
             blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept))
-    count = trainable_parameters(model)
+    count = _trainable(model.parameters())
     return Report(
         model=type(model).__name__,
         capture=info.rung,
@@ -56,7 +55,7 @@ def describe_plan(model: nn.Module, plan: Plan) -> Report:
         for index, paths in enumerate(chains)
         for path in paths
     ]
-    count = trainable_parameters(model)
+    count = _trainable(model.parameters())
     return Report(
         model=type(model).__name__, chains=chains, blocks=blocks, parameters_before=count, parameters_after=count
     )
@@ -114,7 +113,7 @@ def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:
             )
         blocks.append(block)
     notes = [*report.notes, *_unrolling_notes(blocks)]
-    return replace(report, blocks=blocks, parameters_after=trainable_parameters(model), notes=notes)
+    return replace(report, blocks=blocks, parameters_after=_trainable(model.parameters()), notes=notes)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> int:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import nn
 
+from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
 from replfx.fusion.operators import BlockOperator
-from replfx.fusion.sharded import DTensor
 from replfx.fusion.tensor_parallel import TensorParallel
 from replfx.live import SUBMODULE, Synthesis, fusion_layers, synthesis_of
 from replfx.live.blocks import owners_of
@@ -168,7 +168,7 @@ def _parallelize_block(
     finally:
         for owner, leaf, _ in slots:
             owner._parameters.pop(leaf, None)
-    return {name: weight.placements for name, weight in given.items() if isinstance(weight, DTensor)}
+    return {name: weight.placements for name, weight in given.items() if is_dtensor(weight)}
 
 
 def _dropped(module: nn.Module, layer: Synthesis) -> set[nn.Module]:

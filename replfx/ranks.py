@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from replfx.dtensors import is_distributed
 from replfx.errors import PlanError
-from replfx.fusion.sharded import is_distributed
 from replfx.plans import Plan, Replacement
 from replfx.state import plans_in
 

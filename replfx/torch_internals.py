@@ -1,10 +1,13 @@
 """Private names of PyTorch on which results depend, each looked up before it is used.
 
-Where a release renames one, there is an error that says what is missing, and no gradient that is lost silently. What
-is imported by name elsewhere fails by itself.
+Where a release renames one, there is an error that says what is missing, and no gradient that is lost silently. Those
+of torch itself are looked up with the import of this module. Those of FSDP2 and of tensor parallelism are looked up
+when they are first asked for in a process that has imported these; before that the answer is no. What is imported by
+name elsewhere fails by itself.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import ModuleType
@@ -78,6 +81,8 @@ def _check_fsdp() -> None:
     _must_speak_of(_fsdp_param_group, _OF_A_GROUP)
 
 
+_FULLY_SHARD = "torch.distributed.fsdp._fully_shard"
+
 _HELD = ("_unsharded_param", "_sharded_post_forward_param")
 """Where a parameter that is whole for now is kept."""
 
@@ -97,6 +102,8 @@ _OF_A_GROUP = (
 def is_managed_by_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 looks after the parameters of a module."""
     if not torch.compiler.is_compiling():  # which cannot follow the check
+        if _FULLY_SHARD not in sys.modules:  # nobody has called it
+            return False
         _check_fsdp()
     return hasattr(module, "_is_fsdp_managed_module")
 
@@ -242,5 +249,7 @@ _APPLIED = "_distribute_module_applied"
 def is_tensor_parallel(module: nn.Module) -> bool:
     """Whether torch's `distribute_module`, and so `parallelize_module`, was used on a module."""
     if not torch.compiler.is_compiling():
+        if "torch.distributed.tensor" not in sys.modules:
+            return False
         _check_tensor_parallel()
     return bool(vars(module).get(_APPLIED))

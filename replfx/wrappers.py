@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replfx.fusion.sharded import is_distributed
+from replfx.dtensors import is_distributed
 from replfx.torch_internals import (
     adopt_parameter,
     follow_parameters,

@@ -18,7 +18,6 @@ from benchmarks.accuracy.resnet import BasicBlock
 from replfx import Interface, Match, Operator, Site, Source
 from replfx.demo.model import CausalBlock
 from replfx.fusion.interface import read_slot
-from replfx.kernels import synthesize_low_rank
 from replfx.live import fusion_layers
 
 __all__ = ["FUSION_TRIALS", "TRIALS", "connect_trials", "register_trial"]
@@ -183,7 +182,8 @@ class _LowRank(replfx.Fusion):
     def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
         index = self.places[name]
         a, b = (side[index : index + 1] for side in (self.previous, self.next))
-        return synthesize_low_rank(previous, next, a, b, self.u[index], self.v[index])
+        product: Tensor = self.u[index] @ self.v[index].mT
+        return a * previous + b * next + product.view(previous.shape)
 
 
 class _Own(_LowRank):

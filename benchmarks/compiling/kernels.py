@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from replfx.kernels import synthesize, synthesized_linear, traffic
-from replfx.kernels.plain import synthesize as formula
+from benchmarks.compiling import traffic
+from replfx.kernels import synthesize
 
 Call = Callable[[], object]
 
@@ -33,13 +33,12 @@ class Case:
 
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Syntheses of a step of ViT-B and of ResNet-110, forward and backward, and a linear map with one in it."""
+    """Syntheses of a step of ViT-B and of ResNet-110, forward and backward."""
     attention, stages = (768, 768), [(16, 16, 3, 3), (32, 32, 3, 3), (64, 64, 3, 3)]
     if quick:
         attention, stages = (24, 16), [(4, 4, 3, 3)]
     yield from _syntheses([attention] * 10, False, device, dtype)
     yield from _syntheses(stages * 18, True, device, dtype)
-    yield _linear(device, dtype, *((64, 24, 16) if quick else (8192, 768, 768)))
 
 
 def _tensors(shapes: list[Any], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -53,7 +52,7 @@ def _syntheses(shapes: list[Any], channel: bool, device: torch.device, dtype: to
     a, b = (_tensors([(shape[0] if channel else 1,) for shape in shapes], device, dtype) for _ in range(2))
 
     def by_formula(*sides: list[Tensor]) -> list[Tensor]:
-        return [formula(*each) for each in zip(*sides, strict=True)]
+        return [_along_first(a, p) * p + _along_first(b, n) * n for p, n, a, b in zip(*sides, strict=True)]
 
     compiled = torch.compile(by_formula, dynamic=False)
     makers: dict[str, Callable[..., list[Tensor]]] = {"eager": by_formula, "Inductor": compiled, "replfx": synthesize}
@@ -74,24 +73,8 @@ def _without_gradients(make: Callable[..., Any], arguments: tuple[Any, ...]) -> 
     return make(*arguments)
 
 
-def _linear(device: torch.device, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> Case:
-    x, previous, following = _tensors([(tokens, columns), (rows, columns), (rows, columns)], device, dtype)
-    a, b = _tensors([(rows,), (rows,)], device, dtype)
-
-    def by_formula(x: Tensor, *sides: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, formula(*sides))
-
-    makers: dict[str, Callable[..., Tensor]] = {
-        "eager": by_formula,
-        "Inductor": torch.compile(by_formula, dynamic=False),
-        "replfx": synthesized_linear,
-    }
-    arguments = (x, previous, following, a, b)
-    return Case(
-        f"{tokens} × {columns} tokens by a synthesised {rows} × {columns}",
-        traffic.synthesized_linear(*arguments).total,
-        {provider: partial(_without_gradients, make, arguments) for provider, make in makers.items()},
-    )
+def _along_first(coefficients: Tensor, theta: Tensor) -> Tensor:
+    return coefficients.view(-1, *[1] * (theta.dim() - 1))
 
 
 def seconds(call: Call, least: float) -> float:

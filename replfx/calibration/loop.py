@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -93,6 +92,8 @@ def _keep_first(path: str, first: dict[str, "_Seen"]) -> Any:
 
 
 def _run(model: nn.Module, loader: Iterable[object], progress: bool) -> None:
+    from rich.progress import Progress
+
     length = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0

@@ -109,6 +109,6 @@ def kernel_operation() -> Any:
 
     Its backward reads each dW once for all four gradients.
     """
-    import replfx.kernels.synthesis_ops  # noqa: F401 (registers it)
+    import replfx.kernels  # noqa: F401 (registers it)
 
     return torch.ops.replfx.synthesize.default

@@ -13,22 +13,24 @@ bfloat16 would be silently coarser than one that was asked for in float32.
 """
 
 from collections.abc import Collection, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
+from replfx.dtensors import is_dtensor
 from replfx.torch_internals import is_managed_by_fsdp, reshard
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 __all__ = [
-    "DTensor",
     "any_sharded",
     "as_sharded",
     "gather",
     "gathered",
-    "is_distributed",
     "linear",
     "lower_precision",
     "settle",
@@ -38,19 +40,6 @@ __all__ = [
 # Owner and name of each parameter.
 Parameters: TypeAlias = Collection[tuple[nn.Module, str]]
 
-if torch.distributed.is_available():
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-else:  # a build of torch without torch.distributed has no DTensors either
-
-    class DTensor(Tensor):  # type: ignore[no-redef]
-        """Stands for a class that cannot exist in this build."""
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of a group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
 
 def as_sharded(theta: Tensor) -> Tensor:
     """`theta` itself; its gradient comes back sharded as it is, however the operations on it laid that out.
@@ -58,18 +47,18 @@ def as_sharded(theta: Tensor) -> Tensor:
     FSDP adds its own gradient to the one that it finds, shard to shard. A shard that FSDP keeps on the CPU comes to
     where the processes compute, and its gradient goes back.
     """
-    if not isinstance(theta, DTensor):
+    if not is_dtensor(theta):
         return theta
     here, placements = theta.device_mesh.device_type, theta.placements
     if theta.device.type not in (here, "meta"):
         theta = theta.to(here)
-        assert isinstance(theta, DTensor)
+        assert is_dtensor(theta)
     return theta.redistribute(placements=placements)
 
 
 def any_sharded(theta: Mapping[str, Tensor]) -> bool:
     """Whether any of the tensors is a DTensor."""
-    return any(isinstance(tensor, DTensor) for tensor in theta.values())
+    return any(is_dtensor(tensor) for tensor in theta.values())
 
 
 def synthesize_sharded(
@@ -80,7 +69,7 @@ def synthesize_sharded(
     DTensors where it ran on the shards; plain tensors where it could not: it is not elementwise, or not all that it
     reads lies on the same processes.
     """
-    mesh, *others = {t.device_mesh if isinstance(t, DTensor) else None for t in (*previous.values(), *next.values())}
+    mesh, *others = {t.device_mesh if is_dtensor(t) else None for t in (*previous.values(), *next.values())}
     made: dict[str, Tensor]
     on_shards = getattr(fusion, "elementwise", False) and mesh is not None and not others
     widest = max((t.dtype for t in (*previous.values(), *next.values())), key=lambda dtype: dtype.itemsize)
@@ -97,7 +86,7 @@ def synthesize_sharded(
 
 def lower_precision(fusion: nn.Module, theta: Mapping[str, Tensor]) -> torch.dtype | None:
     """What FSDP's mixed precision has made of the coefficients, if that is lower than the synthesised weights'."""
-    found = {p.dtype for p in fusion.parameters() if not isinstance(p, DTensor)}
+    found = {p.dtype for p in fusion.parameters() if not is_dtensor(p)}
     if len(found) != 1 or not theta:
         return None
     (dtype,) = found
@@ -106,7 +95,9 @@ def lower_precision(fusion: nn.Module, theta: Mapping[str, Tensor]) -> torch.dty
 
 def _replicated(coefficient: Tensor, mesh: "DeviceMesh") -> Tensor:
     """A coefficient as a DTensor that is the same on every process; its gradient then is the sum over all shards."""
-    if isinstance(coefficient, DTensor) and coefficient.device_mesh == mesh:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if is_dtensor(coefficient) and coefficient.device_mesh == mesh:
         return coefficient
     return DTensor.from_local(gather(coefficient), mesh, [Replicate()] * mesh.ndim, run_check=False)
 
@@ -118,8 +109,10 @@ def gathered(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def gather(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The same for one tensor; in `dtype` if one is given. Its gradient is reduced in float32 at least."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor if dtype is None else tensor.to(dtype)
+    from torch.distributed.tensor import Partial, Replicate
+
     ndim = tensor.device_mesh.ndim
     wide = torch.promote_types(tensor.dtype, torch.float32)
     whole = tensor.redistribute(placements=[Replicate()] * ndim, forward_dtype=dtype, backward_dtype=wide)
@@ -132,7 +125,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     torch 2.11 cannot flatten the first two of these. With the sharded one first it can.
     """
-    if isinstance(x, DTensor) and x.dim() == 3 and any(placement.is_shard(1) for placement in x.placements):
+    if is_dtensor(x) and x.dim() == 3 and any(placement.is_shard(1) for placement in x.placements):
         return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
     return F.linear(x, weight, bias)
 
@@ -152,9 +145,9 @@ def settle(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = N
         after: the same of the block after.
         inner: the mesh of tensor parallelism within FSDP: what is whole for FSDP is a DTensor on that.
     """
-    sharded = [theta for theta in _managed((*before, *after)) if isinstance(theta, DTensor)]
+    sharded = [theta for theta in _managed((*before, *after)) if is_dtensor(theta)]
     smaller = {id(theta) for theta in sharded if theta.device_mesh.ndim > 1}
-    ahead = {id(t) for t in _managed(after) if not isinstance(t, DTensor) or t.device_mesh == inner}
+    ahead = {id(t) for t in _managed(after) if not is_dtensor(t) or t.device_mesh == inner}
     suspects = smaller | (ahead if torch.is_grad_enabled() else set())
     if suspects:
         _shard_again(suspects)

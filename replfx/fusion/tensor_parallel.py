@@ -7,21 +7,22 @@ shards, and those that are wanted as the neighbours' lie stay where they are: no
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
 from replfx.fusion.interface import Interface, read_slot
-from replfx.fusion.sharded import DTensor, gather
+from replfx.fusion.sharded import gather
 from replfx.torch_internals import is_tensor_parallel
 
-__all__ = ["TensorParallel", "laid_out", "mesh_of_activation", "refuse_unprepared"]
-
-if torch.distributed.is_available():
+if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+    from torch.distributed.tensor import Placement
+
+__all__ = ["TensorParallel", "laid_out", "mesh_of_activation", "refuse_unprepared"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class TensorParallel:
                 f"its activation is inside of a {type(x).__name__}: sequence parallelism needs it as an argument of "
                 "its own; leave SequenceParallel() out for this block"
             )
-        if isinstance(x, DTensor):
+        if is_dtensor(x):
             return args, kwargs
+        from torch.distributed.tensor import DTensor, Shard
+
         x = DTensor.from_local(x, self.mesh, [Shard(self.sequence)], run_check=False)
         if slot.isdigit():
             return (*args[: int(slot)], x, *args[int(slot) + 1 :]), kwargs
@@ -60,8 +63,10 @@ class TensorParallel:
 
     def leave(self, interface: Interface, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the call gave, with its activation as the caller gave it: a plain part, or a DTensor."""
-        if self.sequence is None or isinstance(read_slot(interface.main, args, kwargs), DTensor):
+        if self.sequence is None or is_dtensor(read_slot(interface.main, args, kwargs)):
             return result
+        from torch.distributed.tensor import Shard
+
         y = interface.main_of(result)
         return interface.with_main(args, kwargs, y.redistribute(placements=[Shard(self.sequence)]).to_local())
 
@@ -93,8 +98,10 @@ def laid_out(
 
 def _beside(tensor: Tensor, mesh: "DeviceMesh", dtype: torch.dtype | None) -> Tensor:
     """A synthesised weight for an activation that is a DTensor: as it lies if that is on its mesh, else replicated."""
-    lies_there = isinstance(tensor, DTensor) and tensor.device_mesh == mesh
-    placements = tensor.placements if lies_there and isinstance(tensor, DTensor) else [Replicate()] * mesh.ndim
+    from torch.distributed.tensor import Replicate
+
+    lies_there = is_dtensor(tensor) and tensor.device_mesh == mesh
+    placements = tensor.placements if lies_there and is_dtensor(tensor) else [Replicate()] * mesh.ndim
     return on_mesh(tensor, mesh, placements, dtype)
 
 
@@ -104,7 +111,9 @@ def on_mesh(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"
     A DTensor on a mesh of more dimensions (FSDP's, with tensor parallelism inside) is gathered along these. Its
     gradient there goes back as FSDP wants it, as a partial average; see `sharded`.
     """
-    if not isinstance(tensor, DTensor):
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    if not is_dtensor(tensor):
         whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
         return whole.redistribute(placements=placements)
     outer = tensor.device_mesh
@@ -121,7 +130,7 @@ def on_mesh(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"
 
 def mesh_of_activation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "DeviceMesh | None":
     """The mesh of the first argument that is a DTensor; None if none is."""
-    return next((value.device_mesh for value in (*args, *kwargs.values()) if isinstance(value, DTensor)), None)
+    return next((value.device_mesh for value in (*args, *kwargs.values()) if is_dtensor(value)), None)
 
 
 def refuse_unprepared(owners: Sequence[nn.Module]) -> None:

@@ -1,9 +1,8 @@
-"""Fusion kernels: the synthesis of weights in Triton, with plain PyTorch where Triton does not run.
+"""Triton kernels, one operation a file: kernels, launches, operators, gradients and the plain form together.
 
-Importing this package does not import triton. The operators `torch.ops.replfx.*` are registered when a kernel first
-runs, or by importing `replfx.kernels.synthesis_ops` and `replfx.kernels.matrix_ops`.
+Importing this package imports triton where that is installed; `import replfx` does not import this package.
 """
 
-from replfx.kernels.public import synthesize, synthesize_low_rank, synthesized_linear
+from replfx.kernels.synthesis import synthesize
 
-__all__ = ["synthesize", "synthesize_low_rank", "synthesized_linear"]
+__all__ = ["synthesize"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from replfx.dtensors import is_distributed
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
@@ -20,7 +21,6 @@ from replfx.fusion.sharded import (
     any_sharded,
     as_sharded,
     gathered,
-    is_distributed,
     lower_precision,
     settle,
     synthesize_sharded,

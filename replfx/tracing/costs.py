@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from replfx.tracing.info import Cost
 
@@ -26,8 +25,11 @@ class Below(TorchDispatchMode):
     """
 
     def __init__(self, run: Runner | None = None) -> None:
+        from torch.utils.flop_counter import flop_registry  # which imports triton
+
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
+        self._registry = flop_registry
         self.run = run or (lambda func, args, kwargs: func(*args, **kwargs))
 
     def __torch_dispatch__(
@@ -35,7 +37,7 @@ class Below(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", None)
-        count = flop_registry.get(packet)
+        count = self._registry.get(packet)
         if count is None and torch.is_inference_mode_enabled() and hasattr(func, "decompose"):
             with self:  # inference mode skips autograd's kernels, which take composite operators apart
                 result = func.decompose(*args, **kwargs)

@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from replfx.dtensors import is_dtensor
 from replfx.errors import CaptureError
-from replfx.fusion.sharded import DTensor
 from replfx.tree import tensors_in, with_tensors
 
 __all__ = ["ExampleInputs", "Inputs"]
@@ -91,7 +91,7 @@ def check_is_whole(model: nn.Module) -> None:
             "comes of that: torch.compile(replfx.transform(model, ...))"
         )
     for name, tensor in model.named_parameters():
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             raise CaptureError(
                 f"the model's parameter `{name}` is a DTensor, a part of which is here: transform the model first, and "
                 "call fully_shard, replfx.parallelize_module or distribute_module after it"

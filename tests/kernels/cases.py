@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from replfx.kernels.availability import INTERPRETED, runs_triton
+from replfx.kernels.synthesis import INTERPRETED, runs_triton
 from tests.kernels.reference import DTYPES
 
 __all__ = ["DEVICES", "Case", "One", "cases", "in_triton", "laid_out", "only_interpreted", "only_plain", "random"]
@@ -112,6 +112,6 @@ def _ones(draw: Any) -> One:
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """Up to eleven syntheses: more than fit in a launch."""
-    lists = st.lists(_ones(), max_size=11).map(tuple)
+    """Up to five syntheses."""
+    lists = st.lists(_ones(), max_size=5).map(tuple)
     return st.builds(Case, lists, st.sampled_from(DTYPES), st.integers(0, 1000))

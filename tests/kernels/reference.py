@@ -50,10 +50,6 @@ def gradients(g: Tensor, p: Tensor, n: Tensor, a: Tensor, b: Tensor) -> list[Pai
     return [(gradient_p, abs(gradient_p)), (gradient_n, abs(gradient_n)), *sums]
 
 
-def product(x: Array, y: Array) -> Pair:
-    return x @ y, abs(x) @ abs(y)
-
-
 def assert_close(got: Tensor, wanted: Pair, what: str, *, terms: int = 1, roundings: float = 2.0) -> None:
     """Within the rounding of `roundings` operations in the dtype, and of a sum of so many terms.
 

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from replfx.kernels import synthesize
-from replfx.kernels.availability import INSTALLED
-from replfx.kernels.layout import prepare
+from replfx.kernels import synthesis, synthesize
+from replfx.kernels.synthesis import INSTALLED, Rows, synthesize_backward, synthesize_operator
 from tests.kernels import reference
 from tests.kernels.cases import DEVICES, Case, One, cases, in_triton, only_interpreted, only_plain, random
 
@@ -57,9 +56,7 @@ def test_values_and_gradients(device: str, case: Case) -> None:
 @only_plain
 @given(case=cases())
 def test_the_operator_without_kernels(case: Case) -> None:
-    from replfx.kernels import synthesis_ops
-
-    check(case, "cpu", synthesis_ops.synthesize)
+    check(case, "cpu", synthesize_operator)
 
 
 def alike(shape: tuple[int, ...], count: int, *, channel: bool, dtype: torch.dtype = torch.float32) -> Case:
@@ -69,7 +66,7 @@ def alike(shape: tuple[int, ...], count: int, *, channel: bool, dtype: torch.dty
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channel", [True, False])
-def test_each_slot_of_a_launch(device: str, channel: bool) -> None:
+def test_any_number_of_tiles(device: str, channel: bool) -> None:
     """Nine syntheses of one width, each of another number of tiles, and each a lot longer than the one before."""
     layouts, needs = ("contiguous",) * 3, (True,) * 4
     sizes = [(9 * k, 70) if channel else (2, 550 * k * k) for k in range(1, 10)]
@@ -77,11 +74,9 @@ def test_each_slot_of_a_launch(device: str, channel: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_more_partial_sums_than_are_summed_at_a_time(device: str) -> None:
-    from replfx.kernels import synthesis_ops
-
+def test_many_partial_sums(device: str) -> None:
     ones, a = torch.ones(1025, 1024, device=device), torch.ones(1, device=device)
-    *_, (grad_a,), (grad_b,) = synthesis_ops.synthesize_backward([ones], [ones], [2 * ones], [a], [a], [12])
+    *_, (grad_a,), (grad_b,) = synthesize_backward([ones], [ones], [2 * ones], [a], [a], [12])
     assert (grad_a.item(), grad_b.item()) == (ones.numel(), 2 * ones.numel())
 
 
@@ -165,17 +160,15 @@ class Recorder:
 
 
 @only_interpreted
-@pytest.mark.parametrize(("count", "launches"), [(1, 1), (8, 1), (9, 2)])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("channel", [True, False])
-def test_eight_syntheses_a_launch(monkeypatch: pytest.MonkeyPatch, count: int, launches: int, channel: bool) -> None:
-    from replfx.kernels import synthesis_launch
-
-    names = ("synthesis_kernel", "gradients_kernel", "totals_kernel")
-    recorders = [Recorder(getattr(synthesis_launch, name)) for name in names]
+def test_one_launch_a_synthesis(monkeypatch: pytest.MonkeyPatch, count: int, channel: bool) -> None:
+    names = ("synthesis_kernel", "gradients_kernel")
+    recorders = [Recorder(getattr(synthesis, name)) for name in names]
     for name, recorder in zip(names, recorders, strict=True):
-        monkeypatch.setattr(synthesis_launch, name, recorder)
+        monkeypatch.setattr(synthesis, name, recorder)
     run(alike((5, 30), count, channel=channel), "cpu")
-    assert [len(recorder.grids) for recorder in recorders] == [launches, launches, 0 if channel else launches]
+    assert [len(recorder.grids) for recorder in recorders] == [count, count]
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:
@@ -190,18 +183,16 @@ def test_neighbours_are_read_in_place() -> None:
             tensors[:] = [t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in tensors]
         p[1], n[1] = p[1][1:4], n[1][2:5]  # rows of a matrix
         coefficients = [torch.ones(theta.shape[0]) for theta in p]
-        slots = prepare(p, n, coefficients, coefficients)
-        assert _places([slot.previous for slot in slots]) == _places(p)
-        assert _places([slot.next for slot in slots]) == _places(n)
+        rows = [Rows.of(*each) for each in zip(p, n, coefficients, coefficients, strict=True)]
+        assert _places([each.previous for each in rows]) == _places(p)
+        assert _places([each.next for each in rows]) == _places(n)
 
 
 @only_plain
 @pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 def test_second_derivatives_are_refused_by_the_operator() -> None:
-    from replfx.kernels import synthesis_ops
-
     w, a = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    (theta,) = synthesis_ops.synthesize([w], [w], [a], [a])
+    (theta,) = synthesize_operator([w], [w], [a], [a])
     (grad,) = torch.autograd.grad(theta.square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()

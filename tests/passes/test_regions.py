@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -95,18 +95,6 @@ def test_layers_replaced_by_their_own_modules_change_nothing(spec: Spec, data: s
     kept = {key for key in made.state_dict() if not key.startswith("layers.")}
     assert kept == set(model.state_dict()) - gone
     assert {id(p) for p in made.parameters()} == {id(p) for p in model.parameters()}
-
-
-@settings(max_examples=8)
-@given(spec=specs())
-def test_widths_that_change_divide_a_chain_where_shapes_must_agree(spec: Spec) -> None:
-    model = Functional(spec)
-    found = find_regions(captured(model, *model.inputs()), same_shapes=True)
-    for chain in found.chains:
-        shapes = [[tuple(model.get_parameter(p).shape) for p in r.parameters.values()] for r in chain.regions]
-        assert all(shape == shapes[0] for shape in shapes)
-    if len(set(spec.widths)) == 1:
-        assert [len(chain.regions) for chain in found.chains] == [spec.depth]
 
 
 # ---- what is a layer, and what is not

@@ -1,4 +1,4 @@
-"""Bytes that each kernel has to move, for a benchmark to compare with what a memory can carry.
+"""Bytes that each kernel has to move, to compare with what a memory can carry.
 
 Each function takes the arguments of the operator of its name, of which it looks at shapes and dtypes alone, and
 counts every tensor once: what caches save or waste is not in it, nor are copies of inputs that have gaps.
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from replfx.kernels.layout import Layout, accumulator
+from replfx.kernels.synthesis import Rows
 
-__all__ = ["Traffic", "synthesize", "synthesize_backward", "synthesize_low_rank", "synthesized_linear"]
+__all__ = ["Traffic", "synthesize", "synthesize_backward"]
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,8 @@ def synthesize_backward(
     for theta, *coefficients in zip(previous, a, b, strict=True):
         if theta.numel():
             scalars = sum(c.numel() == 1 for c in coefficients)
-            partial += scalars * Layout.of(theta, *coefficients).rows * accumulator(theta.dtype).itemsize
+            partial += scalars * Rows(theta, theta, *coefficients).count * max(theta.itemsize, 4)  # float32 at least
     return Traffic(inputs + _bytes(*grads) + partial, inputs + partial)
-
-
-def synthesize_low_rank(previous: Tensor, next: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> Traffic:
-    """Reads θ_prev, θ_next, a, b, U and V; writes θ: the forward pass."""
-    return Traffic(_bytes(previous, next, a, b, u, v), _bytes(previous))
-
-
-def synthesized_linear(
-    x: Tensor, previous: Tensor, next: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None
-) -> Traffic:
-    """Reads x, θ_prev, θ_next, a, b and the bias; writes y: the forward pass."""
-    rows = x.shape[:-1].numel()
-    inputs = [x, previous, next, a, b] if bias is None else [x, previous, next, a, b, bias]
-    return Traffic(_bytes(*inputs), rows * previous.shape[0] * x.dtype.itemsize)
 
 
 def _bytes(*tensors: Tensor) -> int:
