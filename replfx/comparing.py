@@ -138,7 +138,7 @@ def compare(
         One row for the full model, and one for every registered operator; where one fits no block, with the reason.
 
     Raises:
-        CaptureError: the model does not run.
+        CaptureError: the model does not run, or has nothing to train.
         PlanError: an impossible selection.
 
     Example:
@@ -150,6 +150,8 @@ def compare(
     inputs = Inputs.of(example_inputs, model)
     if inputs is None:
         raise CaptureError("to compare operators replfx needs example_inputs: steps are timed on them")
+    if not trainable_parameters(model):
+        raise CaptureError(f"{type(model).__name__} has no trainable parameters, so there is no training step to time")
     full = faithful_copy(model)
     models = {FULL: full}
     rows = {FULL: Compared(FULL, 0, trainable_parameters(full), Totals(*costs_of(full, inputs)))}

