@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 from replfx.blocks import head_of
 from replfx.errors import FusionError, PlanError, StateDictError
 from replfx.live import SUBMODULE, Synthesis, check_neighbours, fusion_layers, synthesis_of
-from replfx.measure import trainable_parameters
 from replfx.plans import Plan
 from replfx.reports import Report, without
 from replfx.stages import refuse_split_points
@@ -124,7 +123,7 @@ def forget(model: nn.Module, paths: Collection[str]) -> bool:
         _unmark(model)
         return False
     state.plan = Plan(state.plan.model, left)
-    state.report = without(state.report, paths, trainable_parameters(model))
+    state.report = without(state.report, paths, _trainable(model))
     state.syntheses = {path: synthesis for path, synthesis in state.syntheses.items() if path not in paths}
     state.checked = 0
     return True
@@ -296,3 +295,7 @@ def _gone(path: str, synthesis: Synthesis, block: nn.Module) -> Iterable[str]:
     if synthesis.names:  # it was no module
         return [synthesis.names[name] for name in inside if name in synthesis.names]
     return [f"{path}.{name}" if path else name for name in inside]
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
