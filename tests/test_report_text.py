@@ -72,3 +72,16 @@ def test_costs_say_of_which_batch(report):
     assert report.example == "3×8"
     text = " ".join(" ".join(printed(report, 80)).split())
     assert "for 3×8: forward FLOPs:" in text
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_transformed_models_report_has_the_costs_that_inspect_said(inplace):
+    x = torch.rand(3, 4)
+    wanted = replfx.inspect(tower(), x, operator="light")
+    assert wanted.before is not None
+    made = replfx.transform(tower(), x, operator="light", inplace=inplace)
+    applied = replfx.apply(tower(), replfx.plan_of(made), x, inplace=inplace)
+    for model in (made, applied):
+        report = replfx.report(model)
+        assert (report.before, report.after, report.example) == (wanted.before, wanted.after, "3×4")
+    assert replfx.report(replfx.transform(tower())).before is None
