@@ -18,7 +18,7 @@ from benchmarks.accuracy.photos import imagenet
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import ResNet, classifier
 from benchmarks.accuracy.scenes import camvid, cityscapes
-from benchmarks.accuracy.text import wikitext2, wikitext2_bytes
+from benchmarks.accuracy.text import wikitext2, wikitext2_bytes, wikitext2_bytes_narrow
 from benchmarks.models import vision_transformer
 from replfx import ReplfxError
 from replfx.demo.model import GPT
@@ -189,7 +189,7 @@ TASKS = {
         ),
         Task(
             "bytes-narrow",
-            partial(wikitext2_bytes, context=64),
+            wikitext2_bytes_narrow,
             NATS,
             {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)},
             {"small": Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)},

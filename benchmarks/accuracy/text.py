@@ -120,6 +120,11 @@ def wikitext2_bytes(root: Path, context: int = 128) -> Text:
     return Text(train, valid, test, vocabulary=256, context=context, perplexity=False, final_windows=1024)
 
 
+def wikitext2_bytes_narrow(root: Path) -> Text:
+    """The same with half of the context."""
+    return wikitext2_bytes(root, context=64)
+
+
 def wikitext2(root: Path) -> Text:
     """WikiText-2 word by word over its whole vocabulary, each line ended by ``<eos>``; the metric is test perplexity.
 

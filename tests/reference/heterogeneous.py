@@ -241,7 +241,8 @@ def spots_of(kind: str, steps: Sequence[Step]) -> list[Spot]:
 def replaced_every(spots: Sequence[Spot], k: int) -> list[int]:
     """Blocks k, 2k, … of those counted from 1, anew at a change of shape and at a new stage; or through all.
 
-    The first and the last stay, and those that change the shape stay if there are others.
+    The first and the last stay, and those that change the shape stay if there are others. Where all that are counted
+    have to stay, the next block that may be replaced is taken, and counting begins after it.
     """
     inner = range(1, len(spots) - 1)
     may = {i for i in inner if not spots[i].turn} or set(inner)
@@ -250,7 +251,14 @@ def replaced_every(spots: Sequence[Spot], k: int) -> list[int]:
         anew = i == 0 or spot.turn or (spot.between and spot.like != spots[i - 1].like)
         numbers.append(1 if anew else numbers[-1] + 1)
     chosen = [i for i in may if numbers[i] % k == 0]
-    return sorted(chosen or [i for i in may if (i + 1) % k == 0])
+    if through := sorted(chosen or [i for i in may if (i + 1) % k == 0]):
+        return through
+    late, last = [], -1
+    for i in sorted(may):
+        if i - last >= k:
+            late.append(i)
+            last = i
+    return late
 
 
 # ---- what a transformed one computes
