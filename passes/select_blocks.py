@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from replfx.blocks import is_named
 from replfx.errors import FusionError, NoChainError, PlanError
 from replfx.fusion import Choice, Match, Site, fusions, operators
 from replfx.fusion.fusions import LinearFusion
@@ -247,7 +248,7 @@ def _matches(globs: Sequence[str], graph_module: fx.GraphModule, found: Chains) 
     in_chain = [path for chain in found.chains for path in chain.paths]
     chosen: set[str] = set()
     for glob in globs:
-        matched = [path for path in in_chain if path == glob or fnmatchcase(path, glob)]  # "[3:5]" is a glob too
+        matched = [path for path in in_chain if is_named(path, glob)]
         if not matched:
             raise PlanError(_no_match(glob, graph_module, in_chain, found))
         chosen.update(matched)

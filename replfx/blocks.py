@@ -11,6 +11,7 @@ module until it is replaced: in the rewritten graph it is `replaced_weights_3`.
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from replfx.structure import redirect, set_submodule
 __all__ = [
     "block_at",
     "head_of",
+    "is_named",
     "is_region",
     "is_window",
     "members_of",
@@ -45,6 +47,11 @@ def region_path(parameter: str) -> str:
 def is_region(path: str) -> bool:
     """Whether the path is that of a region."""
     return path.startswith("@")
+
+
+def is_named(path: str, glob: str) -> bool:
+    """Whether a path or a glob names a block; a window's own path ("[3:5]") would be a glob of other names."""
+    return path == glob or fnmatchcase(path, glob)
 
 
 def is_window(path: str) -> bool:

@@ -7,6 +7,7 @@ import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import replfx
 from replfx import demo, named_models
@@ -169,13 +170,8 @@ def _report(args: argparse.Namespace, named: Named) -> int:
     found = replfx.inspect(
         named.model,
         named_models.inputs_of(named, args.input, args.tokens),
-        every=args.every,
-        fraction=args.fraction,
-        keep=args.keep,
-        select=args.select,
-        split_at=args.split_at,
-        fusion=args.fusion,
         operator=args.operator,
+        **_policy(args),
     )
     if args.draw is not None:
         _draw(found, args.draw)
@@ -188,6 +184,11 @@ def _report(args: argparse.Namespace, named: Named) -> int:
 
         Console().print(ReportText(found, every_block=args.all))
     return 0
+
+
+def _policy(args: argparse.Namespace) -> dict[str, Any]:
+    """Which blocks are replaced, and how their weights are made, as keywords."""
+    return {name: getattr(args, name) for name in ("every", "fraction", "keep", "select", "split_at", "fusion")}
 
 
 def _draw(found: Report, path: str) -> None:
@@ -211,12 +212,8 @@ def _compare(args: argparse.Namespace, named: Named) -> int:
         comparison = compare(
             named.model,
             inputs,
-            every=args.every,
-            fraction=args.fraction,
-            select=args.select,
-            split_at=args.split_at,
-            fusion=args.fusion,
             repeats=args.repeats,
+            **_policy(args),
         )
     if args.json:
         print(json.dumps(comparison.to_dict(), indent=2))

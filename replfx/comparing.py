@@ -112,6 +112,7 @@ def compare(
     *,
     every: int | None = None,
     fraction: float | None = None,
+    keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
     fusion: Choosable = AUTO,
@@ -128,6 +129,7 @@ def compare(
         example_inputs: a batch, as for `replfx.transform`.
         every: as for `replfx.transform`.
         fraction: as for `replfx.transform`.
+        keep: as for `replfx.transform`.
         select: as for `replfx.transform`.
         split_at: as for `replfx.transform`.
         fusion: as for `replfx.transform`.
@@ -146,7 +148,9 @@ def compare(
         >>> [row.operator for row in comparison.rows]
         ['full', 'block', 'identity', 'light', 'mixer']
     """
-    policy_of(every, fraction, select, fusion, AUTO, 1.0, split_at)  # what is wrong with it is wrong for all operators
+    policy_of(
+        every, fraction, select, fusion, AUTO, 1.0, split_at, keep
+    )  # what is wrong with it is wrong for all operators
     inputs = Inputs.of(example_inputs, model)
     if inputs is None:
         raise CaptureError("to compare operators replfx needs example_inputs: steps are timed on them")
@@ -163,6 +167,7 @@ def compare(
                 example_inputs,
                 every=every,
                 fraction=fraction,
+                keep=keep,
                 select=select,
                 split_at=split_at,
                 fusion=fusion,

@@ -5,19 +5,25 @@ imported it.
 """
 
 import sys
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["is_distributed", "is_dtensor"]
+__all__ = ["broadcast_from_first", "is_distributed", "is_dtensor"]
 
 
 def is_distributed() -> bool:
     """Whether this process is one of a group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def broadcast_from_first(tensor: Tensor, group: Any) -> None:
+    """Give all processes of a group the first one's values, in place."""
+    torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group)
 
 
 def is_dtensor(value: object) -> "TypeGuard[DTensor]":

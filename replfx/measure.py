@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from replfx.accumulation import synthesize_once
+from replfx.structure import trainable_parameters
 from replfx.version import __version__
 
 __all__ = [
@@ -141,11 +142,6 @@ def training_costs(
         name: Cost(trainable_parameters(t.model), saved[name], peaks[name], times[name])
         for name, t in trainings.items()
     }
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """Count the scalars that an optimizer would train; a tied parameter counts once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def unique_storage_bytes(tensors: Iterable[Tensor]) -> int:

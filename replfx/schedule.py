@@ -1,21 +1,25 @@
 """When blocks are unrolled: share weights early, train at full depth late."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
 
+from replfx.blocks import is_named
 from replfx.errors import PlanError, StateDictError
 from replfx.state import follow_state_dicts, marked, placed_blocks
 from replfx.tracing import ExampleInputs
 from replfx.unrolling import check_unrolls, unroll
 
-__all__ = ["Schedule", "When"]
+__all__ = ["Schedule", "UnrollAt", "When"]
 
 When: TypeAlias = float | int
 """A number of steps, or a share of all of them."""
+
+UnrollAt: TypeAlias = When | Sequence[When] | Mapping[When, str | Sequence[str]]
+"""One time, several, or which blocks at which."""
 
 
 class Schedule:
@@ -26,7 +30,7 @@ class Schedule:
         optimizer: gets the new parameters, as `replfx.unroll` has it.
         unroll_at: a number of optimizer steps (an int), or a share of `total_steps` (a float between 0 and 1). Several
             of them, in a sequence, unroll as many equal parts of the blocks, each spread over the depth; a mapping
-            from them to paths or globs says which. Our measurements speak for 0.2 (docs/findings.md).
+            from them to paths or globs says which. When it pays is open (docs/findings.md).
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
         example_inputs: as for `replfx.unroll`.
@@ -57,7 +61,7 @@ class Schedule:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
-        unroll_at: When | Sequence[When] | Mapping[When, str | Sequence[str]],
+        unroll_at: UnrollAt,
         total_steps: int | Callable[[], int] | None = None,
         example_inputs: ExampleInputs | None = None,
         averages: Iterable[nn.Module] = (),
@@ -103,13 +107,18 @@ class Schedule:
         if self.is_done:
             return []
         known = {path for part in self._done for path in part}
-        total = self._total() if callable(self._total) else self._total
         due = []
-        for at, paths in _parts(self._unroll_at, total, self._paths):
+        for at, paths in self._parts:
             if at <= steps and (left := [path for path in paths if path not in known]):
                 self._unroll(left)
                 due += left
         return due
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, list[str]]]:
+        """After how many steps which blocks are unrolled; a trainer is asked for all steps once, in its first."""
+        total = self._total() if callable(self._total) else self._total
+        return _parts(self._unroll_at, total, self._paths)
 
     def _unroll(self, paths: Sequence[str]) -> None:
         unroll(self._model, self.optimizer, self._example_inputs, blocks=paths)
@@ -148,9 +157,7 @@ class Schedule:
         self._steps = steps
 
 
-def _parts(
-    unroll_at: When | Sequence[When] | Mapping[When, str | Sequence[str]], total: int | None, paths: Sequence[str]
-) -> list[tuple[int, list[str]]]:
+def _parts(unroll_at: UnrollAt, total: int | None, paths: Sequence[str]) -> list[tuple[int, list[str]]]:
     """After how many steps which blocks are unrolled, the first first."""
     if isinstance(unroll_at, Mapping):
         found = [(_step(at, total), _named(globs, paths)) for at, globs in unroll_at.items()]
@@ -170,9 +177,9 @@ def _parts(
 def _named(globs: str | Sequence[str], paths: Sequence[str]) -> list[str]:
     wanted = [globs] if isinstance(globs, str) else list(globs)
     for glob in wanted:
-        if not any(fnmatchcase(path, glob) for path in paths):
+        if not any(is_named(path, glob) for path in paths):
             raise PlanError(f"unroll_at names {glob!r}, which is no replaced block; these are: {', '.join(paths)}")
-    return [path for path in paths if any(fnmatchcase(path, glob) for glob in wanted)]
+    return [path for path in paths if any(is_named(path, glob) for glob in wanted)]
 
 
 def _step(at: When, total: int | None) -> int:

@@ -14,6 +14,7 @@ from replfx.live import SUBMODULE, Synthesis, check_neighbours, fusion_layers, s
 from replfx.plans import Plan
 from replfx.reports import Report, without
 from replfx.stages import refuse_split_points
+from replfx.structure import trainable_parameters
 
 __all__ = [
     "Placement",
@@ -123,7 +124,7 @@ def forget(model: nn.Module, paths: Collection[str]) -> bool:
         _unmark(model)
         return False
     state.plan = Plan(state.plan.model, left)
-    state.report = without(state.report, paths, _trainable(model))
+    state.report = without(state.report, paths, trainable_parameters(model))
     state.syntheses = {path: synthesis for path, synthesis in state.syntheses.items() if path not in paths}
     state.checked = 0
     return True
@@ -295,7 +296,3 @@ def _gone(path: str, synthesis: Synthesis, block: nn.Module) -> Iterable[str]:
     if synthesis.names:  # it was no module
         return [synthesis.names[name] for name in inside if name in synthesis.names]
     return [f"{path}.{name}" if path else name for name in inside]
-
-
-def _trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -32,11 +32,18 @@ __all__ = [
     "signature",
     "stand_for",
     "stand_like",
+    "trainable_parameters",
     "unfit_to_replace",
     "unfit_to_share",
 ]
 
 Signature: TypeAlias = Mapping[str, object]
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the scalars that an optimizer would train; a tied parameter counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
 
 _CLASS = "_replfx_stands_for"
 _REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))

@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from replfx.dtensors import broadcast_from_first
 from replfx.errors import ReplfxError
 
 __all__ = [
@@ -180,7 +181,9 @@ def adopt_parameter(module: nn.Module, owner: nn.Module, leaf: str, like: Any) -
     if isinstance(whole, DTensor) and whole.device_mesh == group.mesh_info.mesh:
         whole = whole.full_tensor()
     if not isinstance(whole, DTensor):
-        _make_equal(whole, group.mesh_info.mesh)
+        mesh = group.mesh_info.mesh
+        for axis in range(mesh.ndim):  # what was drawn at random differs between the processes
+            broadcast_from_first(whole, mesh.get_group(axis))
     placements: Any = like.placements if isinstance(like, DTensor) else ()
     dims = [placement.dim for placement in placements if placement.is_shard()]
     dim = dims[0] if dims else 0  # tensor parallelism shards what FSDP has sharded
@@ -202,13 +205,6 @@ def adopt_parameter(module: nn.Module, owner: nn.Module, leaf: str, like: Any) -
 
 def _let_manage(owner: nn.Module) -> None:
     vars(owner).update(_is_fsdp_managed_module=True, _fsdp_use_orig_params=True)
-
-
-def _make_equal(tensor: Tensor, mesh: Any) -> None:
-    """Give all processes of a mesh the first one's values: what is drawn at random differs."""
-    for dim in range(mesh.ndim):
-        group = mesh.get_group(dim)
-        torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group)
 
 
 # ---- DDP

@@ -1,7 +1,6 @@
 """The ways out of a transformed model: materialize and unroll."""
 
 from collections.abc import Collection, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.optim import Optimizer
 
-from replfx.blocks import head_of, is_region
+from replfx.blocks import head_of, is_named, is_region
 from replfx.copying import faithful_copy
 from replfx.errors import FusionError, PlanError
 from replfx.fusion.interface import read_slot
@@ -151,9 +150,9 @@ def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None)
         return placed
     globs = [blocks] if isinstance(blocks, str) else list(blocks)
     for glob in globs:
-        if not any(fnmatchcase(path, glob) for path in placed):
+        if not any(is_named(path, glob) for path in placed):
             raise PlanError(f"blocks={glob!r} matches no replaced block; they are: {', '.join(placed)}")
-    return {path: at for path, at in placed.items() if any(fnmatchcase(path, glob) for glob in globs)}
+    return {path: at for path, at in placed.items() if any(is_named(path, glob) for glob in globs)}
 
 
 def _unroll(root: nn.Module, placed: Mapping[str, Placement], seen: Mapping[str, Tensor], like: Tensor) -> None:

@@ -4,10 +4,9 @@ import gc
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from replfx.dtensors import is_distributed
+from replfx.dtensors import broadcast_from_first, is_distributed
 from replfx.torch_internals import (
     adopt_parameter,
     follow_parameters,
@@ -36,8 +35,9 @@ def tell_of_change(root: nn.Module, new: Mapping[nn.Parameter, Tensor | None]) -
     if not is_distributed():
         return
     wrappers = _reducers_of(root)
-    for wrapper in wrappers:
-        _make_equal(new, wrapper.process_group)
+    for wrapper in wrappers:  # DDP does so when it wraps a model
+        for parameter in new:
+            broadcast_from_first(parameter.detach(), wrapper.process_group)
     if sharded := _sharded(root):
         _shard(new, sharded)
     for wrapper in wrappers:
@@ -81,10 +81,3 @@ def _reducers_of(root: nn.Module) -> list[Any]:
 
     alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     return [wrapper for wrapper in alive if root in wrapper.modules()]
-
-
-def _make_equal(parameters: Collection[nn.Parameter], group: Any) -> None:
-    """Give all ranks the first one's values, as DDP does when it wraps a model."""
-    first = torch.distributed.get_global_rank(group, 0)
-    for parameter in parameters:
-        torch.distributed.broadcast(parameter.detach(), first, group)

@@ -1,10 +1,14 @@
 """Operators compared: the figures are those that the library and torch give one by one."""
 
+import json
+
 import pytest
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
+from replfx.cli import main
 from replfx.comparing import compare
 from replfx.measure import saved_activation_bytes, trainable_parameters
 from tests.models import Tower, tower
@@ -53,3 +57,11 @@ def test_a_model_without_gradients_has_no_step():
     model = Tower(*tower().blocks).requires_grad_(False)
     with pytest.raises(replfx.CaptureError, match="trainable"):
         compare(model, torch.rand(2, 4))
+
+
+def test_the_command_line_compares_the_blocks_that_were_asked_for(capsys):
+    assert main(["inspect", "timm:test_vit", "--compare", "--keep", "2", "--repeats", "1", "--json"]) == 0
+    rows = {row["operator"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    wanted = replfx.inspect(timm.create_model("test_vit"), torch.rand(2, 3, 160, 160), keep=2)
+    assert rows["block"]["replaced"] == len(wanted.replaced)
+    assert rows["block"]["parameters"] == wanted.parameters_after

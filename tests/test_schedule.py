@@ -180,6 +180,18 @@ def test_blocks_are_unrolled_when_it_is_time(unroll_at: Any, expected: dict[int,
     assert not any("replfx" in name for name, _ in model.named_modules())
 
 
+def test_windows_are_unrolled_by_their_own_paths() -> None:
+    """ "[2:4]" in a path is no glob of other names."""
+    layers = [layer for _ in range(5) for layer in (nn.Linear(4, 4), nn.ReLU())]
+    model, x = replfx.transform(nn.Sequential(*layers), every=2), next(batches())
+    paths, expected = replfx.report(model).replaced, model(x)
+    assert all("[" in path for path in paths)
+    schedule = replfx.Schedule(model, unroll_at={1: paths[0], 2: paths[1:]})
+    assert schedule.step() + schedule.step() == paths
+    torch.testing.assert_close(model(x), expected)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in nn.Sequential(*layers).named_parameters()]
+
+
 @pytest.mark.parametrize("left", [2, 3, 4, 6])
 @pytest.mark.parametrize("unroll_at", [3, [3, 5]])
 def test_a_run_goes_on_as_it_was(left: int, unroll_at: Any) -> None:

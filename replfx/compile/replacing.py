@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -14,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from replfx.blocks import head_of, is_region, region_path
+from replfx.blocks import head_of, is_named, is_region, region_path
 from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
@@ -226,7 +225,7 @@ class ReplacingBackend:
         if policy.select is not None:
             paths = [path for chain in found.chains for path in chain.paths]
             globs = [glob if is_region(glob) else region_path(glob) for glob in policy.select]
-            named = tuple(glob for glob in globs if glob in paths or any(fnmatchcase(path, glob) for path in paths))
+            named = tuple(glob for glob in globs if any(is_named(path, glob) for path in paths))
             if not named:
                 self._note(f"select={policy.select} names none of the blocks of a graph: {', '.join(paths)}")
                 return ()

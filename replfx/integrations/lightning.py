@@ -1,6 +1,5 @@
 """For Lightning: a callback that unrolls a model on the way."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 try:
@@ -9,7 +8,7 @@ except ImportError:  # the older name of the same package
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from replfx.errors import PlanError
-from replfx.schedule import Schedule, When
+from replfx.schedule import Schedule, UnrollAt
 from replfx.tracing import ExampleInputs
 
 __all__ = ["Unroll"]
@@ -36,7 +35,7 @@ class Unroll(Callback):
 
     def __init__(
         self,
-        unroll_at: When | Sequence[When] | Mapping[When, str | Sequence[str]] = 0.2,
+        unroll_at: UnrollAt = 0.2,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
         self.unroll_at, self.example_inputs = unroll_at, example_inputs

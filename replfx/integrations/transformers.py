@@ -1,13 +1,12 @@
 """For transformers' Trainer: a callback that unrolls a model on the way."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from replfx.schedule import Schedule, When
+from replfx.schedule import Schedule, UnrollAt
 from replfx.tracing import ExampleInputs
 
 __all__ = ["Unroll"]
@@ -34,7 +33,7 @@ class Unroll(TrainerCallback):
 
     def __init__(
         self,
-        unroll_at: When | Sequence[When] | Mapping[When, str | Sequence[str]] = 0.2,
+        unroll_at: UnrollAt = 0.2,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
         self.unroll_at, self.example_inputs = unroll_at, example_inputs
