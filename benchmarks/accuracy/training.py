@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.benchmark import timer
 
 from benchmarks.accuracy.tasks import Subject
@@ -69,6 +71,14 @@ def prepared(subject: Subject, variant: Variant, seed: int, device: torch.device
     # What the variant drew while it was built does not change what is drawn in training.
     torch.manual_seed(seed)
     return model.train()
+
+
+def scale_rates(optimizer: Optimizer, schedule: LRScheduler, factor: float) -> None:
+    """Multiply the learning rate, now and in all that is left of its schedule."""
+    for group in optimizer.param_groups:
+        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+            group[key] *= factor
+    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
 
 
 class Run:
@@ -173,6 +183,7 @@ class Run:
         data = self.subject.data
         example = data.inputs(data.batch(self.seed, self.progress.step, self.recipe.batch))
         self.model = self.variant.grow(self.model, self.optimizer, example).train()
+        scale_rates(self.optimizer, self.schedule, self.variant.after)
         if data.channels_last:
             self.model.to(memory_format=torch.channels_last)
 

@@ -3,7 +3,7 @@
     NAME[:OPTION=VALUE…]        removed     block+scalar:select=layer1.2,layer2.2     same-time:as=light+channel
 
 NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries. Every variant takes `lr=`, a learning rate of its
-own, and `length=`, a share of the recipe's steps.
+own, `length=`, a share of the recipe's steps, and `after=`, what the rate is multiplied by once the model has grown.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Variant:
         made_as: the variant of which this is the model, where steps are as many as fill a time.
         learning_rate: instead of the recipe's.
         length: share of the recipe's steps that it is trained for, its schedule as a whole.
+        after: what the learning rate is multiplied by from the growth on.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Variant:
     made_as: str = "full"
     learning_rate: float | None = None
     length: float = 1.0
+    after: float = 1.0
 
     def share_of_full(self, step_over_full: float) -> float:
         """Its training time over full's with as many steps: it costs what full does once it has grown."""
@@ -90,15 +92,17 @@ def variant_of(name: str) -> Variant:
 
 
 def _is_common(option: str) -> bool:
-    return option.startswith(("lr=", "length="))
+    return option.partition("=")[0] in COMMON
 
 
 def _with_common(name: str, variant: Variant, options: list[str]) -> Variant:
-    """A variant with a learning rate or a length of its own."""
-    given = dict(option.split("=", 1) for option in options)
+    """A variant with what every variant may have of its own."""
+    given = [option.partition("=") for option in options]
     try:
-        rate = float(given["lr"]) if "lr" in given else None
-        return replace(variant, name=name, learning_rate=rate, length=float(given.get("length", 1)))
+        own: dict[str, Any] = {COMMON[key]: float(value) for key, _, value in given}
+        if "after" in own and variant.grow is None:
+            raise ValueError("after= is for a model that grows")
+        return replace(variant, name=name, **own)
     except ValueError as error:
         raise ReplfxError(f"variant {name!r}: {error}") from error
 
@@ -268,6 +272,9 @@ def _checkpointing(name: str, options: Options) -> Variant:
     _no_options(options)
     return Variant(name, lambda model, example: checkpointing.checkpointed(model, all_blocks(model, example)))
 
+
+COMMON = {"lr": "learning_rate", "length": "length", "after": "after"}
+"""Options of every variant, and the fields that they set."""
 
 TIMED = {"same-time": "as", "full-time": "of"}
 """Methods whose number of steps follows from measured costs, and the option that names the other variant."""
