@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.passes.dynamo import epochs, is_pure, is_untouched, value_of
-from replfx.passes.synthesis import Synthesis, syntheses_in, synthesis_at
+from replfx.dynamo.nodes import epochs, is_pure, is_untouched, value_of
+from replfx.dynamo.syntheses import Synthesis, syntheses_in, synthesis_at
 
 __all__ = ["BatchSynthesis"]
 

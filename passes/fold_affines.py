@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.passes.dynamo import epochs, is_plain, is_untouched, made_beside, made_of_parameters, value_of
+from replfx.dynamo.nodes import epochs, is_plain, is_untouched, made_beside, made_of_parameters, value_of
 
 __all__ = ["FoldAffines"]
 

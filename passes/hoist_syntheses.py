@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import SyntheticLocalSource
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.passes.dynamo import (
+from replfx.dynamo.nodes import (
     epochs,
     handed_out,
     is_plain,

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.blocks import head_of
-from replfx.building import build, stand_for_region
-from replfx.passes.chains import CHAINS_KEY, chains_of
-from replfx.passes.regions import replace_regions
-from replfx.passes.rewritten import without_regions
-from replfx.passes.select_blocks import plan_of
+from replfx.chains.chain import CHAINS_KEY, chains_of
+from replfx.chains.select import plan_of
+from replfx.modules.paths import head_of
+from replfx.regions.graph_module import without_regions
+from replfx.regions.region import replace_regions
+from replfx.rewrite.build import build, stand_for_region
 from replfx.tracing import info_of
 
 __all__ = ["InsertFusion"]

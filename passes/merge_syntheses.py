@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.passes.dynamo import epochs, handed_out, is_untouched, made_of_parameters, storages
+from replfx.dynamo.nodes import epochs, handed_out, is_untouched, made_of_parameters, storages
 
 __all__ = ["MergeSyntheses"]
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.passes.dynamo import path_in_model, source_of, value_of
-from replfx.passes.regions import put_value
-from replfx.passes.stand_ins import modules_of
+from replfx.dynamo.nodes import path_in_model, source_of, value_of
+from replfx.dynamo.stand_ins import modules_of
+from replfx.regions.region import put_value
 from replfx.tracing.info import META_KEY, CaptureInfo
 
 __all__ = ["OwnParameters", "owned_by"]

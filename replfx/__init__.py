@@ -6,11 +6,11 @@ replaces some blocks of a model by fusion layers, which synthesise their weights
 after them and own almost none; then train as before.
 """
 
-from replfx.accumulation import synthesize_once
 from replfx.api import apply, inspect, plan, report, transform
 from replfx.backends import backend
 from replfx.calibration import calibrate
-from replfx.drawing import Drawing, draw
+from replfx.distributed.parallel import parallelize_module
+from replfx.distributed.ranks import check_ranks
 from replfx.errors import (
     CalibrationError,
     CaptureError,
@@ -22,27 +22,18 @@ from replfx.errors import (
     StateDictError,
     VerifyError,
 )
-from replfx.fusion import (
-    Choice,
-    Fusion,
-    Interface,
-    Match,
-    Operator,
-    Site,
-    Source,
-    register_fusion,
-    register_operator,
-)
-from replfx.grouping import parameter_groups
-from replfx.parallel import parallelize_module
+from replfx.fusion import Choice, Fusion, Interface, register_fusion
+from replfx.live.stages import check_stage
+from replfx.operators import Match, Operator, Site, Source, register_operator
 from replfx.plans import Plan, Replacement
-from replfx.ranks import check_ranks
-from replfx.reports import BlockReport, Report, Totals
-from replfx.schedule import Schedule
-from replfx.stages import check_stage
-from replfx.state import load_state_dict, plan_of
+from replfx.reports.report import BlockReport, Report, Totals
+from replfx.rewrite.state import load_state_dict, plan_of
+from replfx.rewrite.unroll import materialize, unroll
+from replfx.show.drawing import Drawing, draw
 from replfx.tracing import CaptureInfo, Cost, capture
-from replfx.unrolling import materialize, unroll
+from replfx.training.accumulation import synthesize_once
+from replfx.training.grouping import parameter_groups
+from replfx.training.schedule import Schedule
 from replfx.version import __version__
 
 __all__ = [

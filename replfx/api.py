@@ -6,11 +6,10 @@ from dataclasses import replace
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase
 
-from replfx.blocks import head_of
-from replfx.building import build, install, refuse_transformed
 from replfx.calibration import calibrate as fit
-from replfx.copying import faithful_copy, structural_copy
-from replfx.describe import describe_chains, describe_plan, with_costs, with_layers
+from replfx.chains.find import FindChains
+from replfx.chains.policy import Choosable, policy_of
+from replfx.chains.select import SelectBlocks, plan_of
 from replfx.errors import (
     CalibrationError,
     FusionError,
@@ -21,21 +20,18 @@ from replfx.errors import (
     WrittenWeightsError,
 )
 from replfx.fusion.registry import AUTO
-from replfx.passes import (
-    FindChains,
-    InsertFusion,
-    Release,
-    SelectBlocks,
-    Verify,
-    limit,
-    plan_of,
-    refuse_reads_of_freed,
-    run_passes,
-)
+from replfx.modules.copying import faithful_copy, structural_copy
+from replfx.modules.paths import head_of
+from replfx.passes.insert_fusion import InsertFusion
+from replfx.passes.pipeline import run_passes
 from replfx.plans import Plan, has_regions, keeping
-from replfx.policies import Choosable, policy_of
-from replfx.reports import Report
-from replfx.state import mark, state_of
+from replfx.regions.graph_module import limit
+from replfx.reports.describe import describe_chains, describe_plan, with_costs, with_layers
+from replfx.reports.report import Report
+from replfx.rewrite.build import build, install, refuse_transformed
+from replfx.rewrite.release import Release
+from replfx.rewrite.state import mark, state_of
+from replfx.rewrite.verify import Verify, refuse_reads_of_freed
 from replfx.tracing import (
     ExampleInputs,
     HeldElsewhereError,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from replfx.chains.policy import Choosable, policy_of
 from replfx.errors import CompileError
 from replfx.fusion.registry import AUTO
-from replfx.policies import Choosable, policy_of
 
 if TYPE_CHECKING:
     from replfx.compile import Backend, ReplacingBackend

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import replfx
-from replfx import demo, named_models
+from replfx import demo
 from replfx.errors import ReplfxError
 from replfx.fusion.registry import AUTO
-from replfx.named_models import Named, UsersError
-from replfx.reports import Report
+from replfx.reports.report import Report
+from replfx.show import named_models
+from replfx.show.named_models import Named, UsersError
 
 __all__ = ["main"]
 
@@ -180,7 +181,7 @@ def _report(args: argparse.Namespace, named: Named) -> int:
     else:
         from rich.console import Console
 
-        from replfx.report_text import ReportText
+        from replfx.reports.text import ReportText
 
         Console().print(ReportText(found, every_block=args.all))
     return 0
@@ -201,7 +202,7 @@ def _draw(found: Report, path: str) -> None:
 def _compare(args: argparse.Namespace, named: Named) -> int:
     from rich.console import Console
 
-    from replfx.comparing import compare
+    from replfx.show.comparing import compare
 
     if args.draw is not None or args.all:
         raise ReplfxError("--compare shows operators rather than blocks: leave --draw and --all out")

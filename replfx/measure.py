@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from replfx.accumulation import synthesize_once
-from replfx.structure import trainable_parameters
+from replfx.modules.structure import trainable_parameters
+from replfx.training.accumulation import synthesize_once
 from replfx.version import __version__
 
 __all__ = [

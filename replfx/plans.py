@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from replfx.blocks import is_region
 from replfx.errors import PlanError
 from replfx.fusion.caches import Filled
 from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
+from replfx.modules.paths import is_region
 
 __all__ = ["Plan", "Replacement", "has_regions", "keeping"]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from replfx.fusion import fusions, operators
+from replfx.fusion import fusions
+from replfx.operators.base import operators
 
 # No deadline: an example's time is that of the machine's load. Bounded, because an example trains nothing
 # but traces, copies and differentiates a whole model.

@@ -165,7 +165,7 @@ def test_after_an_error_of_the_users_nothing_flows() -> None:
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replfx.accumulation.is_distributed", lambda: True)
+    monkeypatch.setattr("replfx.training.accumulation.is_distributed", lambda: True)
     with pytest.raises(replfx.FusionError, match="one process"), replfx.synthesize_once(small()):
         pass
     with replfx.synthesize_once(tower()):

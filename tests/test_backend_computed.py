@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
+from replfx.dynamo.syntheses import syntheses_in
 from replfx.passes.merge_syntheses import MergeSyntheses
-from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, graph_of
 from tests.computed import compute
 

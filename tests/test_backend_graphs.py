@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from replfx.compile.synthesis import SYNTHESIZE
+from replfx.dynamo.syntheses import syntheses_in
 from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.merge_syntheses import MergeSyntheses
 from replfx.passes.reassociate_products import ReassociateProducts
-from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, X, batches, captured, forward_and_backward, graph_of, products, small
 from tests.models import Mlp, Tower, tower
 

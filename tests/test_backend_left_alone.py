@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
+from replfx.dynamo.syntheses import syntheses_in
 from replfx.live.synthesis import Reading
-from replfx.passes.synthesis import syntheses_in
 from tests.compiled import Compiled, X, graph_of, small
 from tests.models import Mlp, Tower, tower
 

@@ -161,7 +161,7 @@ def test_weights_that_the_model_writes_to_stay_the_blocks_own(training: bool) ->
     trained = made(x)
     made.eval()(x)
     assert torch.equal(made.train()(x), trained)
-    again = replfx.apply(model, replfx.Plan.from_json(replfx.state.state_of(made).plan.to_json()))
+    again = replfx.apply(model, replfx.Plan.from_json(replfx.rewrite.state.state_of(made).plan.to_json()))
     again.load_state_dict(made.state_dict())
     assert torch.equal(again.train()(x), trained)
 

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from replfx.cli import main
-from replfx.comparing import compare
 from replfx.measure import saved_activation_bytes, trainable_parameters
+from replfx.show.comparing import compare
 from tests.models import Tower, tower
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.blocks import is_region, members_of
-from replfx.tree import tensors_in
+from replfx.modules.paths import is_region, members_of
+from replfx.modules.tree import tensors_in
 from tests.containers import CONTAINERS, Container
 from tests.snapshots import assert_unchanged, snapshot
 from tests.strategies import randomize

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.copying import faithful_copy, structural_copy
+from replfx.modules.copying import faithful_copy, structural_copy
 from tests.tracing.test_chance import Block
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import replfx
-from replfx.reports import BlockReport, Report
+from replfx.reports.report import BlockReport, Report
 from tests.models import tower
 
 SVG = "{http://www.w3.org/2000/svg}"

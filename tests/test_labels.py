@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replfx.labels import amount, change, listed, mebibytes, shortened
+from replfx.reports.labels import amount, change, listed, mebibytes, shortened
 
 
 @pytest.mark.parametrize(

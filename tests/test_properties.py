@@ -344,7 +344,7 @@ def test_unroll_gives_full_depth_back(case: Case, kind: str) -> None:
 
 
 def goes_back(case: Case) -> bool:
-    """Whether the operator's map has a place in the full block, by the documentation of `replfx.fusion.folding`."""
+    """Whether the operator's map has a place in the full block, by the documentation of `replfx.operators.folding`."""
     family, o = case.family, case.options
     if case.policy.operator == "identity":
         return family != "grouped"

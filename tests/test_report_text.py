@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import nn
 
 import replfx
-from replfx.report_text import ReportText
+from replfx.reports.text import ReportText
 from tests.models import Mlp, Plain, tower
 
 

@@ -21,10 +21,14 @@ from torch.nn import functional as F
 
 import replfx
 from benchmarks.scale.subjects import MODELS, TINY, TOWERS
-from replfx.building import build, install
+from replfx.chains.find import FindChains
+from replfx.chains.select import SelectBlocks, plan_of
 from replfx.measure import Sample, Training, interleaved_times, unique_storage_bytes
-from replfx.passes import FindChains, InsertFusion, SelectBlocks, Verify, plan_of, run_passes
+from replfx.passes.insert_fusion import InsertFusion
+from replfx.passes.pipeline import run_passes
 from replfx.plans import has_regions
+from replfx.rewrite.build import build, install
+from replfx.rewrite.verify import Verify
 from replfx.tracing import Inputs, capture_lazily
 
 __all__ = ["PHASES", "Job", "Memory", "Timing", "memory_of", "time_model", "time_tower"]

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import replfx
 from benchmarks.zoo.subject import Inputs, Subject, Variant, built, called, fed, loss_of, tensors_of
-from replfx.state import state_of
+from replfx.rewrite.state import state_of
 
 REPLACED, REFUSED, FAILURE = "replaced", "refused", "failure"
 

@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from replfx.calibration.grams import Gram, solve
 from replfx.calibration.sides import Sides
 from replfx.fusion.interface import read_slot
-from replfx.fusion.light import LightOperator
-from replfx.fusion.operators import BlockOperator
 from replfx.live import Synthesis
+from replfx.operators.base import BlockOperator
+from replfx.operators.light import LightOperator
 
 __all__ = ["BlockFit", "Fit", "LightFit", "fit_for"]
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from replfx.blocks import block_at, is_region
 from replfx.calibration.fits import Fit, fit_for
 from replfx.errors import CalibrationError
 from replfx.live import synthesis_of
-from replfx.state import placed_blocks
-from replfx.tree import tensors_in, with_tensors
+from replfx.modules.paths import block_at, is_region
+from replfx.modules.tree import tensors_in, with_tensors
+from replfx.rewrite.state import placed_blocks
 
 __all__ = ["calibrate"]
 

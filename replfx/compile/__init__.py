@@ -4,10 +4,10 @@ Importing it registers the backend's name, where the distribution that declares 
 """
 
 import contextlib
+from functools import partial
 
 from torch._dynamo import register_backend
 
-from replfx.backends import replfx_backend
 from replfx.compile.backend import Backend
 from replfx.compile.caching import forget
 from replfx.compile.replacing import ReplacingBackend
@@ -15,4 +15,4 @@ from replfx.compile.replacing import ReplacingBackend
 __all__ = ["Backend", "ReplacingBackend", "forget"]
 
 with contextlib.suppress(AssertionError):  # it has the name already
-    register_backend(replfx_backend, name="replfx")
+    register_backend(partial(Backend()), name="replfx")

@@ -13,18 +13,22 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from replfx.blocks import head_of, is_named, is_region, region_path
+from replfx.chains.chain import Block, chains_of
+from replfx.chains.find import FindChains
+from replfx.chains.select import SelectBlocks, plan_of
 from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
+from replfx.dynamo.nodes import path_in_model, source_of
 from replfx.errors import CompileError, NoChainError, ReplfxError
-from replfx.passes import Block, FindChains, InsertFusion, SelectBlocks, chains_of, plan_of, run_passes
-from replfx.passes.dynamo import path_in_model, source_of
+from replfx.modules.paths import head_of, is_named, is_region, region_path
+from replfx.modules.structure import attribute_at, block_digest
+from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.own_parameters import OwnParameters, owned_by
-from replfx.passes.regions import Region
+from replfx.passes.pipeline import run_passes
 from replfx.plans import Plan, Replacement
-from replfx.state import fusion_layers, plans_in
-from replfx.structure import attribute_at, block_digest
+from replfx.regions.region import Region
+from replfx.rewrite.state import fusion_layers, plans_in
 from replfx.tracing import info_of
 
 __all__ = ["ReplacingBackend"]

@@ -16,8 +16,8 @@ from torch import nn
 from torch._dynamo import config, eval_frame
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from replfx.dynamo.nodes import path_in_model
 from replfx.errors import CompileError
-from replfx.passes.dynamo import path_in_model
 
 __all__ = ["CompiledCalls", "Watch", "module_named", "root_named"]
 

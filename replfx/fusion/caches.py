@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from replfx.tree import is_cache
+from replfx.modules.tree import is_cache
 
 __all__ = ["Filled"]
 

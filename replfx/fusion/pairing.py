@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from replfx.structure import class_of
+from replfx.modules.structure import class_of
 
 __all__ = [
     "LEAST_SHARE",

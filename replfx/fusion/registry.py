@@ -10,7 +10,7 @@ from replfx.errors import FusionError
 __all__ = ["AUTO", "Choice", "Registry"]
 
 AUTO = "auto"
-"""The name that leaves the choice to the evidence (`replfx.fusion.auto`); nothing is registered under it."""
+"""The name that leaves the choice to the evidence (`replfx.operators.auto`); nothing is registered under it."""
 
 T = TypeVar("T")
 

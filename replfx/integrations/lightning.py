@@ -8,8 +8,8 @@ except ImportError:  # the older name of the same package
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from replfx.errors import PlanError
-from replfx.schedule import Schedule, UnrollAt
 from replfx.tracing import ExampleInputs
+from replfx.training.schedule import Schedule, UnrollAt
 
 __all__ = ["Unroll"]
 

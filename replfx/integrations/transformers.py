@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from replfx.schedule import Schedule, UnrollAt
 from replfx.tracing import ExampleInputs
+from replfx.training.schedule import Schedule, UnrollAt
 
 __all__ = ["Unroll"]
 

@@ -11,7 +11,7 @@ from replfx.errors import FusionError
 from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
 from replfx.live.graphs import bring_to_life, calls_synthesis, settle_graph
 from replfx.live.synthesis import Synthesis
-from replfx.tree import tensors_in
+from replfx.modules.tree import tensors_in
 
 __all__ = ["Slot", "Snapshot", "owners_of", "replace_block", "settle_block", "slots_of", "strip_block"]
 

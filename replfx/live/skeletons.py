@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from replfx.copying import structural_copy
+from replfx.modules.copying import structural_copy
 
 __all__ = ["Skeleton"]
 

@@ -16,7 +16,6 @@ from replfx.dtensors import is_distributed
 from replfx.errors import FusionError
 from replfx.fusion.fusions import Fusion
 from replfx.fusion.magnitude import is_finite, largest
-from replfx.fusion.running import running_stage
 from replfx.fusion.sharded import (
     any_sharded,
     as_sharded,
@@ -25,15 +24,16 @@ from replfx.fusion.sharded import (
     settle,
     synthesize_sharded,
 )
-from replfx.fusion.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.live.classes import SUBMODULE
 from replfx.live.made_by_hooks import made_by_hook
-from replfx.structure import is_wrapped
+from replfx.live.running import running_stage
+from replfx.live.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
+from replfx.modules.structure import is_wrapped
 from replfx.torch_internals import functorch_is_active, saved_tensors_are_packed
 
 if TYPE_CHECKING:
-    from replfx.fusion.operators import Operator
     from replfx.live.skeletons import Skeleton
+    from replfx.operators.base import Operator
 
 __all__ = [
     "Held",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from replfx.copying import held_in
+from replfx.modules.copying import held_in
 
 __all__ = ["Draws", "Steering", "is_draw", "kept_random_states", "restart", "steered", "steered_generators", "steering"]
 

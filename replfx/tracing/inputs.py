@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from replfx.dtensors import is_dtensor
 from replfx.errors import CaptureError
-from replfx.tree import tensors_in, with_tensors
+from replfx.modules.tree import tensors_in, with_tensors
 
 __all__ = ["ExampleInputs", "Inputs"]
 

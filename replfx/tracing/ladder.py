@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from replfx.copying import structural_copy
 from replfx.errors import CaptureError
-from replfx.structure import attribute_at
+from replfx.modules.copying import structural_copy
+from replfx.modules.structure import attribute_at
+from replfx.modules.tree import shapes_in, tensors_in
 from replfx.tracing.chance import Draws, Steering, is_draw, restart, steered, steered_generators, steering
 from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count
 from replfx.tracing.held import Held, HeldElsewhereError
@@ -21,7 +22,6 @@ from replfx.tracing.leaks import Traces
 from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
 from replfx.tracing.undisturbed import undisturbed
-from replfx.tree import shapes_in, tensors_in
 
 __all__ = ["capture", "capture_lazily", "ghost_of"]
 

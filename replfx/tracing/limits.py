@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.copying import structural_copy
 from replfx.errors import CaptureError
-from replfx.structure import attribute_at
+from replfx.modules.copying import structural_copy
+from replfx.modules.structure import attribute_at
 from replfx.tracing.info import info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import capture_lazily

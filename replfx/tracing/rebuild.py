@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from replfx.tree import parts_of, tensors_in
+from replfx.modules.tree import parts_of, tensors_in
 
 __all__ = ["Rebuild"]
 

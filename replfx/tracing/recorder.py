@@ -22,7 +22,8 @@ from torch.fx.node import base_types
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from replfx.structure import set_submodule
+from replfx.modules.structure import set_submodule
+from replfx.modules.tree import arguments_hold, parts_of, shapes_in, tensors_in
 from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.held import Held
@@ -31,7 +32,6 @@ from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
 from replfx.tracing.symbolic import is_composite, is_leaf, is_small, own_tensors, training_flag
 from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
-from replfx.tree import arguments_hold, parts_of, shapes_in, tensors_in
 
 __all__ = ["HiddenResult", "record"]
 

@@ -21,12 +21,12 @@ from torch.fx.proxy import ParameterProxy, Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from replfx.structure import class_of
+from replfx.modules.structure import class_of
+from replfx.modules.tree import arguments_hold
 from replfx.tracing.info import CaptureInfo, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
-from replfx.tree import arguments_hold
 
 __all__ = ["is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from replfx.copying import structural_copy
 from replfx.errors import CaptureError
+from replfx.modules.copying import structural_copy
 from replfx.tracing.costs import Meter
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import ghost_of

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import autocast
 
+from replfx.modules.tree import parts_of
 from replfx.tracing.undisturbed import patched
-from replfx.tree import parts_of
 
 __all__ = [
     "ApplyFunction",

@@ -35,7 +35,7 @@ def test_auto_is_the_plan_that_names_what_it_chose(data: st.DataObject) -> None:
 
 def test_a_plan_and_a_report_name_what_was_taken() -> None:
     made = replfx.transform(Tower(*(Mlp() for _ in range(5))), operator="auto", fusion="auto")
-    assert '"auto"' not in replfx.state.state_of(made).plan.to_json()
+    assert '"auto"' not in replfx.rewrite.state.state_of(made).plan.to_json()
     replaced = [block for block in replfx.report(made).blocks if block.operator]
     assert {(block.operator, block.fusion) for block in replaced} == {("block", "scalar")}
 

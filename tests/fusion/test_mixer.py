@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
-from replfx.fusion import MixerOperator
+from replfx.operators import MixerOperator
 
 WIDTH, TOKENS = 8, 5
 

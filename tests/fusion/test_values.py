@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
-from replfx.fusion.light import Recipe
+from replfx.operators.light import Recipe
 
 WIDTH, TOKENS = 12, 5
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import replfx
 from replfx import Plan
-from replfx.passes import FindChains, run_passes
-from replfx.passes.chains import chains_of
+from replfx.chains.chain import chains_of
+from replfx.chains.find import FindChains
+from replfx.passes.pipeline import run_passes
 
 OPERATORS = ("block", "mixer", "light", "identity")
 X = torch.linspace(-1, 1, 2 * 6 * 8).view(2, 6, 8)

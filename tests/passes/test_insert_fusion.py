@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.building import build, install
-from replfx.copying import structural_copy
+from replfx.chains.find import FindChains
+from replfx.chains.select import SelectBlocks, plan_of
 from replfx.live import Synthesis, fusion_layers
-from replfx.passes import FindChains, InsertFusion, SelectBlocks, plan_of, run_passes
+from replfx.modules.copying import structural_copy
+from replfx.passes.insert_fusion import InsertFusion
+from replfx.passes.pipeline import run_passes
+from replfx.rewrite.build import build, install
 from replfx.tracing import info_of
 from tests.models import GPT, ConvNet, tower
 from tests.passes.test_find_chains import WithExtras

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import replfx.tracing.ladder
-from replfx.passes.find_regions import find_regions
-from replfx.passes.regions import Region, Regions, region_module, replace_regions, root_of
-from replfx.passes.rewritten import without_regions
+from replfx.regions.find import find_regions
+from replfx.regions.graph_module import without_regions
+from replfx.regions.region import Region, Regions, region_module, replace_regions, root_of
 from replfx.tracing import capture, info_of
 from tests.functional import Functional, Spec, specs, values_of
 from tests.models import GPT

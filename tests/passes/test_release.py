@@ -5,7 +5,10 @@ import weakref
 
 import torch
 
-from replfx.passes import FindChains, Release, SelectBlocks, run_passes
+from replfx.chains.find import FindChains
+from replfx.chains.select import SelectBlocks
+from replfx.passes.pipeline import run_passes
+from replfx.rewrite.release import Release
 from replfx.tracing import capture_lazily, info_of
 from tests.models import tower
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from replfx.passes.repeats import Run, runs
+from replfx.regions.repeats import Run, runs
 
 
 def by_definition(word: str, copies: int) -> set[Run]:

@@ -12,7 +12,9 @@ from torch import nn
 
 import replfx
 from replfx import Choice
-from replfx.passes import FindChains, SelectBlocks, plan_of, run_passes
+from replfx.chains.find import FindChains
+from replfx.chains.select import SelectBlocks, plan_of
+from replfx.passes.pipeline import run_passes
 from tests.models import Plain, Tower, tower
 from tests.snapshots import assert_unchanged, snapshot
 

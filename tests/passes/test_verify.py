@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 import replfx
 from replfx import Fusion, Match, Operator, Site
-from replfx.building import build, install
-from replfx.copying import structural_copy
-from replfx.fusion import fusions, operators
-from replfx.passes import FindChains, SelectBlocks, Verify, plan_of, run_passes
+from replfx.chains.find import FindChains
+from replfx.chains.select import SelectBlocks, plan_of
+from replfx.fusion import fusions
+from replfx.modules.copying import structural_copy
+from replfx.operators.base import operators
+from replfx.passes.pipeline import run_passes
+from replfx.rewrite.build import build, install
+from replfx.rewrite.verify import Verify
 from replfx.tracing import Inputs
 from tests.models import ConvNet, tower
 from tests.snapshots import assert_unchanged, snapshot

@@ -13,8 +13,9 @@ import torchvision
 from hypothesis import given
 from torch import nn
 
-from replfx.copying import structural_copy
-from replfx.passes import FindChains, chains_of
+from replfx.chains.chain import chains_of
+from replfx.chains.find import FindChains
+from replfx.modules.copying import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import record_on_fakes, record_on_values, symbolic_on_fakes

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
-from replfx.copying import structural_copy
+from replfx.modules.copying import structural_copy
+from replfx.modules.tree import tensors_in
 from replfx.tracing import info_of
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.ladder import record_on_fakes, record_on_values
 from replfx.tracing.leaks import Traces
 from replfx.tracing.symbolic import trace_symbolically
-from replfx.tree import tensors_in
 from tests.snapshots import assert_unchanged, bits, snapshot
 from tests.tracing import toys
 from tests.tracing.toys import TOYS, Toy

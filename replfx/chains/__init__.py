@@ -1,0 +1,1 @@
+"""From a capture to a plan: chains of blocks, and which of them are replaced."""

@@ -1,0 +1,183 @@
+"""Chains: what `FindChains` finds, and which blocks of a chain can be replaced."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from replfx.operators import Site
+from replfx.regions.region import Region
+from replfx.tracing import ModuleCall
+
+__all__ = ["CHAINS_KEY", "SHORTEST", "Block", "Chain", "Chains", "chains_of"]
+
+CHAINS_KEY = "replfx_chains"
+SHORTEST = 3  # a replaced block and a kept one on each side
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of a chain.
+
+    Attributes:
+        call: its place in the graph.
+        site: what an operator may know of it.
+        new_stage: it is unlike the block before, and something lies between the two.
+        turn: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
+        fixed: why it must stay, though its neighbours may be made from it: it is frozen, or tied.
+        unlike: why it cannot be made from its neighbours.
+        region: the piece of the graph that it is, where it is no module.
+    """
+
+    call: ModuleCall
+    site: Site
+    new_stage: bool = False
+    turn: str | None = None
+    fixed: str | None = None
+    unlike: str | None = None
+    region: Region | None = None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be replaced, None if it can."""
+        return self.fixed or self.unlike
+
+    @property
+    def path(self) -> str:
+        """Where it is in the model."""
+        return self.call.path
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of one family, each of which works on what the one before gave, in the order in which they run.
+
+    Attributes:
+        blocks: these.
+        before, after: where a chain was cut because a pipeline stage begins there, the block beyond the cut.
+    """
+
+    blocks: tuple[Block, ...]
+    before: str | None = None
+    after: str | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The blocks' paths."""
+        return [block.path for block in self.blocks]
+
+    def end(self, position: int) -> str | None:
+        """Why a block has no neighbour on one side, None if it has both."""
+        if position not in (0, len(self.blocks) - 1):
+            return None
+        if beyond := self.before if position == 0 else self.after:
+            return f"its neighbour `{beyond}` would be in another pipeline stage"
+        return f"it is the {'last' if position else 'first'} block of its chain"
+
+    def replaceable(self) -> list[int]:
+        """Positions of blocks with a neighbour on each side that nothing keeps."""
+        return [i for i in range(1, len(self.blocks) - 1) if self.blocks[i].obstacle is None]
+
+    def steady(self) -> list[int]:
+        """Those of `replaceable` that keep their activation's shape; if there are none, all of them."""
+        every = self.replaceable()
+        return [i for i in every if self.blocks[i].turn is None] or every
+
+    def every(self, k: int) -> list[int]:
+        """The positions that `every=k` replaces: those with a multiple of k for a number."""
+        steady = set(self.steady())
+        return [position for position, number in enumerate(self.numbers(k)) if number % k == 0 and position in steady]
+
+    def numbers(self, k: int) -> list[int]:
+        """The blocks' numbers, by which `every=k` chooses.
+
+        Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
+        leaves nothing (stages of one block, a change of shape in every block) they are counted through; and where all
+        of these have to stay, the next one that need not takes its place.
+        """
+        allowed = set(self.steady())
+        stages: list[int] = []
+        for block in self.blocks:
+            anew = not stages or block.turn is not None or block.new_stage
+            stages.append(1 if anew else stages[-1] + 1)
+        for numbers in (stages, list(range(1, len(self.blocks) + 1))):
+            if any(numbers[position] % k == 0 for position in allowed):
+                return numbers
+        late, count = [], 0
+        for position in range(len(self.blocks)):
+            count += 1
+            chosen = count >= k and position in allowed
+            late.append(k if chosen else count)
+            count = 0 if chosen else count
+        return late
+
+    def fraction(self, part: float) -> list[int]:
+        """The positions that `fraction=part` replaces: spread evenly, never two in a row."""
+        length, allowed = len(self.blocks), self.steady()
+        count = min(int(part * length + 0.5), (length - 1) // 2)
+        chosen: list[int] = []
+        for i in range(count):
+            aim = max(int((length - 1) / count * (i + 0.5)), 1)  # a step of at least 2, so no two are adjacent
+            free = [p for p in allowed if not chosen or p > chosen[-1] + 1]
+            if free:
+                chosen.append(min(free, key=lambda p: abs(p - aim)))
+        return chosen
+
+    def keep(self, wanted: int | float) -> list[int]:
+        """The positions that `keep=wanted` replaces: all but that number or share of blocks, first and last kept.
+
+        What else is kept is spread so that the rows of replaced blocks are as short as can be.
+        """
+        count = wanted if isinstance(wanted, int) else round(wanted * len(self.blocks))
+        rows = _rows(self.steady())
+        parted = [0] * len(rows)  # how many blocks are kept inside of each row
+        lengths = [len(row) for row in rows]
+        for _ in range(count - len(self.blocks) + sum(lengths)):
+            longest = max(range(len(rows)), key=lambda i: (lengths[i] - parted[i]) / (parted[i] + 1), default=None)
+            if longest is None or parted[longest] == lengths[longest]:
+                break
+            parted[longest] += 1
+        kept = {
+            row[round((j + 1) * (len(row) + 1) / (n + 1)) - 1]
+            for row, n in zip(rows, parted, strict=True)
+            for j in range(n)
+        }
+        return [position for row in rows for position in row if position not in kept]
+
+
+def _parted(row: Sequence[int], parts: int) -> list[int]:
+    """A row without some of its positions, spread evenly."""
+    left_out = {round(part * (len(row) + 1) / (parts + 1)) - 1 for part in range(1, parts + 1)}
+    return [position for index, position in enumerate(row) if index not in left_out]
+
+
+def _rows(positions: Sequence[int]) -> list[list[int]]:
+    """Positions as rows without gaps."""
+    rows: list[list[int]] = []
+    for position in positions:
+        if not rows or position > rows[-1][-1] + 1:
+            rows.append([])
+        rows[-1].append(position)
+    return rows
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The findings of the pass, kept at `graph_module.meta[CHAINS_KEY]`.
+
+    Attributes:
+        chains: all chains of three blocks and more, in the order in which they run.
+        refused: blocks that are in no chain, with the reason.
+        kept: blocks of a chain that are not replaced, with the reason; filled by `SelectBlocks`.
+    """
+
+    chains: list[Chain]
+    refused: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def chains_of(graph_module: fx.GraphModule) -> Chains:
+    """What `FindChains` found in this graph."""
+    found = graph_module.meta[CHAINS_KEY]
+    assert isinstance(found, Chains)
+    return found

@@ -1,0 +1,78 @@
+"""traced_candidates: the calls in a graph by Dynamo that may be blocks, and blocks as regions of that graph.
+
+Such a graph has no modules to swap. So more is asked of a call than of one in a captured graph: it gives one value,
+changes none of others, and what it reads is its own.
+"""
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from replfx.chains.candidates import Candidates
+from replfx.regions.region import Region
+from replfx.regions.stream import Stream
+from replfx.regions.writes import written_outside
+from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
+
+__all__ = ["TracedCandidates", "region_of_call"]
+
+
+class TracedCandidates(Candidates):
+    """Looks for candidates among the stand-ins of one graph by Dynamo."""
+
+    def __init__(self, info: CaptureInfo, graph_module: fx.GraphModule) -> None:
+        super().__init__(info, graph_module.graph)
+        self._stream = Stream(graph_module)
+
+    def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
+        return super()._unfit(call, module) or self._unfit_region(call, module)
+
+    def _unfit_region(self, call: ModuleCall, module: nn.Module) -> str | None:
+        """Why the call's nodes can't be a region of the graph."""
+        if not isinstance(call.output, fx.Node):
+            return f"{len(nodes_in(call.output))} of its results are used outside of it, and not one"
+        nodes = [node for node in self.info.nodes[call.start : call.stop] if node.op != "get_attr"]
+        if any(node.op == "call_module" for node in nodes):
+            return "it calls a module that Dynamo did not look into"
+        stream = self._stream
+        start, stop = stream.position[nodes[0]], stream.position[nodes[-1]] + 1
+        # The main activation, which it may change, is one of them.
+        changes = [written_outside(stream, start, stop, source) for source in call.args]
+        if all(changes):
+            return f"it changes a value in place that is not its own (`{changes[0]}`)"
+        for argument in call.args:
+            if isinstance(stream.values.get(argument), nn.Parameter):
+                return f"it reads the parameter `{argument.target}`, which is not its own"
+        for name, parameter in module.named_parameters():
+            if not stream.reads_only_in(parameter, start, stop):
+                return f"its parameter `{name}` is read outside of it too"
+        return None
+
+
+def region_of_call(info: CaptureInfo, call: ModuleCall, names: Mapping[str, str]) -> Region:
+    """The region of the graph that a call is.
+
+    Args:
+        info: of the graph.
+        call: of a module or a window.
+        names: for the paths of the modules that make up the block, the names that they have in it.
+    """
+    assert isinstance(call.output, fx.Node)
+    inside = [node for node in info.nodes[call.start : call.stop] if node.op != "get_attr"]
+    read = {node for each in inside for node in each.all_input_nodes if node.op == "get_attr"} - set(call.args)
+    own = {str(node.target) for node in read}
+    parameters, buffers = dict[str, str](), dict[str, str]()
+    for path, name in names.items():
+        module = info.root.get_submodule(path)
+        for found, tensors in ((parameters, module.named_parameters()), (buffers, module.named_buffers())):
+            targets = {f"{name}.{inner}".strip("."): f"{path}.{inner}" for inner, _ in tensors}
+            found.update({inner: target for inner, target in targets.items() if target in own})
+    return Region(
+        nodes=(*(node for node in info.nodes if node in read), *inside),
+        input=call.args[0],
+        output=call.output,
+        extras=call.args[1:],
+        parameters=parameters,
+        buffers=buffers,
+        module=call.path,
+    )

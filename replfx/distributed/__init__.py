@@ -1,0 +1,1 @@
+"""Training over several processes: tensor parallelism, ranks that agree."""

@@ -1,0 +1,1 @@
+"""Reading Dynamo's graphs: values, modules that stand behind them, syntheses."""

@@ -1,0 +1,265 @@
+"""Questions about modules that need no graph: what kind a block is, how to reach in.
+
+A block's *kind* is its parameter tree: the classes of the submodules that own parameters, and every
+parameter's name, shape and dtype. Submodules without parameters (activations, dropout, drop-path) do not
+decide, because nothing of theirs is fused: two ViT blocks that differ in their drop-path rate are one kind.
+"""
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from functools import cache, reduce
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from replfx.modules.copying import MODULE_HOOKS
+
+__all__ = [
+    "Signature",
+    "attribute_at",
+    "block_digest",
+    "class_of",
+    "drop_hooks",
+    "family",
+    "is_container",
+    "is_stand_in",
+    "is_wrapped",
+    "move_hooks",
+    "redirect",
+    "set_submodule",
+    "signature",
+    "stand_for",
+    "stand_like",
+    "trainable_parameters",
+    "unfit_to_replace",
+    "unfit_to_share",
+]
+
+Signature: TypeAlias = Mapping[str, object]
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the scalars that an optimizer would train; a tied parameter counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+_CLASS = "_replfx_stands_for"
+_REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
+
+
+def attribute_at(module: nn.Module, path: str) -> object:
+    """Follow a dotted path of attributes from `module`; the empty path is the module itself."""
+    return reduce(getattr, path.split("."), module) if path else module
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
+    """Put `module` at `path`, keeping its place among its siblings; gives what was there."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    before = owner._modules.get(name)
+    owner._modules[name] = module
+    return before
+
+
+def redirect(root: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Let all who still hold a module that was swapped for another hold that one.
+
+    A module may be known to its model under other names too, or stand in a plain list that `forward` goes through.
+    """
+    for module in list(root.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in swaps:
+                module._modules[name] = swaps[child]
+        for name, value in vars(module).items():
+            if name not in _REGISTERED and (held := _redirected(value, swaps)) is not value:
+                vars(module)[name] = held
+
+
+def _redirected(value: object, swaps: Mapping[nn.Module, nn.Module], depth: int = 3) -> object:
+    if isinstance(value, nn.Module):
+        return swaps.get(value, value)
+    if type(value) not in (list, tuple, dict) or not depth:
+        return value
+    if isinstance(value, dict):
+        value.update(
+            {key: held for key, item in value.items() if (held := _redirected(item, swaps, depth - 1)) is not item}
+        )
+        return value
+    assert isinstance(value, list | tuple)
+    items = [_redirected(item, swaps, depth - 1) for item in value]
+    if all(one is other for one, other in zip(items, value, strict=True)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(items)
+    value[:] = items
+    return value
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the forward and backward hooks that `source` itself has (not its submodules').
+
+    The very dicts, so that the handles that a user holds go on removing them. Hooks of `target` come first: it was
+    called by `source`.
+    """
+    for name in MODULE_HOOKS:
+        hooks, own = getattr(source, name), dict(getattr(target, name))
+        if own:
+            later = dict(hooks)
+            hooks.clear()
+            hooks.update({**own, **later})
+        setattr(target, name, hooks)
+    if source._is_full_backward_hook is not None:
+        target._is_full_backward_hook = source._is_full_backward_hook
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Remove all forward and backward hooks of `module` itself."""
+    for name in MODULE_HOOKS:
+        getattr(module, name).clear()
+
+
+def signature(module: nn.Module) -> Signature:
+    """Describe the kind of `module`: two blocks are of one kind when their signatures are equal.
+
+    Includes, of childless submodules, the integer and string settings that the class itself declares in
+    `__constants__` (a convolution's stride, padding, groups), never floats (drop rates, epsilons).
+    """
+    facts: dict[str, object] = {}
+    for path, sub in module.named_modules(remove_duplicate=False):
+        if next(sub.parameters(), None) is None:
+            continue
+        facts[_join(path, "class")] = class_of(sub)
+        for name, parameter in sub._parameters.items():
+            shape = None if parameter is None else (tuple(parameter.shape), parameter.dtype)
+            facts[_join(path, name)] = shape
+        if not sub._modules:
+            for name in getattr(sub, "__constants__", ()):
+                value = getattr(sub, name, None)
+                if _is_setting(value):
+                    facts[_join(path, name)] = value
+    return facts
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as its author wrote it: every GraphModule has one of its own, and a stand-in says whose."""
+    kind: type[nn.Module] | None = vars(module).get(_CLASS)
+    if kind is not None:
+        return kind
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+
+
+def stand_for(module: nn.Module, kind: type[nn.Module], settings: Mapping[str, object] | None = None) -> None:
+    """Let a module that only holds parameters pass for one of class `kind`, with its `settings` as attributes.
+
+    Where there is a graph and no model, as in Dynamo's, such modules answer what is asked of a model's.
+    """
+    vars(module)[_CLASS] = kind
+    if settings:
+        vars(module).update(settings, __constants__=tuple(settings))  # as torch.nn's layers declare them
+
+
+def stand_like(module: nn.Module, other: nn.Module) -> None:
+    """Let `module`, and what is in it, pass for what is of the same names in `other`."""
+    for path, inner in list(module.named_modules()):
+        like = other.get_submodule(path)
+        known = getattr(like, "__constants__", ()) if is_stand_in(like) else ()
+        stand_for(inner, class_of(like), {name: getattr(like, name) for name in known})
+
+
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether it only passes for a module of its class: it has parameters, and nothing to call."""
+    return _CLASS in vars(module)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether it is a list of others."""
+    return issubclass(class_of(module), nn.Sequential | nn.ModuleList)
+
+
+def family(module: nn.Module) -> Hashable:
+    """What the members of a chain have in common: their class; of containers, those of their children too."""
+    if is_container(module):
+        inner = (family(child) for child in module.children() if next(child.parameters(), None) is not None)
+        return (id(class_of(module)), *inner)
+    return id(class_of(module))
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_setting(item) for item in value)
+    return isinstance(value, int | str) or value is None
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def block_digest(module: nn.Module) -> str:
+    """A short stable hash of a block's kind, free of dtype, for plans that travel between processes."""
+    facts = []
+    for key, fact in signature(module).items():
+        if isinstance(fact, type):
+            fact = f"{fact.__module__}.{fact.__qualname__}"
+        elif isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[1], torch.dtype):
+            fact = fact[0]  # `.half()` and `.double()` do not make it another model
+        facts.append(f"{key}={fact}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def unfit_to_share(block: nn.Module) -> str | None:
+    """Why the parameters of `block` cannot be read by a fusion, or None."""
+    for path, sub in block.named_modules():
+        where = f"its submodule `{path}`" if path else "it"
+        if isinstance(sub, torch.jit.ScriptModule):
+            return f"{where} is scripted (TorchScript): its parameters cannot be swapped"
+        if parametrize.is_parametrized(sub):
+            return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
+    for name, parameter in block.named_parameters():
+        if not (parameter.dtype.is_floating_point or parameter.dtype.is_complex):
+            return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
+        if not _combines(parameter.dtype):
+            return f"its parameter `{name}` is {parameter.dtype}, which PyTorch stores but does not add"
+        if is_wrapped(parameter):
+            return f"its parameter `{name}` is of type {type(parameter.data).__name__}: quantised weights are not fused"
+    return None
+
+
+@cache
+def _combines(dtype: torch.dtype) -> bool:
+    """Whether there are linear combinations of such numbers; eight bits of floating point are for storage alone."""
+    try:
+        one = torch.ones(1, dtype=dtype)
+        return bool((0.5 * one + 0.5 * one).isfinite().all())
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def is_wrapped(parameter: Tensor) -> bool:
+    """A tensor subclass that stands for other data (torchao's quantised weights); DTensors are fine."""
+    if type(parameter) in (Tensor, nn.Parameter):
+        return False
+    kind = type(parameter.data)
+    return kind not in (Tensor, nn.Parameter) and kind.__module__.split(".")[0] != "torch"
+
+
+def unfit_to_replace(named: Mapping[str, Tensor], owners: Mapping[int, list[str]]) -> str | None:
+    """Why a block must stay although a neighbour may read it, or None.
+
+    Args:
+        named: the block's parameters by their names in the model, all names of a tied one.
+        owners: for each parameter (by id) all the names that it has in the model.
+    """
+    if not any(p.requires_grad for p in named.values()):
+        return "all its parameters are frozen: replacing it would save no training"
+    for name, parameter in named.items():
+        outside = [other for other in owners[id(parameter)] if other not in named]
+        if outside:
+            return f"its parameter `{name}` is shared with `{outside[0]}`"
+        one, *others = owners[id(parameter)]
+        if others and parameter.dim() >= 2:
+            return f"its `{one}` and `{others[0]}` are one parameter (tied): each would be made anew"
+        if not parameter.requires_grad:
+            return f"its parameter `{name}` is frozen and the others are not"
+    return None

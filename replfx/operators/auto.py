@@ -1,0 +1,40 @@
+"""What `operator="auto"` and `fusion="auto"` stand for; docs/auto.md has the table with what was measured."""
+
+from typing import Any
+
+from replfx.errors import FusionError
+from replfx.fusion.fusions import fusions
+from replfx.fusion.registry import AUTO, Choice, Registry
+from replfx.operators.base import operators
+
+__all__ = ["settled"]
+
+# For every kind of block that was measured, so that the block at hand need not be asked.
+_OPERATOR, _FUSION = "block", "scalar"
+
+
+def settled(operator: Choice, fusion: Choice) -> tuple[Choice, Choice]:
+    """Put in what our measurements speak for where the choice was left to them.
+
+    Raises:
+        FusionError: there is none of this name, or there are options although it is not known for what.
+
+    Example:
+        >>> settled(Choice("auto"), Choice("channel"))
+        (Choice(name='block', options={}), Choice(name='channel', options={}))
+    """
+    _check(operator, operators)
+    _check(fusion, fusions)
+    if operator.name == AUTO:
+        operator = Choice(_OPERATOR)
+    if fusion.name == AUTO:
+        fusion = Choice(_FUSION)
+    return operator, fusion
+
+
+def _check(choice: Choice, registry: Registry[Any]) -> None:
+    what = registry.what
+    if choice.name != AUTO and choice.name not in registry:
+        raise FusionError(f"unknown {what} {choice.name!r}; there are: {', '.join([AUTO, *registry])}")
+    if choice.name == AUTO and choice.options:
+        raise FusionError(f"{what} {AUTO!r} takes no options, so not {min(choice.options)!r}: name the {what}")

@@ -1,0 +1,1 @@
+"""Blocks that are no modules: repeated stretches of a graph."""

@@ -1,0 +1,302 @@
+"""Layers: a stretch of a graph that repeats, cut into pieces that have one main activation in and one out."""
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeAlias
+
+from torch import Tensor, fx, nn
+
+from replfx.modules.structure import unfit_to_share
+from replfx.regions.stream import Stream
+from replfx.regions.tokens import is_stateless
+from replfx.regions.writes import written_outside
+
+__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in", "reads_back", "unfit"]
+
+SHORTEST = 3  # a replaced region and a kept one on each side
+PHASES = 8  # how many places where a layer could begin are tried
+
+Slot: TypeAlias = tuple[str, int]  # ("inside", offset), or ("parameter" | "buffer" | "outside", which of them)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The nodes `[start, stop)` of a stream, with what they read and give; see `replfx.regions.region.Region`."""
+
+    start: int
+    stop: int
+    input: fx.Node
+    output: fx.Node
+    extras: tuple[fx.Node, ...]
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    modules: dict[str, str]
+
+
+@dataclass(eq=False)
+class Layers:
+    """The layers of one run.
+
+    Attributes:
+        period: how many nodes each has.
+        chains: pieces each of which takes the output of the one before; three and more.
+        refused: pieces that may be in no chain, with the reason, by the path of their first parameter.
+    """
+
+    period: int
+    chains: list[list[Piece]] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def layers_in(stream: Stream, start: int, stop: int, period: int) -> Layers:
+    """Cut the run `[start, stop)` into layers of `period` nodes.
+
+    Where a layer begins is often open: of `linear relu linear relu …` every cut is right. The cut is taken that
+    gives most layers; of those the one whose layers have parameters of like names, `fc1.0 fc2.0` before
+    `fc2.0 fc1.1`, and of like shapes; then one that begins with a node that has parameters; then the first.
+    """
+    best, best_score = Layers(period), _score(stream, Layers(period), start)
+    for phase in _phases(stream, start, stop, period):
+        found = _cut(stream, phase, stop, period)
+        score = _score(stream, found, phase)
+        if score > best_score or (not best.chains and not best.refused):
+            best, best_score = found, score
+    return best
+
+
+# ---- where a layer can begin
+
+
+def _phases(stream: Stream, start: int, stop: int, period: int) -> list[int]:
+    """The first places in the run where a layer could begin, the most promising ones first."""
+    crossing = _crossing(stream, start, stop, period)
+    ranked = []
+    for phase in range(start, min(start + period, stop - SHORTEST * period + 1)):
+        ends = range(phase + period, stop + 1, period)
+        sound = sum(crossing[end - start] == 1 and not stream.grad_off[end] for end in ends)
+        if sound >= SHORTEST - 1 and not stream.grad_off[phase]:
+            ranked.append((-sound, not stream.has_parameters[phase], phase))
+    return [phase for _, _, phase in sorted(ranked)[:PHASES]]
+
+
+def _crossing(stream: Stream, start: int, stop: int, period: int) -> list[int]:
+    """How many values of the run are read on both sides of each place in it; what is read far away does not count."""
+    change = [0] * (stop - start + 2)
+    for position in range(start, stop):
+        reach = position
+        if stream.last[position] < position + 2 * period:
+            reach = stream.last[position]
+        else:
+            users = (stream.position[user] for user in stream.nodes[position].users)
+            reach = max((user for user in users if user < position + 2 * period), default=position)
+        change[position + 1 - start] += 1
+        change[min(reach, stop) + 1 - start] -= 1
+    counts, total = [], 0
+    for difference in change:
+        total += difference
+        counts.append(total)
+    return counts
+
+
+# ---- layers held against one of them
+
+
+class _Template:
+    """What the arguments of one piece are, for others to be held against.
+
+    Args:
+        stream: the graph.
+        start: where the piece begins; another one must lie before it.
+        period: its length.
+    """
+
+    def __init__(self, stream: Stream, start: int, period: int) -> None:
+        self.stream = stream
+        self.period = period
+        self.slots: list[Slot] = []
+        self.input: Slot | None = None  # None: the piece takes no single value from the one before
+        self.result = -1  # offset of the output
+        numbers: dict[tuple[str, Hashable], int] = {}
+        counts: Counter[str] = Counter()
+        before: dict[Slot, int] = {}
+        for kind, key, node in _read(stream, start, start + period):
+            if kind == "inside":
+                assert isinstance(key, int)
+                self.slots.append((kind, key))
+                continue
+            if (kind, key) not in numbers:
+                numbers[kind, key] = counts[kind]
+                counts[kind] += 1
+            self.slots.append((kind, numbers[kind, key]))
+            if kind == "outside" and start - period <= stream.position.get(node, -1) < start:
+                before[self.slots[-1]] = stream.position[node] - (start - period)
+        if len(before) == 1:
+            ((slot, offset),) = before.items()
+            shape = stream.nodes[start - period + offset].meta.get("shape")
+            if not (shape and isinstance(shape[0], tuple)):  # else the node gives several tensors
+                self.input, self.result = slot, offset
+
+    def fit(self, start: int) -> Piece | None:
+        """The piece that begins at `start`, if its arguments are of the same kind throughout."""
+        assert self.input is not None
+        bound: dict[Slot, tuple[Hashable, fx.Node]] = {}
+        stop = start + self.period
+        for slot, (kind, key, node) in zip(self.slots, _read(self.stream, start, stop), strict=True):
+            if slot[0] != kind or (kind == "inside" and slot[1] != key):
+                return None
+            if kind != "inside" and bound.setdefault(slot, (key, node))[0] != key:
+                return None
+        if self.stream.grad_off[start] or self.stream.grad_off[stop]:
+            return None
+        return self._piece(start, stop, {slot: node for slot, (_, node) in sorted(bound.items())})
+
+    def _piece(self, start: int, stop: int, bound: dict[Slot, fx.Node]) -> Piece:
+        assert self.input is not None
+        nodes = self.stream.nodes[start:stop]
+        calls = [node for node in nodes if node.op == "call_module"]
+        modules = {f"m{index}": str(node.target) for index, node in enumerate(calls)}
+        parameters = {f"p{index}": str(node.target) for (kind, index), node in bound.items() if kind == "parameter"}
+        for name, node in zip(modules, calls, strict=True):
+            for inner, _ in self.stream.module(node).named_parameters():
+                parameters[f"{name}.{inner}"] = f"{node.target}.{inner}"
+        return Piece(
+            start,
+            stop,
+            input=bound[self.input],
+            output=nodes[self.result],
+            extras=tuple(n for slot, n in bound.items() if slot[0] == "outside" and slot != self.input),
+            parameters=parameters,
+            buffers={f"b{index}": str(node.target) for (kind, index), node in bound.items() if kind == "buffer"},
+            modules=modules,
+        )
+
+
+def _read(stream: Stream, start: int, stop: int) -> Iterator[tuple[str, Hashable, fx.Node]]:
+    """Every argument of every node in `[start, stop)`: its kind, what it is, and its node."""
+    for arguments in stream.arguments[start:stop]:
+        for node in arguments:
+            if node.op != "get_attr":
+                position = stream.position[node]
+                yield ("outside", node, node) if position < start else ("inside", position - start, node)
+                continue
+            value, kind = stream.values[node], "outside"
+            if isinstance(value, nn.Parameter):
+                kind = "parameter"
+            elif isinstance(value, Tensor):
+                # One that all read is an extra.
+                kind = "buffer" if stream.reads_only_in(value, start, stop) else "outside"
+            yield kind, str(node.target), node
+
+
+def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
+    """The layers of a run if the first begins at `phase`."""
+    found = Layers(period)
+    starts = range(phase, stop - period + 1, period)
+    template = _Template(stream, starts[len(starts) // 2], period)  # the first ones may read the model's input twice
+    if template.input is None:
+        return found
+    chain: list[Piece] = []
+    for start in starts:
+        piece = template.fit(start)
+        reason = None if piece is None else unfit(stream, piece)
+        back = None if piece is None or reason is not None else reads_back(stream, chain, piece)
+        if piece is not None and piece.parameters and (reason or back):
+            found.refused[next(iter(piece.parameters.values()))] = reason or str(back)
+        if chain and (piece is None or reason or back or piece.input is not chain[-1].output):
+            found.chains.append(chain)
+            chain = []
+        if piece is not None and reason is None:
+            chain.append(piece)
+    found.chains.append(chain)
+    found.chains = [chain for chain in found.chains if len(chain) >= SHORTEST]
+    return found
+
+
+# ---- what a piece must be
+
+
+def reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
+    """Why a piece cannot follow a chain although it takes its output, or None: then a new chain begins with it."""
+    for extra in piece.extras:
+        if chain and stream.position.get(extra, -1) >= chain[0].start:
+            return f"it reads `{extra.name}` of an earlier piece, besides the output of the one before"
+    return None
+
+
+def unfit(stream: Stream, piece: Piece) -> str | None:
+    """Why a piece may be in no chain, or None."""
+    for position in range(piece.start, piece.stop):
+        node = stream.nodes[position]
+        if node is not piece.output and stream.last[position] >= piece.stop:
+            return f"an intermediate result of it (`{node.name}`) is used outside of it"
+    changes = written_outside(stream, piece.start, piece.stop, piece.input)
+    if changes is not None:
+        return f"it changes a value in place that is not its own (`{changes.name}`)"
+    return _unfit_modules(stream, piece) or _unfit_parameters(stream, piece)
+
+
+def _unfit_modules(stream: Stream, piece: Piece) -> str | None:
+    for path in piece.modules.values():
+        module = stream.root.get_submodule(path)
+        if is_stateless(module):
+            continue
+        if stream.calls[id(module)] > 1:
+            return f"`{path}` is called {stream.calls[id(module)]} times in one forward pass"
+        for buffer in module.buffers():
+            if not stream.reads_only_in(buffer, piece.start, piece.stop):
+                return f"a buffer of `{path}` is read outside of it"
+        reason = unfit_to_share(module)
+        if reason is not None:
+            return f"`{path}` cannot be shared: {reason}"
+    return None
+
+
+def _unfit_parameters(stream: Stream, piece: Piece) -> str | None:
+    seen: set[int] = set()
+    for path in piece.parameters.values():
+        parameter = stream.root.get_parameter(path)
+        names = stream.names[id(parameter)]
+        if id(parameter) in seen or len(names) > 1:
+            twin = next((name for name in names if name != path), "a module that it calls")
+            return f"its parameter `{path}` is shared with `{twin}`"
+        if not stream.reads_only_in(parameter, piece.start, piece.stop):
+            return f"its parameter `{path}` is read outside of it too"
+        if not parameter.requires_grad:
+            return f"its parameter `{path}` is frozen"
+        if not parameter.dtype.is_floating_point:
+            return f"its parameter `{path}` is {parameter.dtype}: quantised weights are not fused"
+        seen.add(id(parameter))
+    return None
+
+
+# ---- which cut is best
+
+
+def _score(stream: Stream, found: Layers, phase: int) -> tuple[int, ...]:
+    pieces = [piece for chain in found.chains for piece in chain]
+    if not pieces:
+        return (0,)
+    like_shapes = sum(_shapes(stream, one) == _shapes(stream, two) for one, two in pairwise(pieces))
+    of_one_number = sum(len({_number(path) for path in piece.parameters.values()}) == 1 for piece in pieces)
+    names = alike(pieces)
+    return len(pieces), sum(names) + of_one_number, like_shapes, stream.has_parameters[phase], -phase
+
+
+def _shapes(stream: Stream, piece: Piece) -> list[tuple[int, ...]]:
+    return [tuple(stream.root.get_parameter(path).shape) for path in piece.parameters.values()]
+
+
+def _number(path: str) -> str | None:
+    """The first number in a path: in most models it says which layer it is."""
+    found = re.search(r"\d+", path)
+    return found and found[0]
+
+
+def alike(pieces: Sequence[Piece]) -> list[bool]:
+    """Which pieces have the names of parameters that most of them have, numbers aside."""
+    patterns = [tuple(re.sub(r"\d+", "#", path) for path in piece.parameters.values()) for piece in pieces]
+    common, _ = Counter(patterns).most_common(1)[0]
+    return [pattern == common for pattern in patterns]

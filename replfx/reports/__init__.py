@@ -1,0 +1,1 @@
+"""What was found, and what was done: values and their text."""

@@ -1,0 +1,150 @@
+"""Making reports: from a captured graph, a plan, and the blocks that were replaced."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import fx, nn
+
+from replfx.chains.chain import chains_of
+from replfx.errors import CaptureError
+from replfx.live import fusion_layers
+from replfx.modules.paths import head_of, is_region, parameters_of
+from replfx.modules.tree import tensors_in
+from replfx.operators import Operator
+from replfx.operators.base import operators
+from replfx.plans import Plan, Replacement
+from replfx.reports.report import BlockReport, Report, Totals
+from replfx.tracing import Cost, Inputs, costs_of, info_of
+
+__all__ = ["describe_chains", "describe_plan", "with_costs", "with_layers"]
+
+
+def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
+    """What was found in `model`: its chains, each block's cost, and what is in none and why."""
+    info, found = info_of(graph_module), chains_of(graph_module)
+    blocks = []
+    for index, chain in enumerate(found.chains):
+        for block in chain.blocks:
+            flops, saved = _sum_costs(block.site.nodes)
+            size, kept = _trainable(block.site.block.parameters()), found.kept.get(block.path)
+            blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept))
+    count = _trainable(model.parameters())
+    return Report(
+        model=type(model).__name__,
+        capture=info.rung,
+        chains=[chain.paths for chain in found.chains],
+        blocks=blocks,
+        refused={**{b.path: b.obstacle for chain in found.chains for b in chain.blocks if b.obstacle}, **found.refused},
+        parameters_before=count,
+        parameters_after=count,
+        notes=list(info.notes),
+    )
+
+
+def describe_plan(model: nn.Module, plan: Plan) -> Report:
+    """What a plan alone says of `model`, where nothing was captured: the replaced blocks and their neighbours."""
+    chains = _chains_of_plan(plan)
+    replaced = {replacement.path for replacement in plan.replacements}
+    readers = {side: r.path for r in reversed(plan.replacements) for side in (r.previous, r.next) if side}
+    blocks = [
+        BlockReport(
+            path,
+            index,
+            _trainable(parameters_of(model, path).values()),
+            kept=None if path in replaced else f"`{readers[path]}` is made from it",
+        )
+        for index, paths in enumerate(chains)
+        for path in paths
+    ]
+    count = _trainable(model.parameters())
+    return Report(
+        model=type(model).__name__, chains=chains, blocks=blocks, parameters_before=count, parameters_after=count
+    )
+
+
+def _chains_of_plan(plan: Plan) -> list[list[str]]:
+    """The replaced blocks with their neighbours; where a neighbour is of two replaced blocks, the chain goes on."""
+    chains: list[list[str]] = []
+    for replacement in plan.replacements:
+        if chains and replacement.previous is not None and chains[-1][-1] == replacement.previous:
+            chain = chains[-1]
+        else:
+            chain = [replacement.previous] if replacement.previous is not None else []
+            chains.append(chain)
+        chain.append(replacement.path)
+        if replacement.next is not None:
+            chain.append(replacement.next)
+    return chains
+
+
+def with_costs(report: Report, before: nn.Module, after: nn.Module, inputs: Inputs | None) -> Report:
+    """The report with what the model cost before and costs after, where there are example inputs to run it on."""
+    if inputs is None:
+        return report
+    try:
+        totals = [Totals(*costs_of(model, inputs)) for model in (before, after)]
+    except CaptureError as error:
+        return replace(report, notes=[*report.notes, f"the costs of the whole model are not known: {error}"])
+    return replace(report, before=totals[0], after=totals[1], example=_described(inputs))
+
+
+def _described(inputs: Inputs) -> str:
+    """The shapes of the tensors among the example inputs."""
+    named = [("", value) for value in inputs.args] + [(f"{name} ", value) for name, value in inputs.kwargs.items()]
+    shapes = [name + "×".join(map(str, t.shape)) for name, value in named for t in tensors_in(value) if t.dim()]
+    return ", ".join([*shapes[:4], "…"] if len(shapes) > 4 else shapes) or "the example inputs"
+
+
+def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:
+    """The report with what takes the replaced blocks' places, and the parameters that are left."""
+    planned, syntheses = {replacement.path: replacement for replacement in plan.replacements}, fusion_layers(model)
+    blocks = []
+    for block in report.blocks:
+        if block.path in planned:
+            replacement = planned[block.path]
+            synthesis = syntheses[head_of(model, block.path)]
+            block = replace(
+                block,
+                previous=replacement.previous,
+                next=replacement.next,
+                fusion=replacement.fusion.name if synthesis.fusion is not None else None,
+                operator=replacement.operator.name,
+                parameters_after=_trainable(parameters_of(model, block.path).values()),
+                not_unrolled=_why_not_unrolled(replacement),
+            )
+        blocks.append(block)
+    notes = [*report.notes, *_unrolling_notes(blocks)]
+    return replace(report, blocks=blocks, parameters_after=_trainable(model.parameters()), notes=notes)
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in dict.fromkeys(parameters) if p.requires_grad)
+
+
+def _why_not_unrolled(replacement: Replacement) -> str | None:
+    """Why `replfx.unroll` could not give a replaced block back; None if it could."""
+    name = replacement.operator.name
+    kind, fold = operators[name], replacement.operator.options.get("fold")
+    if kind.unrolls:
+        return None
+    if is_region(replacement.path):
+        return "it was no module, and only operator='block' gives such a block back"
+    if kind.restore is Operator.restore:
+        return f"operator {name!r} does not say how it goes back into a full block"
+    return fold if isinstance(fold, str) else None
+
+
+def _unrolling_notes(blocks: Iterable[BlockReport]) -> list[str]:
+    """One note for each reason."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        if block.not_unrolled is not None:
+            found.setdefault(block.not_unrolled, []).append(f"`{block.path}`")
+    return [f"replfx.unroll cannot give {', '.join(paths)} back at full depth: {why}" for why, paths in found.items()]
+
+
+def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:
+    costs = [node.meta["replfx"] for node in nodes if isinstance(node.meta.get("replfx"), Cost)]
+    if not costs or any(cost.flops is None for cost in costs):
+        return None, None
+    return sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs)

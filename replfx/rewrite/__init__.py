@@ -1,0 +1,1 @@
+"""From a plan to a model and back: build, verify, mark, unroll."""

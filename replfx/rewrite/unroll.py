@@ -1,0 +1,304 @@
+"""The ways out of a transformed model: materialize and unroll."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.optim import Optimizer
+
+from replfx.errors import FusionError, PlanError
+from replfx.fusion.interface import read_slot
+from replfx.live import SUBMODULE, Synthesis
+from replfx.live.blocks import settle_block
+from replfx.live.classes import settle_down
+from replfx.modules.copying import faithful_copy
+from replfx.modules.paths import head_of, is_named, is_region
+from replfx.modules.structure import move_hooks, redirect, set_submodule
+from replfx.operators.mixer import MixerOperator
+from replfx.regions.graph_module import Rewritten, restore_region
+from replfx.rewrite.optimizers import check_optimizer, hand_over, in_order
+from replfx.rewrite.state import Placement, forget, placed_blocks
+from replfx.rewrite.wrappers import gather_nothing, tell_of_change
+from replfx.tracing import ExampleInputs, Inputs
+
+__all__ = ["check_unrolls", "materialize", "unroll"]
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """Give each replaced block the weights that are synthesised for it now, as its own.
+
+    Args:
+        model: a transformed model; it is left as it is.
+
+    Returns:
+        A copy that gives the same outputs and holds nothing of replfx: neither modules nor hooks. A replaced
+        block is of its original class again under `block` and `mixer` (one that was no module is a part of the
+        graph again, with the names that its parameters had), a `torch.fx.GraphModule` of torch's own operations
+        under operators that run in its place. Kept blocks no longer share anything with it. Blocks that were wrapped
+        since (by `checkpoint_wrapper`, `torch.compile`) stay wrapped.
+
+    Raises:
+        PlanError: the model is not transformed.
+        FusionError: processes share a sequence (`SequenceParallel`), which plain modules in the place of light
+            operators do not know of.
+
+    Example:
+        >>> plain = replfx.materialize(model.eval())
+        >>> torch.equal(plain(x), model(x))
+        True
+    """
+    placed_blocks(model)  # whether there is anything to copy
+    twin = faithful_copy(model)
+    root, placed = placed_blocks(twin)
+    with torch.no_grad():
+        theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
+        for path, placement in placed.items():
+            if placement.synthesis.operator.keeps_block:
+                _settle(root, path, placement, theta[path])
+            else:
+                _exchange(twin, placement, placement.synthesis.operator.plain(theta[path]))
+    _finish(root, placed)
+    return twin
+
+
+def unroll(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    blocks: str | Sequence[str] | None = None,
+) -> nn.Module:
+    """Give the replaced blocks back at full depth, starting from what they computed.
+
+    Under operator `block` the blocks have the weights that were synthesised last, and under `mixer` what it runs has
+    them, beside an MLP that begins as the mean of its neighbours' with a last layer of zero. Under `light` and
+    `identity` they start as the means of their neighbours, save that each computes exactly what its operator computed
+    (`replfx.operators.folding` says how; random dropping of branches and channels sets in).
+
+    It may be called in the middle of training, between two steps. Whatever wraps the model goes on with it: DDP
+    reduces the gradients of the new parameters, FSDP2 shards them as their block's others, `torch.compile` compiles
+    once more. A copy of the model with averaged weights has to be unrolled too.
+
+    Args:
+        model: a transformed model, or what wraps it. It is changed in place, so that an optimizer goes on holding the
+            parameters of the kept blocks.
+        optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
+            coefficients. Their moments start as the means of their neighbours'; the state of all other parameters
+            stays, and so does what a learning-rate scheduler knows. It then is as if it had been made for the full
+            model: its state_dict fits that.
+        example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone:
+            their inner batch normalisation is set to the statistics of what it gets.
+        blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.
+
+    Returns:
+        `model` itself, with the outputs that it had and the parameter names of the original.
+
+    Raises:
+        PlanError: the model is not transformed, or has no such replaced block.
+        FusionError: an operator that does not go back into a full block (with tensor parallelism that is any but
+            `block`), an optimizer whose parameters cannot be exchanged (LBFGS, ZeroRedundancyOptimizer), or example
+            inputs that are needed; the model is left as it was.
+
+    Example:
+        >>> model = replfx.transform(model)
+        >>> ...                                # the first fifth of the training
+        >>> replfx.unroll(model, optimizer)
+        >>> ...                                # the rest at full depth
+    """
+    root, placed = placed_blocks(model)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    placed = _asked_for(placed, blocks)
+    gather_nothing(root)
+    seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
+    before = {path: _parameters_before(root, at) for path, at in placed.items()}
+    like = {path: at.synthesis.counterparts() for path, at in placed.items()}
+    known = set(root.parameters())
+    with torch.no_grad():
+        _unroll(root, placed, seen, next(model.parameters()))
+        tell_of_change(root, _new_parameters(root, placed, like, known))
+        if optimizer is not None:
+            for path, placement in placed.items():
+                hand_over(optimizer, before[path], _parameters(root, path, placement), like[path])
+            in_order(optimizer, model, set(root.parameters()) - known)
+    _finish(root, placed)
+    return model
+
+
+def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
+    """Make sure that `unroll` would give all blocks back; changes nothing.
+
+    Raises:
+        As `unroll` does.
+    """
+    _, placed = placed_blocks(model)
+    seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
+    with torch.no_grad():
+        for path, placement in placed.items():
+            synthesis = placement.synthesis
+            if synthesis.operator.unrolls:
+                synthesis.check_lays_out()
+            else:
+                _full_block(path, synthesis, _theta(path, synthesis), next(model.parameters()), seen.get(path))
+
+
+def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None) -> dict[str, Placement]:
+    """The replaced blocks that globs name; all if there are none."""
+    if blocks is None:
+        return placed
+    globs = [blocks] if isinstance(blocks, str) else list(blocks)
+    for glob in globs:
+        if not any(is_named(path, glob) for path in placed):
+            raise PlanError(f"blocks={glob!r} matches no replaced block; they are: {', '.join(placed)}")
+    return {path: at for path, at in placed.items() if any(is_named(path, glob) for glob in globs)}
+
+
+def _unroll(root: nn.Module, placed: Mapping[str, Placement], seen: Mapping[str, Tensor], like: Tensor) -> None:
+    theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
+    full = {  # these may fail, and nothing is changed yet
+        path: _full_block(path, placement.synthesis, theta[path], like, seen.get(path))
+        for path, placement in placed.items()
+        if not placement.synthesis.operator.unrolls
+    }
+    for path, placement in placed.items():
+        if placement.synthesis.operator.keeps_block:
+            _settle(root, path, placement, theta[path])
+        if path in full:
+            _complete(placement, full[path])
+
+
+def _theta(path: str, synthesis: Synthesis) -> dict[str, Tensor]:
+    try:
+        return synthesis.materialized()
+    except FusionError as error:
+        raise FusionError(f"`{path}` cannot be made plain: {error}") from error
+
+
+def _full_block(
+    path: str, synthesis: Synthesis, theta: dict[str, Tensor], like: Tensor, inputs: Tensor | None
+) -> nn.Module:
+    try:
+        if is_region(path) or synthesis.skeleton is None:
+            raise FusionError("it was no module, and only operator='block' gives such a block back")
+        if synthesis.tensor_parallel is not None:
+            raise FusionError("it is tensor parallel, and only operator='block' gives such a block back")
+        block = synthesis.skeleton.full_block(synthesis.neighbours, like)
+        synthesis.operator.restore(theta, block, inputs)
+    except FusionError as error:
+        raise FusionError(f"`{path}` cannot be unrolled: {error}") from error
+    return block
+
+
+def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Tensor]:
+    """What each replaced block gets as its main activation, in a run of a copy of the model."""
+    inputs = Inputs.of(example_inputs, model)
+    assert inputs is not None
+    twin, seen = faithful_copy(model), {}
+    for path, placement in placed_blocks(twin)[1].items():
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, at: Placement = placement) -> None:
+            seen[path] = read_slot(at.synthesis.operator.interface.main, args, kwargs).detach()
+
+        placement.block.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        twin(*inputs.args, **inputs.kwargs)
+    return seen
+
+
+def _settle(root: nn.Module, path: str, placement: Placement, theta: Mapping[str, Tensor]) -> None:
+    """Give a block that runs its own computation the weights; a region becomes a part of the graph again."""
+    settle_block(placement.block, placement.synthesis, root, theta)
+    if is_region(path):
+        assert isinstance(root, fx.GraphModule)
+        assert isinstance(placement.block, fx.GraphModule)
+        restore_region(root, head_of(root, path), placement.block, placement.synthesis.names)
+
+
+def _exchange(model: nn.Module, placement: Placement, plain: nn.Module) -> None:
+    """Put what computes the same in a block's place, wherever that is held, with its hooks and its mode."""
+    block = placement.block
+    known = set(placement.synthesis.modules())
+    move_hooks(block, plain)
+    for module in plain.modules():
+        if module not in known:  # the others have modes of their own: a norm may be frozen in a block that trains
+            module.training = block.training
+    lacking = {
+        k: v for k, v in vars(block).items() if not k.startswith("_") and _is_simple(v) and not hasattr(plain, k)
+    }
+    vars(plain).update(lacking)  # a model may ask a block for its `shift_size`
+    if isinstance(plain, fx.GraphModule):  # whose copies have what its graph names, and this
+        plain.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = lacking
+    redirect(model, {block: plain})
+
+
+def _is_simple(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_simple(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_simple(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _complete(placement: Placement, full: nn.Module) -> None:
+    """Give a block what it had lost: it remains the object that it was."""
+    block, operator = placement.block, placement.synthesis.operator
+    for module in full.modules():
+        module.training = block.training
+    if isinstance(operator, MixerOperator):
+        for path in operator.dropped:
+            set_submodule(block, path, full.get_submodule(path))
+        for name in operator.scales:
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner)._parameters[leaf] = full.get_parameter(name)
+        return
+    del block._modules[SUBMODULE]
+    settle_down(block, {})
+    for name in ("_modules", "_parameters", "_buffers"):
+        getattr(block, name).update(getattr(full, name))
+
+
+def _parameters_before(root: nn.Module, placement: Placement) -> set[nn.Parameter]:
+    """The parameters of a replaced block, those of all its members."""
+    members = (root.get_parameter(home) for home in placement.synthesis.names.values() if _is_parameter(root, home))
+    return {*placement.block.parameters(), *members}
+
+
+def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, nn.Parameter]:
+    """The parameters of a block that is plain again, by their names in it."""
+    names = placement.synthesis.names
+    if names:
+        return {name: root.get_parameter(home) for name, home in names.items() if _is_parameter(root, home)}
+    return dict(placement.block.named_parameters())
+
+
+def _new_parameters(
+    root: nn.Module,
+    placed: Mapping[str, Placement],
+    like: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    known: set[nn.Parameter],
+) -> dict[nn.Parameter, Tensor | None]:
+    """The parameters that plain blocks have and had not before, each with a neighbour's of its name."""
+    return {
+        parameter: next((side[name] for side in like[path] if name in side), None)
+        for path, placement in placed.items()
+        for name, parameter in _parameters(root, path, placement).items()
+        if parameter not in known
+    }
+
+
+def _is_parameter(root: nn.Module, home: str) -> bool:
+    try:
+        root.get_parameter(home)
+    except AttributeError:
+        return False
+    return True
+
+
+def _finish(root: nn.Module, gone: Collection[str]) -> None:
+    """Let the model forget replaced blocks that it has no more."""
+    if forget(root, gone):
+        return
+    if isinstance(root, Rewritten):
+        root.become_plain()

@@ -1,0 +1,214 @@
+"""verify: is the transformed model sound?"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from replfx.chains.chain import chains_of
+from replfx.chains.select import plan_of
+from replfx.errors import FusionError, VerifyError, WrittenWeightsError
+from replfx.live import fusion_layers
+from replfx.live.synthesis import written_weights
+from replfx.modules.paths import ancestors, head_of, parameters_of
+from replfx.modules.tree import shapes_in, tensors_in
+from replfx.operators.base import operators
+from replfx.plans import Plan
+from replfx.tracing import Draws, Held, Inputs, Look, ghost_of, info_of, real_twin, restart, steered, undisturbed
+
+__all__ = ["Verify", "refuse_reads_of_freed"]
+
+
+def refuse_reads_of_freed(graph_module: fx.GraphModule, plan: Plan) -> None:
+    """Refuse a plan that frees weights which the model reads itself, outside of their block.
+
+    Raises:
+        FusionError: an operator that has no such weight.
+    """
+    freed = {r.path: r.operator.name for r in plan.replacements if not operators[r.operator.name].keeps_block}
+    blocks = [block for chain in chains_of(graph_module).chains for block in chain.blocks if block.path in freed]
+    inside = {node for block in blocks for node in block.site.nodes}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        path = next((above for above in ancestors(str(node.target)) if above in freed), None)
+        if path is not None and node not in inside:
+            raise FusionError(
+                f"`{path}`: the model reads its `{str(node.target).removeprefix(f'{path}.')}` itself, and operator "
+                f"{freed[path]!r} has none of it; take operator='block', or leave this block out of select="
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Verify(PassBase):
+    """Check a transformed model; changes nothing.
+
+    Always: synthesised weights are finite. With inputs, under fake tensors, so at no compute: the output has
+    the shapes that it had, every trainable parameter gets a gradient that had one before, and the model runs in
+    training as in evaluation mode if it did so before.
+
+    Attributes:
+        model: the transformed model; None if it is the graph itself.
+        original: the model before, or any twin of it in structure. It is run only where the transformed model does
+            not give what the capture saw, or leaves parameters without a gradient: then perhaps it did so before.
+        inputs: example inputs, or None.
+    """
+
+    model: nn.Module | None
+    original: nn.Module
+    inputs: Inputs | None = None
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Raise VerifyError if the model is not sound."""
+        model = graph_module if self.model is None else self.model
+        _check_synthesis(model)
+        if self.inputs is not None:
+            look = info_of(graph_module).look or Look(Draws.HIGH, model.training)
+            with undisturbed(model), steered(look.draws, model):
+                rehearsal = _Rehearsal(model, self.inputs, list(self.original.parameters()))
+                self._check_run(graph_module, model, rehearsal.run(look.training, trained=True), look.training)
+                training = not look.training
+                self._check_other_mode(rehearsal.run(training, trained=training), training)
+        return PassResult(graph_module, False)
+
+    def _check_run(
+        self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception", training: bool
+    ) -> None:
+        if after == _Run(info_of(graph_module).outputs, frozenset()):
+            return
+        before = self._before(training, trained=True)
+        if isinstance(before, Exception):  # the capture ran the model for real for the same reason
+            unknown = f"shapes and gradients not verified: {type(before).__name__} under fake tensors"
+            info_of(graph_module).notes.append(unknown)
+            self._check_runs_for_real(model)
+            return
+        if isinstance(after, Exception):
+            raise _broken(after)
+        if before.outputs != after.outputs:
+            raise VerifyError(
+                f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
+            )
+        lost = sorted(n for n in after.without - before.without if self._had_gradient(n, before, plan_of(graph_module)))
+        if lost:
+            raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+
+    def _had_gradient(self, name: str, before: "_Run", plan: Plan) -> bool:
+        """Whether a parameter of the transformed model had a gradient; of what is new in a block, whether any there."""
+        had = dict(self.original.named_parameters()).keys() - before.without
+        if name in before.without or name in had:
+            return name in had
+        for replacement in plan.replacements if self.model is not None else ():
+            if name.startswith(f"{head_of(self.original, replacement.path)}."):
+                return not had.isdisjoint(parameters_of(self.original, replacement.path))
+        return True
+
+    def _check_runs_for_real(self, model: nn.Module) -> None:
+        """Check no more than that it runs: shapes may hang on values, which are others now, as those of found boxes."""
+        assert self.inputs is not None
+        twin, inputs = real_twin(model, self.inputs)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                twin(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            raise _broken(error) from error
+
+    def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
+        if isinstance(after, Exception) and isinstance(self._before(training, trained=training), _Run):
+            raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
+
+    def _before(self, training: bool, *, trained: bool) -> "_Run | Exception":
+        assert self.inputs is not None
+        return _Rehearsal(self.original, self.inputs, list(self.original.parameters())).run(training, trained=trained)
+
+
+def _broken(error: Exception, when: str = "") -> VerifyError:
+    """What to raise for a transformed model that fails although the original ran."""
+    if isinstance(error, WrittenWeightsError):
+        return error
+    raised = VerifyError(_does_not_run(error, when))
+    raised.__cause__ = error
+    return raised
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What came of a dry run: shapes of the output's tensors, and the trainable parameters without a gradient."""
+
+    outputs: list[tuple[int, ...]] | None
+    without: frozenset[str]
+
+
+def _does_not_run(error: BaseException, when: str = "") -> str:
+    """What to say of a transformed model that fails although the original ran."""
+    return (
+        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for "
+        "what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
+    )
+
+
+def _check_synthesis(model: nn.Module) -> None:
+    with torch.no_grad():
+        for path, layer in fusion_layers(model).items():
+            name = layer.not_finite()
+            if name is not None:
+                raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
+
+
+class _Rehearsal:
+    """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules.
+
+    Args:
+        model: any module.
+        inputs: the example inputs.
+        reachable: parameters that the model's code may reach although they are none of its own any more.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter]) -> None:
+        self.model, self.inputs = model, inputs
+        self.reachable = [*reachable, *model.parameters()]
+        self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
+        self.modes: list[tuple[nn.Module, bool]] = []
+
+    def run(self, training: bool, *, trained: bool) -> _Run | Exception:
+        """Run forward and, if `trained`, backward; where that fails, the error."""
+        try:
+            mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
+            self._put_in_mode(ghost, training)
+            restart()
+            ghost.zero_grad()
+            with mode, torch.set_grad_enabled(trained), written_weights() as written, self._untouched(ghost):
+                result = ghost(*fakes.args, **fakes.kwargs)
+                losses = [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(result) if t.requires_grad]
+                if losses:
+                    torch.stack([loss.sum().double() for loss in losses]).sum().backward()
+        except Exception as error:
+            return error
+        if names := written():
+            paths = {synthesis: path for path, synthesis in fusion_layers(ghost).items()}
+            found = {paths[synthesis]: of_block for synthesis, of_block in names.items()}
+            path, (name, *_) = next(iter(found.items()))
+            return WrittenWeightsError(f"the model writes to the `{name}` of `{path}`, which is synthesised", found)
+        without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
+        return _Run(shapes_in(result), without)
+
+    @contextmanager
+    def _untouched(self, ghost: nn.Module) -> Iterator[None]:
+        """The code may reach the model rather than the copy: its modules mean the copy's, its gradients stay."""
+        gradients = [(parameter, parameter.grad) for parameter in self.reachable]
+        try:
+            with Held(self.model, None).redirected(ghost):
+                yield
+        finally:
+            for parameter, gradient in gradients:
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
+
+    def _put_in_mode(self, ghost: nn.Module, training: bool) -> None:
+        """In a mode; in the model's own, what is inside may have another one, as a frozen norm has."""
+        self.modes = self.modes or [(module, module.training) for module in ghost.modules()]
+        for module, mode in self.modes:
+            module.training = mode
+        if training is not self.model.training:
+            ghost.train(training)

@@ -1,0 +1,1 @@
+"""Looking at models: drawings, comparisons, models by name."""
