@@ -3,44 +3,22 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase
+from torch import nn
 
 from replfx.calibration import calibrate as fit
-from replfx.chains.find import FindChains
+from replfx.chains.find import find_chains
 from replfx.chains.policy import Choosable, policy_of
-from replfx.chains.select import SelectBlocks, plan_of
-from replfx.errors import (
-    CalibrationError,
-    FusionError,
-    NoChainError,
-    PlanError,
-    ReplfxError,
-    VerifyError,
-    WrittenWeightsError,
-)
+from replfx.chains.select import select as select_blocks
+from replfx.errors import CalibrationError, FusionError, NoChainError, PlanError, VerifyError
 from replfx.fusion.registry import AUTO
 from replfx.modules.copying import faithful_copy, structural_copy
-from replfx.modules.paths import head_of
-from replfx.passes.insert_fusion import InsertFusion
-from replfx.passes.pipeline import run_passes
-from replfx.plans import Plan, has_regions, keeping
-from replfx.regions.graph_module import limit
+from replfx.plans import Plan, has_regions
 from replfx.reports.describe import describe_chains, describe_plan, with_costs, with_layers
 from replfx.reports.report import Report
 from replfx.rewrite.build import build, install, refuse_transformed
-from replfx.rewrite.release import Release
+from replfx.rewrite.carry_out import carry_out, prepare, prepare_plan
 from replfx.rewrite.state import mark, state_of
-from replfx.rewrite.verify import Verify, refuse_reads_of_freed
-from replfx.tracing import (
-    ExampleInputs,
-    HeldElsewhereError,
-    Inputs,
-    capture_lazily,
-    check_is_whole,
-    info_of,
-    limits_of,
-)
+from replfx.tracing import ExampleInputs, HeldElsewhereError, Inputs, capture_lazily, check_is_whole
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -57,7 +35,6 @@ def transform(
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
     neighbour_gradient: float = 1.0,
-    detach_neighbours: bool = False,
     plan: Plan | None = None,
     calibrate: Iterable[object] | None = None,
     inplace: bool = False,
@@ -85,8 +62,8 @@ def transform(
             "light" (one residual map: residual blocks, saves most of both), "identity" (the block is gone), a
             registered name, or a dict with its options. "auto" takes what our measurements speak for, which so far
             is "block".
-        neighbour_gradient: factor λ, 0 to 1, on the gradient through replaced blocks into their neighbours.
-        detach_neighbours: the same as `neighbour_gradient=0`.
+        neighbour_gradient: factor λ, 0 to 1, on the gradient through replaced blocks into their neighbours; 0 lets none
+            through.
         plan: a plan made before, instead of a policy.
         calibrate: batches for a pretrained model: each replaced block starts where it best imitates the block that it
             was, as `replfx.calibrate` has it.
@@ -122,10 +99,18 @@ def transform(
             raise PlanError(f"give plan= or {named[0]}=, not both")
         made = apply(model, plan, example_inputs, inplace=inplace)
     else:
-        factor = 0.0 if detach_neighbours else neighbour_gradient
-        policy = policy_of(every, fraction, select, fusion, operator, factor, split_at, keep)
+        policy = policy_of(
+            every=every,
+            fraction=fraction,
+            keep=keep,
+            select=select,
+            split_at=split_at,
+            fusion=fusion,
+            operator=operator,
+            neighbour_gradient=neighbour_gradient,
+        )
         _refuse_transformed(model)
-        made = _Transformation(model, model if inplace else faithful_copy(model), example_inputs, policy).carry_out()
+        made = carry_out(prepare(model, model if inplace else faithful_copy(model), example_inputs, policy))
     if calibrate is not None:
         fit(made, model, calibrate)
     return made
@@ -155,22 +140,28 @@ def inspect(
     Example:
         >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
     """
-    policy = policy_of(every, fraction, select, fusion, operator, 1.0, split_at, keep)
+    policy = policy_of(
+        every=every,
+        fraction=fraction,
+        keep=keep,
+        select=select,
+        split_at=split_at,
+        fusion=fusion,
+        operator=operator,
+    )
     _refuse_transformed(model)
-    attempt = _Transformation(model, structural_copy(model), example_inputs, policy)
     try:
-        made = attempt.carry_out()
-    except NoChainError as error:
-        return attempt.found(str(error).partition(":")[0])
+        prepared = prepare(model, structural_copy(model), example_inputs, policy)
+        try:
+            return state_of(carry_out(prepared)).report
+        except NoChainError as error:
+            return prepared.with_note(str(error).partition(":")[0])
+        except (VerifyError, FusionError, PlanError) as error:
+            refused = prepared.with_note(f"nothing can be replaced: {error}")
     except HeldElsewhereError as error:
         return _not_copied(model, example_inputs, error)
-    except (VerifyError, FusionError, PlanError) as error:
-        if not attempt.planned:
-            raise
-        refused = attempt.found(f"nothing can be replaced: {error}")
-        why = "the transformed model would not be sound"
-        return replace(refused, blocks=[replace(block, kept=block.kept or why) for block in refused.blocks])
-    return state_of(made).report
+    why = "the transformed model would not be sound"
+    return replace(refused, blocks=[replace(block, kept=block.kept or why) for block in refused.blocks])
 
 
 def report(model: nn.Module) -> Report:
@@ -201,7 +192,6 @@ def plan(
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
     neighbour_gradient: float = 1.0,
-    detach_neighbours: bool = False,
 ) -> Plan:
     """The plan that `transform` with the same options would carry out. Changes nothing.
 
@@ -212,10 +202,21 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
-    factor = 0.0 if detach_neighbours else neighbour_gradient
-    policy = policy_of(every, fraction, select, fusion, operator, factor, split_at, keep)
+    policy = policy_of(
+        every=every,
+        fraction=fraction,
+        keep=keep,
+        select=select,
+        split_at=split_at,
+        fusion=fusion,
+        operator=operator,
+        neighbour_gradient=neighbour_gradient,
+    )
     _refuse_transformed(model)
-    return plan_of(_planned(model, example_inputs, policy))
+    selection = select_blocks(find_chains(capture_lazily(model, example_inputs)), policy)
+    if selection.nothing is not None:
+        raise NoChainError(selection.nothing)
+    return selection.plan
 
 
 def apply(
@@ -245,10 +246,7 @@ def apply(
     check_is_whole(model)
     target = model if inplace else faithful_copy(model)
     if has_regions(plan):
-        graph = capture_lazily(target, example_inputs, model)
-        run_passes(graph, [FindChains()])
-        graph.meta["replfx_plan"] = plan
-        return _carry_out(graph, model, target, Inputs.of(example_inputs, model))
+        return carry_out(prepare_plan(model, target, example_inputs, plan))
     inputs = Inputs.of(example_inputs, model)
     original = structural_copy(model) if inplace and inputs is not None else model
     built, draft = build(target, plan), describe_plan(target, plan)
@@ -257,126 +255,11 @@ def apply(
     return target
 
 
-# ---- the pieces
-
-
-class _Transformation:
-    """One policy carried out on one model.
-
-    Args:
-        model: the user's.
-        target: what is changed: a copy of it, or `model` itself.
-        example_inputs: the user's.
-        policy: which blocks are replaced, and how.
-    """
-
-    def __init__(
-        self, model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks
-    ) -> None:
-        self.model, self.target, self.example_inputs, self.policy = model, target, example_inputs, policy
-        self.inputs = Inputs.of(example_inputs, model)
-        self.planned = False  # whether the policy could be met
-        self._draft: Report | None = None
-
-    def carry_out(self) -> nn.Module:
-        """Give the transformed model.
-
-        Raises:
-            NoChainError: there is nothing to replace; `found` then says why.
-            FusionError, VerifyError: what was planned cannot be carried out, or is not sound; the same.
-        """
-        return _carry_out(self._planned(), self.model, self.target, self.inputs)
-
-    def found(self, note: str) -> Report:
-        """What was found of the model where nothing is replaced."""
-        assert self._draft is not None
-        return replace(self._draft, notes=[*self._draft.notes, note])
-
-    def _planned(self) -> fx.GraphModule:
-        graph = capture_lazily(self.target, self.example_inputs, self.model)
-        run_passes(graph, [FindChains()])
-        try:
-            run_passes(graph, [self.policy])
-            self.planned = True
-        finally:
-            self._draft = describe_chains(graph, self.target)
-        return graph
-
-
-def _planned(
-    model: nn.Module, example_inputs: ExampleInputs | None, policy: SelectBlocks, original: nn.Module | None = None
-) -> fx.GraphModule:
-    """A captured graph with the plan of the policy in its meta; `original` is what the model was copied from."""
-    graph = capture_lazily(model, example_inputs, original)
-    run_passes(graph, [FindChains(), policy])
-    return graph
-
-
-def _carry_out(graph: fx.GraphModule, model: nn.Module, target: nn.Module, inputs: Inputs | None) -> nn.Module:
-    """Carry the graph's plan out on `target`, or where its blocks are no modules on the graph.
-
-    `target` is a copy of `model`, or `model` itself.
-    """
-    planned, draft = plan_of(graph), describe_chains(graph, target)
-    original = structural_copy(model) if target is model else model
-    rewritten = has_regions(planned)
-    if rewritten and target is model:
-        raise PlanError(
-            f"the blocks of this {type(target).__name__} are no modules (`{planned.replacements[0].path}`): only its "
-            "graph can be rewritten, not the model itself; leave inplace=True out"
-        )
-    if rewritten:
-        if why := _frozen(graph, model):
-            raise PlanError(why)
-        limits = limits_of(graph, target, inputs)
-        passes: list[PassBase] = [InsertFusion(target), Verify(None, original, inputs)]
-        result = run_passes(graph, passes).graph_module
-        assert isinstance(result, fx.GraphModule)
-        limit(result, limits)
-        target, draft = result, replace(draft, notes=list(info_of(graph).notes))
-        for key in [key for key in target.meta if key.startswith("replfx")]:
-            del target.meta[key]  # it speaks of nodes of the captured graph
-    else:
-        refuse_reads_of_freed(graph, planned)
-        planned = _carry_out_on_modules(graph, target, planned, Verify(target, original, inputs))
-        draft = replace(draft, notes=list(info_of(graph).notes))
-    mark(target, planned, with_costs(with_layers(draft, planned, target), original, target, inputs))
-    return target
-
-
 def _not_copied(model: nn.Module, example_inputs: ExampleInputs | None, error: Exception) -> Report:
     """What `inspect` says of a model that cannot be copied: what there is, and that nothing will be replaced."""
-    graph = capture_lazily(model, example_inputs)
-    run_passes(graph, [FindChains()])
-    draft = describe_chains(graph, model)
+    draft = describe_chains(find_chains(capture_lazily(model, example_inputs)), model)
     blocks = [replace(block, kept=block.kept or "the transformed model would not run") for block in draft.blocks]
     return replace(draft, blocks=blocks, notes=[*draft.notes, f"nothing can be replaced without inplace=True: {error}"])
-
-
-def _carry_out_on_modules(graph: fx.GraphModule, target: nn.Module, planned: Plan, verify: Verify) -> Plan:
-    """Replace blocks that are modules; gives the plan, with the weights that turn out to have to stay."""
-    passes: list[PassBase] = [Release(), verify]
-    while True:
-        snapshot = install(target, build(target, planned))
-        try:
-            run_passes(graph, passes)
-        except ReplfxError as error:
-            snapshot.restore()  # with inplace=True the model is the user's
-            if not isinstance(error, WrittenWeightsError):
-                raise
-            written = {r.path: error.names.get(head_of(target, r.path), ()) for r in planned.replacements}
-            planned, passes = keeping(planned, written), [verify]
-        else:
-            return planned
-
-
-def _frozen(graph: fx.GraphModule, model: nn.Module) -> str:
-    """Why a graph may not take the model's place: it has taken up what would be another thing in the next call."""
-    what = " and ".join(sorted(info_of(graph).frozen))
-    return what and (
-        f"the blocks of this {type(model).__name__} are no modules, so that only its graph can be rewritten; but its "
-        f"Python code decides by {what}, and a graph would go on as it was decided once"
-    )
 
 
 def _refuse_transformed(model: nn.Module) -> None:

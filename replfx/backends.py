@@ -5,13 +5,12 @@ registers it itself then, and refuses a second time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx
 
-from replfx.chains.policy import Choosable, policy_of
+from replfx.chains.policy import Choosable, Options, policy_of
 from replfx.errors import CompileError
-from replfx.fusion.registry import AUTO
 
 if TYPE_CHECKING:
     from replfx.compile import Backend, ReplacingBackend
@@ -85,12 +84,17 @@ def backend(
     from replfx.compile import Backend, ReplacingBackend
 
     plain = Backend(max_bytes=max_bytes, cache=cache, kernels=kernels, inner=inner)
-    if all(option is None for option in (every, fraction, keep, select, fusion, operator, neighbour_gradient)):
-        return plain
-    factor = 1.0 if neighbour_gradient is None else neighbour_gradient
-    return ReplacingBackend(
-        policy_of(every, fraction, select, fusion or AUTO, operator or AUTO, factor, keep=keep), plain
-    )
+    given = {
+        "every": every,
+        "fraction": fraction,
+        "keep": keep,
+        "select": select,
+        "fusion": fusion,
+        "operator": operator,
+        "neighbour_gradient": neighbour_gradient,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    return ReplacingBackend(policy_of(**cast(Options, asked)), plain) if asked else plain
 
 
 def replfx_backend(

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 import replfx
 from benchmarks.scale.subjects import MODELS, TINY, TOWERS
-from replfx.chains.find import FindChains
-from replfx.chains.select import SelectBlocks, plan_of
+from replfx.chains.find import find_chains
+from replfx.chains.policy import Policy
+from replfx.chains.select import select
 from replfx.measure import Sample, Training, interleaved_times, unique_storage_bytes
-from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
 from replfx.plans import has_regions
-from replfx.rewrite.build import build, install
-from replfx.rewrite.verify import Verify
+from replfx.rewrite.build import build, insertion, install
+from replfx.rewrite.verify import verify
 from replfx.tracing import Inputs, capture_lazily
 
 __all__ = ["PHASES", "Job", "Memory", "Timing", "memory_of", "time_model", "time_tower"]
@@ -174,16 +174,15 @@ class _Phases:
         """Transform a copy of the model."""
         target = self._timed("copy", lambda: copy.deepcopy(model))
         graph = self._timed("capture", lambda: capture_lazily(target, example))
-        self._timed("find chains", lambda: run_passes(graph, [FindChains()]))
-        self._timed("select", lambda: run_passes(graph, [SelectBlocks(every=2)]))
-        plan = plan_of(graph)
-        if regions := has_regions(plan):
-            graph = self._timed("insert", lambda: run_passes(graph, [InsertFusion(target)])).graph_module
-            assert isinstance(graph, torch.fx.GraphModule)
+        found = self._timed("find chains", lambda: find_chains(graph))
+        plan = self._timed("select", lambda: select(found, Policy(every=2))).plan
+        if has_regions(plan):
+            rewrite = self._timed("insert", lambda: run_passes(graph, [insertion(target, found, plan)]))
+            target = rewrite.graph_module
         else:
             self._timed("insert", lambda: install(target, build(target, plan)))
-        verify = Verify(None if regions else target, model, Inputs.of(example, model))
-        self._timed("verify", lambda: run_passes(graph, [verify]))
+        inputs = Inputs.of(example, model)
+        self._timed("verify", lambda: verify(target, model, inputs, found.capture, plan))
 
     def _timed(self, name: str, phase: Callable[[], T]) -> T:
         start = CLOCK()

@@ -1,17 +1,14 @@
-"""Chains: what `FindChains` finds, and which blocks of a chain can be replaced."""
+"""Chains: what `find_chains` finds, and which blocks of a chain can be replaced."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from torch import fx
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from replfx.operators import Site
 from replfx.regions.region import Region
-from replfx.tracing import ModuleCall
+from replfx.tracing import CaptureInfo, ModuleCall
 
-__all__ = ["CHAINS_KEY", "SHORTEST", "Block", "Chain", "Chains", "chains_of"]
+__all__ = ["SHORTEST", "Block", "Chain", "Chains"]
 
-CHAINS_KEY = "replfx_chains"
 SHORTEST = 3  # a replaced block and a kept one on each side
 
 
@@ -145,12 +142,6 @@ class Chain:
         return [position for row in rows for position in row if position not in kept]
 
 
-def _parted(row: Sequence[int], parts: int) -> list[int]:
-    """A row without some of its positions, spread evenly."""
-    left_out = {round(part * (len(row) + 1) / (parts + 1)) - 1 for part in range(1, parts + 1)}
-    return [position for index, position in enumerate(row) if index not in left_out]
-
-
 def _rows(positions: Sequence[int]) -> list[list[int]]:
     """Positions as rows without gaps."""
     rows: list[list[int]] = []
@@ -161,23 +152,21 @@ def _rows(positions: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chains:
-    """The findings of the pass, kept at `graph_module.meta[CHAINS_KEY]`.
+    """What was found in a captured model.
 
     Attributes:
+        capture: of which capture.
         chains: all chains of three blocks and more, in the order in which they run.
         refused: blocks that are in no chain, with the reason.
-        kept: blocks of a chain that are not replaced, with the reason; filled by `SelectBlocks`.
     """
 
+    capture: CaptureInfo
     chains: list[Chain]
-    refused: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str]
 
-
-def chains_of(graph_module: fx.GraphModule) -> Chains:
-    """What `FindChains` found in this graph."""
-    found = graph_module.meta[CHAINS_KEY]
-    assert isinstance(found, Chains)
-    return found
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The blocks of all chains by path."""
+        return {block.path: block for chain in self.chains for block in chain.blocks}

@@ -2,14 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.chains.candidates import Candidate, Candidates, is_layer
-from replfx.chains.chain import CHAINS_KEY, SHORTEST, Block, Chain, Chains
+from replfx.chains.chain import SHORTEST, Block, Chain, Chains
 from replfx.chains.effects import effects_of
 from replfx.chains.links import Path, paths_of
 from replfx.chains.slots import Joined, input_slots, interface_of, output_slots
@@ -25,12 +24,11 @@ from replfx.regions.find import find_regions
 from replfx.regions.region import Region, region_module
 from replfx.tracing import ModuleCall, info_of
 
-__all__ = ["FindChains"]
+__all__ = ["find_chains"]
 
 
-@dataclass(frozen=True)
-class FindChains(PassBase):
-    """Find maximal chains of blocks of one family; changes nothing.
+def find_chains(graph_module: fx.GraphModule) -> Chains:
+    """Find maximal chains of blocks of one family in a captured graph.
 
     Blocks are of one family when their modules are of one class. Two of them follow each other when the later
     one's input descends from the earlier one's output and at least half of its weights have a counterpart
@@ -38,11 +36,7 @@ class FindChains(PassBase):
     parameters be replaced. Where no module is a block, windows of siblings are tried ([Conv, BN, ReLU] × n), and
     where there are none, regions of the graph that repeat (`replfx.regions.find`).
     """
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Put `Chains` into the graph's meta."""
-        graph_module.meta[CHAINS_KEY] = _Search(graph_module).run()
-        return PassResult(graph_module, False)
+    return _Search(graph_module).run()
 
 
 class _Search:
@@ -80,9 +74,10 @@ class _Search:
         known = {**dropped, **self.candidates.refused}
         modules, counts = self.candidates.modules, self.candidates.counts
         if not self.traced:
-            return Chains(chains, why_not(modules, self._difference, counts, known, in_chain))
+            return Chains(self.info, chains, why_not(modules, self._difference, counts, known, in_chain))
         refused = why_not(modules, self._difference, counts, known, {path.removeprefix("@") for path in in_chain})
-        return Chains(chains, {path if is_region(path) else region_path(path): why for path, why in refused.items()})
+        refused = {path if is_region(path) else region_path(path): why for path, why in refused.items()}
+        return Chains(self.info, chains, refused)
 
     def _as_region(self, block: Block) -> Block:
         """A block of stand-ins as a piece of the graph."""

@@ -1,55 +1,109 @@
-"""Policies: from the options of `transform` to the pass that chooses the blocks."""
+"""Policies: which blocks are replaced, and by what, as the options of `transform` say."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypedDict, Unpack
 
-from replfx.chains.select import SelectBlocks
 from replfx.errors import PlanError
-from replfx.fusion import Choice
+from replfx.fusion import Choice, fusions
+from replfx.fusion.registry import AUTO
 from replfx.operators.auto import settled
+from replfx.operators.base import operators
 
-__all__ = ["Choosable", "policy_of"]
+__all__ = ["RULES", "Choosable", "Options", "Policy", "policy_of"]
 
 Choosable: TypeAlias = str | Mapping[str, object] | Choice
 
+RULES = ("every", "fraction", "select", "keep")
 
-def policy_of(
-    every: int | None,
-    fraction: float | None,
-    select: str | Sequence[str] | None,
-    fusion: Choosable,
-    operator: Choosable,
-    neighbour_gradient: float,
-    split_at: str | Sequence[str] | None = None,
-    keep: int | float | None = None,
-) -> SelectBlocks:
-    """The pass that chooses blocks as these options ask: `every=2` if none says which.
 
-    Args:
-        every: like all of these, as for `replfx.transform`.
-        fraction: the same.
-        select: the same.
-        fusion: the same.
-        operator: the same.
-        neighbour_gradient: the same.
-        split_at: the same.
-        keep: the same.
+@dataclass(frozen=True)
+class Policy:
+    """Which blocks of each chain are replaced, and by what.
+
+    Exactly one of `every`, `fraction`, `select` and `keep` is given. A replaced block is made from the nearest kept
+    block on each side.
+
+    Attributes:
+        every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. They are counted from 1, anew from
+            each block that changes the shape of its activation or begins a new stage; those that change it stay.
+        fraction: 0 < f ≤ ½ replaces that part of each chain, spread evenly, never two in a row.
+        select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
+        keep: a number of blocks of each chain that stay, or the share of them; the rest is replaced.
+        fusion, operator: what takes a replaced block's place.
+        neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours.
+        split_at: paths of the modules with which a pipeline stage begins: blocks are chosen in each stage as if it
+            were a model of its own.
+    """
+
+    every: int | None = None
+    fraction: float | None = None
+    select: tuple[str, ...] | None = None
+    keep: int | float | None = None
+    fusion: Choice = field(default_factory=lambda: Choice("scalar"))
+    operator: Choice = field(default_factory=lambda: Choice("block"))
+    neighbour_gradient: float = 1.0
+    split_at: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in RULES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise PlanError(f"give one of {', '.join(f'{n}=' for n in RULES)}, not {' and '.join(given) or 'none'}")
+        if self.every is not None and (isinstance(self.every, bool) or not isinstance(self.every, int)):
+            raise PlanError(f"every must be a whole number, not {self.every!r}")
+        if self.every is not None and self.every < 2:
+            raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
+        for name in ("fraction", "keep", "neighbour_gradient"):
+            value = getattr(self, name)
+            said = value is not None or name == "neighbour_gradient"
+            if said and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise PlanError(f"{name} must be a number, not {value!r}")
+        if self.fraction is not None and not 0 < self.fraction <= 0.5:
+            raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
+        if isinstance(self.keep, int) and self.keep < 2:
+            raise PlanError(f"keep={self.keep}: the first and the last block of a chain always stay, so at least 2")
+        if isinstance(self.keep, float) and not 0 < self.keep < 1:
+            raise PlanError(f"keep={self.keep}: a share of the blocks is between 0 and 1; a number of them is an int")
+        if not 0 <= self.neighbour_gradient <= 1:
+            raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
+        if not all(isinstance(path, str) for path in self.split_at):
+            raise PlanError(f"split_at must be a module path or a sequence of them, not {self.split_at!r}")
+        fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
+
+
+class Options(TypedDict, total=False):
+    """The options of `replfx.transform` that make a policy, as a user gives them."""
+
+    every: int | None
+    fraction: float | None
+    keep: int | float | None
+    select: str | Sequence[str] | None
+    split_at: str | Sequence[str] | None
+    fusion: Choosable
+    operator: Choosable
+    neighbour_gradient: float
+
+
+def policy_of(**options: Unpack[Options]) -> Policy:
+    """The policy that a user's options ask for: `every=2` if none says which blocks.
 
     Raises:
         PlanError: an impossible selection.
         FusionError: an unknown fusion or operator.
     """
-    if every is None and fraction is None and select is None and keep is None:
-        every = 2
-    chosen, fused = settled(Choice.of(operator, "operator"), Choice.of(fusion, "fusion"))
-    return SelectBlocks(
-        every=every,
-        fraction=fraction,
-        keep=keep,
+    select, split_at = options.get("select"), options.get("split_at")
+    rules = {name: options.get(name) for name in RULES}
+    chosen, fused = settled(
+        Choice.of(options.get("operator", AUTO), "operator"), Choice.of(options.get("fusion", AUTO), "fusion")
+    )
+    return Policy(
+        every=2 if all(value is None for value in rules.values()) else options.get("every"),
+        fraction=options.get("fraction"),
+        keep=options.get("keep"),
         select=None if select is None else _paths(select, "select must be a path or a glob, or"),
         fusion=fused,
         operator=chosen,
-        neighbour_gradient=neighbour_gradient,
+        neighbour_gradient=options.get("neighbour_gradient", 1.0),
         split_at=() if split_at is None else _paths(split_at, "split_at must be a module path or"),
     )
 

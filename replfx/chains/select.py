@@ -1,15 +1,13 @@
-"""select_blocks: from chains and a policy to a plan."""
+"""select: from chains and a policy to a plan."""
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
-
-from replfx.chains.chain import SHORTEST, Chain, Chains, chains_of
+from replfx.chains.chain import SHORTEST, Chain, Chains
+from replfx.chains.policy import RULES, Policy
 from replfx.chains.stages import cut_chains
-from replfx.errors import FusionError, NoChainError, PlanError
+from replfx.errors import FusionError, PlanError
 from replfx.fusion import Choice, fusions
 from replfx.fusion.fusions import LinearFusion
 from replfx.fusion.pairing import too_unlike
@@ -19,111 +17,76 @@ from replfx.operators import Match, Site
 from replfx.operators.base import operators
 from replfx.operators.residual import is_residual
 from replfx.plans import Plan, Replacement
-from replfx.tracing import info_of
 
-__all__ = ["SelectBlocks", "plan_of"]
-
-
-def plan_of(graph_module: fx.GraphModule) -> Plan:
-    """The plan that `SelectBlocks` made for this graph."""
-    plan = graph_module.meta["replfx_plan"]
-    assert isinstance(plan, Plan)
-    return plan
+__all__ = ["Selection", "select"]
 
 
-@dataclass(frozen=True)
-class SelectBlocks(PassBase):
-    """Choose which blocks of each chain are replaced; changes nothing.
-
-    Exactly one of `every`, `fraction`, `select` and `keep` is given. A replaced block is made from the nearest kept
-    block on each side.
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a policy makes of the chains of a model.
 
     Attributes:
-        every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. They are counted from 1, anew from
-            each block that changes the shape of its activation or begins a new stage; those that change it stay.
-        fraction: 0 < f ≤ ½ replaces that part of each chain, spread evenly, never two in a row.
-        select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
-        keep: a number of blocks of each chain that stay, or the share of them; the rest is replaced.
-        fusion, operator: what takes a replaced block's place.
-        neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours.
-        split_at: paths of the modules with which a pipeline stage begins: blocks are chosen in each stage as if it
-            were a model of its own.
+        plan: which blocks are replaced, and how; empty if `nothing` says why.
+        kept: blocks of a chain that are not replaced, with the reason.
+        refused: blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does
+            not fit.
+        nothing: why nothing is replaced; None if something is.
     """
 
-    every: int | None = None
-    fraction: float | None = None
-    select: tuple[str, ...] | None = None
-    keep: int | float | None = None
-    fusion: Choice = field(default_factory=lambda: Choice("scalar"))
-    operator: Choice = field(default_factory=lambda: Choice("block"))
-    neighbour_gradient: float = 1.0
-    split_at: tuple[str, ...] = ()
+    plan: Plan
+    kept: Mapping[str, str]
+    refused: Mapping[str, str]
+    nothing: str | None = None
 
-    def __post_init__(self) -> None:
-        given = [name for name in _RULES if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise PlanError(f"give one of {', '.join(f'{n}=' for n in _RULES)}, not {' and '.join(given) or 'none'}")
-        if self.every is not None and (isinstance(self.every, bool) or not isinstance(self.every, int)):
-            raise PlanError(f"every must be a whole number, not {self.every!r}")
-        if self.every is not None and self.every < 2:
-            raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
-        for name in ("fraction", "keep", "neighbour_gradient"):
-            value = getattr(self, name)
-            said = value is not None or name == "neighbour_gradient"
-            if said and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise PlanError(f"{name} must be a number, not {value!r}")
-        if self.fraction is not None and not 0 < self.fraction <= 0.5:
-            raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
-        if isinstance(self.keep, int) and self.keep < 2:
-            raise PlanError(f"keep={self.keep}: the first and the last block of a chain always stay, so at least 2")
-        if isinstance(self.keep, float) and not 0 < self.keep < 1:
-            raise PlanError(f"keep={self.keep}: a share of the blocks is between 0 and 1; a number of them is an int")
-        if not 0 <= self.neighbour_gradient <= 1:
-            raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
-        if not all(isinstance(path, str) for path in self.split_at):
-            raise PlanError(f"split_at must be a module path or a sequence of them, not {self.split_at!r}")
-        fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Put a `Plan` into the graph's meta; blocks that the operator does not fit join `Chains.refused`.
+def select(found: Chains, policy: Policy) -> Selection:
+    """Choose which blocks of each chain are replaced.
 
-        Raises:
-            NoChainError: there is nothing to replace.
-            PlanError: a selected block cannot be replaced.
-            FusionError: a selected block has no such operator.
-        """
-        found = chains_of(graph_module)
-        if not found.chains:
-            raise NoChainError(_no_chain(found))
-        wanted = None if self.select is None else _matches(self.select, graph_module, found)
-        replacements: list[Replacement] = []
-        known = set(found.refused)
-        chains = cut_chains(graph_module, found, self.split_at)
-        for chain in chains:
-            positions = self._positions(chain) if wanted is None else _selected(wanted, chain)
-            made = self._replace(chain, positions, found)
-            found.kept.update(self._kept(chain, made, found))
-            replacements += made
-        if not replacements:
-            raise NoChainError(_nothing_left(self, chains, found, known))
-        model = type(info_of(graph_module).root).__name__
-        graph_module.meta["replfx_plan"] = Plan(model, tuple(replacements))
-        return PassResult(graph_module, False)
+    A replaced block is made from the nearest kept block on each side.
 
-    def _positions(self, chain: Chain) -> list[int]:
+    Raises:
+        PlanError: a block that the policy names cannot be replaced.
+        FusionError: the operator does not fit it.
+    """
+    model = type(found.capture.root).__name__
+    if not found.chains:
+        return Selection(Plan(model, ()), {}, found.refused, _no_chain(found))
+    wanted = None if policy.select is None else _matches(policy.select, found)
+    chooser, kept, replacements = _Chooser(policy, dict(found.refused)), dict[str, str](), list[Replacement]()
+    chains = cut_chains(found, policy.split_at)
+    for chain in chains:
+        made = chooser.replace(chain, chooser.positions(chain) if wanted is None else _selected(wanted, chain))
+        kept.update(chooser.kept(chain, made))
+        replacements += made
+    nothing = None if replacements else _nothing_left(policy, chains, found, chooser.refused)
+    return Selection(Plan(model, tuple(replacements)), kept, chooser.refused, nothing)
+
+
+class _Chooser:
+    """One policy at work on one chain after the other.
+
+    Args:
+        policy: what is asked for.
+        refused: blocks that cannot be replaced, with the reason; those that the operator does not fit join them.
+    """
+
+    def __init__(self, policy: Policy, refused: dict[str, str]) -> None:
+        self.policy, self.refused = policy, refused
+
+    def positions(self, chain: Chain) -> list[int]:
         """Which blocks of the chain, counted from 0, the policy asks for."""
-        if self.every is not None:
-            return chain.every(self.every)
-        if self.fraction is not None:
-            return chain.fraction(self.fraction)
-        assert self.keep is not None
-        return chain.keep(self.keep)
+        if self.policy.every is not None:
+            return chain.every(self.policy.every)
+        if self.policy.fraction is not None:
+            return chain.fraction(self.policy.fraction)
+        assert self.policy.keep is not None
+        return chain.keep(self.policy.keep)
 
-    def _replace(self, chain: Chain, positions: Sequence[int], found: Chains) -> list[Replacement]:
+    def replace(self, chain: Chain, positions: Sequence[int]) -> list[Replacement]:
         """Replace those of the blocks that the operator fits; one that it does not fit stays, and others read it."""
         chosen, matches = set(positions), dict[int, Match]()
         for i in positions:
-            if operators[self.operator.name].needs_neighbours:
+            if operators[self.policy.operator.name].needs_neighbours:
                 _check_neighbours(chain, i, chosen)
         while unjudged := sorted(chosen - matches.keys()):
             i = unjudged[0]
@@ -131,9 +94,11 @@ class SelectBlocks(PassBase):
             if match:
                 matches[i] = match
                 continue
-            found.refused[chain.blocks[i].path] = f"operator {self.operator.name!r} does not fit it: {match.reason}"
-            if self.select is not None:
-                raise FusionError(f"`{chain.blocks[i].path}`: {found.refused[chain.blocks[i].path]}")
+            self.refused[chain.blocks[i].path] = (
+                f"operator {self.policy.operator.name!r} does not fit it: {match.reason}"
+            )
+            if self.policy.select is not None:
+                raise FusionError(f"`{chain.blocks[i].path}`: {self.refused[chain.blocks[i].path]}")
             left = chosen - {i}
             matches = {j: m for j, m in matches.items() if _sides(chain, j, left) == _sides(chain, j, chosen)}
             chosen = left
@@ -142,19 +107,19 @@ class SelectBlocks(PassBase):
     def _match(self, chain: Chain, position: int, chosen: Set[int]) -> Match:
         """Whether the operator fits a block beside those that stay."""
         block, site = chain.blocks[position], _site(chain, position, chosen)
-        operator = operators[self.operator.name]
+        operator = operators[self.policy.operator.name]
         if operator.needs_neighbours:
             sides = [chain.blocks[side] for side in _sides(chain, position, chosen)]
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
-        match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
-        if match and self.operator.name == "identity" and block.turn is not None:
+        match = operator.match(site) if site.shape or self.policy.operator.name != "identity" else _unmeasured(site)
+        if match and self.policy.operator.name == "identity" and block.turn is not None:
             return Match(reason=f"it changes the shape of its activation: {block.turn}")
         return match
 
     # ---- why the others stay
 
-    def _kept(self, chain: Chain, made: Sequence[Replacement], found: Chains) -> dict[str, str]:
+    def kept(self, chain: Chain, made: Sequence[Replacement]) -> dict[str, str]:
         """For each block of the chain that stays, the rule that keeps it."""
         replaced = {replacement.path for replacement in made}
         readers = {side: r.path for r in reversed(made) for side in (r.previous, r.next) if side}
@@ -163,28 +128,29 @@ class SelectBlocks(PassBase):
             if block.path in replaced:
                 continue
             read = f"`{readers[block.path]}` is made from it" if block.path in readers else None
-            kept[block.path] = block.obstacle or read or found.refused.get(block.path) or self._rule(chain, position)
+            kept[block.path] = block.obstacle or read or self.refused.get(block.path) or self._rule(chain, position)
         return kept
 
     def _rule(self, chain: Chain, position: int) -> str:
         block, end = chain.blocks[position], chain.end(position)
-        if end is not None and (self.select is None or operators[self.operator.name].needs_neighbours):
+        if end is not None and (self.policy.select is None or operators[self.policy.operator.name].needs_neighbours):
             return end
-        if self.select is not None:
+        if self.policy.select is not None:
             return "select does not name it"
         if block.turn is not None:
             return f"it changes the shape of its activation: {block.turn}"
-        if self.fraction is not None:
-            return f"fraction={self.fraction} leaves it"
-        if self.every is None:
-            return f"keep={self.keep} leaves it"
-        return f"every={self.every} leaves it: it is number {chain.numbers(self.every)[position]} in its stage"
+        if self.policy.fraction is not None:
+            return f"fraction={self.policy.fraction} leaves it"
+        if self.policy.every is None:
+            return f"keep={self.policy.keep} leaves it"
+        number = chain.numbers(self.policy.every)[position]
+        return f"every={self.policy.every} leaves it: it is number {number} in its stage"
 
     def _replacement(self, chain: Chain, position: int, chosen: Set[int], match: Match) -> Replacement:
         site = _site(chain, position, chosen)
         sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
-        fusion = self.fusion
-        if operators[self.operator.name].needs_neighbours:
+        fusion = self.policy.fusion
+        if operators[self.policy.operator.name].needs_neighbours:
             before, after = _sides(chain, position, chosen)
             fusion = _by_distance(fusion, position - before, after - position)
             neighbours = (chain.blocks[side] for side in (before, after))
@@ -195,16 +161,13 @@ class SelectBlocks(PassBase):
             previous=previous,
             next=next,
             fusion=fusion,
-            operator=Choice(self.operator.name, {**match.options, **self.operator.options}),
+            operator=Choice(self.policy.operator.name, {**match.options, **self.policy.operator.options}),
             interface=site.interface,
             kind=block_digest(site.block),
             previous_kind=previous_kind,
             next_kind=next_kind,
-            neighbour_gradient=float(self.neighbour_gradient),
+            neighbour_gradient=float(self.policy.neighbour_gradient),
         )
-
-
-_RULES = ("every", "fraction", "select", "keep")
 
 
 def _sides(chain: Chain, position: int, chosen: Set[int]) -> tuple[int, int]:
@@ -243,7 +206,7 @@ def _unmeasured(site: Site) -> Match:
 # ---- select=
 
 
-def _matches(globs: Sequence[str], graph_module: fx.GraphModule, found: Chains) -> set[str]:
+def _matches(globs: Sequence[str], found: Chains) -> set[str]:
     """The blocks of chains that the globs name; each glob must name at least one."""
     if not globs or isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
         raise PlanError(f"select must be a path or a glob, or a sequence of them, not {globs!r}")
@@ -252,15 +215,15 @@ def _matches(globs: Sequence[str], graph_module: fx.GraphModule, found: Chains) 
     for glob in globs:
         matched = [path for path in in_chain if is_named(path, glob)]
         if not matched:
-            raise PlanError(_no_match(glob, graph_module, in_chain, found))
+            raise PlanError(_no_match(glob, in_chain, found))
         chosen.update(matched)
     return chosen
 
 
-def _no_match(glob: str, graph_module: fx.GraphModule, in_chain: list[str], found: Chains) -> str:
+def _no_match(glob: str, in_chain: list[str], found: Chains) -> str:
     if glob in found.refused:
         return f"`{glob}` cannot be replaced: {found.refused[glob]}"
-    modules = [p for p, _ in info_of(graph_module).root.named_modules() if p and fnmatchcase(p, glob)]
+    modules = [p for p, _ in found.capture.root.named_modules() if p and fnmatchcase(p, glob)]
     if modules:
         return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {_some(in_chain)}"
     return f"select={glob!r} matches nothing; blocks that are in a chain: {_some(in_chain)}"
@@ -307,15 +270,14 @@ def _no_chain(found: Chains) -> str:
     )
 
 
-def _nothing_left(policy: SelectBlocks, chains: Sequence[Chain], found: Chains, known: Set[str]) -> str:
+def _nothing_left(policy: Policy, chains: Sequence[Chain], found: Chains, refused: Mapping[str, str]) -> str:
     """Why nothing is left to replace: what the operator lacks in the blocks that were chosen, then what was known."""
     longest = max(len(chain.blocks) for chain in chains)
-    declined = [(path, why) for path, why in found.refused.items() if path not in known]
+    declined = [(path, why) for path, why in refused.items() if path not in found.refused]
     obstacles = [(b.path, b.obstacle) for chain in found.chains for b in chain.blocks if b.obstacle]
-    others = [(path, why) for path, why in found.refused.items() if path in known]
-    reasons = [f"`{path}`: {why}" for path, why in (*declined, *obstacles, *others)]
+    reasons = [f"`{path}`: {why}" for path, why in (*declined, *obstacles, *found.refused.items())]
     if reasons:
         return f"nothing can be replaced: {'; '.join(reasons[:4])}"
-    asked = next(f"{name}={getattr(policy, name)}" for name in _RULES if getattr(policy, name) is not None)
+    asked = next(f"{name}={getattr(policy, name)}" for name in RULES if getattr(policy, name) is not None)
     part = " part of a chain in one pipeline stage" if any(c.before or c.after for c in chains) else " chain"
     return f"{asked} replaces nothing: the longest{part} has {longest} blocks; every=2 replaces at least one of three"

@@ -4,27 +4,23 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import groupby
 
-from torch import fx
-
-from replfx.chains.chain import Block, Chain, Chains
+from replfx.chains.chain import Chain, Chains
 from replfx.errors import PlanError
-from replfx.tracing import info_of
 
 __all__ = ["cut_chains"]
 
 
-def cut_chains(graph_module: fx.GraphModule, found: Chains, split_at: Sequence[str]) -> list[Chain]:
+def cut_chains(found: Chains, split_at: Sequence[str]) -> list[Chain]:
     """The chains, each cut where a pipeline stage begins.
 
     Args:
-        graph_module: the captured graph.
-        found: its chains; they stay as they are.
+        found: the chains of a capture; they stay as they are.
         split_at: paths of the modules or blocks with which a stage begins.
 
     Raises:
         PlanError: a path is not in the model, is not called once, or lies inside of a block.
     """
-    begins = {_position(graph_module, found, path): path for path in split_at}
+    begins = {_position(found, path): path for path in split_at}
     cuts = sorted(begins)
     pieces = []
     for chain in found.chains:
@@ -43,15 +39,13 @@ def cut_chains(graph_module: fx.GraphModule, found: Chains, split_at: Sequence[s
     return pieces
 
 
-def _position(graph_module: fx.GraphModule, found: Chains, path: str) -> int:
+def _position(found: Chains, path: str) -> int:
     """Where in the graph the module or block at `path` begins."""
-    info = info_of(graph_module)
-    blocks: list[Block] = [block for chain in found.chains for block in chain.blocks]
-    for block in blocks:
-        if block.path == path:
-            return block.call.start
+    info, blocks = found.capture, found.blocks
+    if path in blocks:
+        return blocks[path].call.start
     starts = [call.start for call in info.calls if call.path == path]
-    some = ", ".join(block.path for block in blocks[:12]) + (", …" if len(blocks) > 12 else "")
+    some = ", ".join(list(blocks)[:12]) + (", …" if len(blocks) > 12 else "")
     advice = f"give paths of modules with which a pipeline stage begins; blocks are: {some}"
     if len(starts) == 1 and path:
         return starts[0]

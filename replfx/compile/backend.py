@@ -11,12 +11,12 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from replfx.compile.caching import Cached, with_cached
+from replfx.compile.hoisting import hoist_syntheses
 from replfx.compile.synthesis import SYNTHESIZE, kernel_operation
 from replfx.dynamo.nodes import made_of_parameters, value_of
 from replfx.errors import CompileError
 from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.fold_affines import FoldAffines
-from replfx.passes.hoist_syntheses import HoistSyntheses, hoisted_of
 from replfx.passes.merge_syntheses import MergeSyntheses
 from replfx.passes.pipeline import run_passes
 from replfx.passes.reassociate_products import ReassociateProducts
@@ -83,8 +83,10 @@ class Backend:
         if not any(made_of_parameters(graph_module.graph).values()):  # nothing is synthesised
             return _callable(compiler(graph_module, inputs))
         graph_module = _copy(graph_module)
-        self._rewrite(graph_module, _has_cuda_graphs(compiler))
-        hoisted = hoisted_of(graph_module)
+        operation = self._rewrite(graph_module)
+        # CUDA graphs would copy the kept values into their own memory at each call.
+        kept = self.cache and not _has_cuda_graphs(compiler)
+        hoisted = hoist_syntheses(graph_module, frozenset({operation})) if kept else None
         if hoisted is None:
             return _callable(compiler(graph_module, inputs))
         # Dynamo's fakes of the parameters, not the parameters: of these, symbolic sizes would be made without a source.
@@ -94,14 +96,14 @@ class Backend:
         main = _callable(compiler(graph_module, [*inputs, *hoisted.examples]))
         return with_cached(main, Cached(compute), hoisted.inputs)
 
-    def _rewrite(self, graph_module: fx.GraphModule, cuda_graphs: bool) -> None:
+    def _rewrite(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
+        """Run the passes, in place; gives the operation of batched syntheses."""
         passes: list[Any] = [MergeSyntheses(), ReassociateProducts(), FoldAffines()]
-        operation = kernel_operation() if self.kernels else SYNTHESIZE
+        operation: Callable[..., Any] = kernel_operation() if self.kernels else SYNTHESIZE
         if self.max_bytes or self.kernels:
             passes.append(BatchSynthesis(operation, self.max_bytes, least=1 if self.kernels else 2))
-        if self.cache and not cuda_graphs:  # those would copy the kept values into their own memory at each call
-            passes.append(HoistSyntheses(frozenset({operation})))
         run_passes(graph_module, passes)
+        return operation
 
     def _compiler(self, mode: str | None, options: dict[str, Any]) -> Compiler:
         if self.inner == "inductor":

@@ -13,23 +13,23 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from replfx.chains.chain import Block, chains_of
-from replfx.chains.find import FindChains
-from replfx.chains.select import SelectBlocks, plan_of
+from replfx.chains.chain import Block, Chains
+from replfx.chains.find import find_chains
+from replfx.chains.policy import Policy
+from replfx.chains.select import select
 from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
 from replfx.dynamo.nodes import path_in_model, source_of
-from replfx.errors import CompileError, NoChainError, ReplfxError
+from replfx.dynamo.own_parameters import Owned, own_parameters
+from replfx.errors import CompileError, ReplfxError
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
-from replfx.passes.insert_fusion import InsertFusion
-from replfx.passes.own_parameters import OwnParameters, owned_by
 from replfx.passes.pipeline import run_passes
 from replfx.plans import Plan, Replacement
 from replfx.regions.region import Region
+from replfx.rewrite.build import insertion
 from replfx.rewrite.state import fusion_layers, plans_in
-from replfx.tracing import info_of
 
 __all__ = ["ReplacingBackend"]
 
@@ -58,7 +58,7 @@ class ReplacingBackend:
 
     __name__ = "replfx"
 
-    def __init__(self, policy: SelectBlocks, backend: Backend) -> None:
+    def __init__(self, policy: Policy, backend: Backend) -> None:
         self.policy, self.backend = policy, backend
         self.plan = Plan("", ())
         self.notes: list[str] = []
@@ -153,41 +153,39 @@ class ReplacingBackend:
                 "the backend's coefficients would not be averaged over the processes: transform the model with "
                 "replfx.transform before it is wrapped, and compile that"
             )
-        owned = run_passes(graph_module, [OwnParameters(inputs), FindChains()]).graph_module
-        assert isinstance(owned, fx.GraphModule)
-        root = info_of(owned).root
+        owned = own_parameters(graph_module, inputs)
+        found = find_chains(owned.graph_module)
+        root = found.capture.root
         real = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
         self._check_model(root, real)
-        replacements = self._planned(owned, root)
-        watched = _watched(owned, sources, replacements, one_graph)
-        made = self._carried_out(owned, root, replacements) if replacements else None
-        self._remember(owned, replacements, real)
+        replacements = self._planned(found)
+        watched = _watched(found, owned.paths, sources, replacements, one_graph)
+        made = self._carried_out(owned, found, replacements) if replacements else None
+        self._remember(found, replacements, real)
         for module, path in watched:
             if module not in self._watched:
                 self._watched[module] = module.register_forward_pre_hook(Watch(path, self._calls))
         return made
 
-    def _carried_out(
-        self, owned: fx.GraphModule, root: nn.Module, replacements: tuple[Replacement, ...]
-    ) -> "_Rewritten":
-        owned.meta["replfx_plan"] = Plan(type(root).__name__, replacements)
-        fresh = run_passes(owned, [InsertFusion(root)]).graph_module
+    def _carried_out(self, owned: Owned, found: Chains, replacements: tuple[Replacement, ...]) -> "_Rewritten":
+        root = found.capture.root
+        planned = Plan(type(root).__name__, replacements)
+        fresh = run_passes(owned.graph_module, [insertion(root, found, planned)]).graph_module
         assert isinstance(fresh, fx.GraphModule)
         own = {id(parameter) for parameter in root.parameters()}
         for replacement in replacements:
             layer = fresh.get_submodule(head_of(root, replacement.path))
             self._coefficients.share(replacement.path.removeprefix("@"), layer, own)
-        return _Rewritten(fresh, _places(owned, fresh))
+        return _Rewritten(fresh, _places(owned.paths, root, fresh))
 
     # ---- which blocks
 
-    def _planned(self, owned: fx.GraphModule, root: nn.Module) -> tuple[Replacement, ...]:
+    def _planned(self, found: Chains) -> tuple[Replacement, ...]:
         """What is replaced in this graph: what was before, and of chains that are new what the policy says."""
-        chains = chains_of(owned).chains
-        here = {block.path: block for chain in chains for block in chain.blocks}
-        before = [found for r in self.plan.replacements if (found := self._again(r, here, root)) is not None]
+        chains, here, root = found.chains, found.blocks, found.capture.root
+        before = [again for r in self.plan.replacements if (again := self._again(r, here, root)) is not None]
         unknown = {p for chain in chains if self._blocks.keys().isdisjoint(chain.paths) for p in chain.paths}
-        chosen = self._chosen(owned) if unknown or not chains else ()
+        chosen = self._chosen(found) if unknown or not chains else ()
         return (*before, *(r for r in chosen if r.path in unknown))
 
     def _again(self, known: Replacement, here: Mapping[str, Block], root: nn.Module) -> Replacement | None:
@@ -223,35 +221,33 @@ class ReplacingBackend:
             next_kind=kinds.get(known.next or ""),
         )
 
-    def _chosen(self, owned: fx.GraphModule) -> tuple[Replacement, ...]:
+    def _chosen(self, found: Chains) -> tuple[Replacement, ...]:
         """What the policy replaces, were this the first graph."""
-        policy, found = self.policy, chains_of(owned)
+        policy = self.policy
         if policy.select is not None:
-            paths = [path for chain in found.chains for path in chain.paths]
+            paths = list(found.blocks)
             globs = [glob if is_region(glob) else region_path(glob) for glob in policy.select]
             named = tuple(glob for glob in globs if any(is_named(path, glob) for path in paths))
             if not named:
                 self._note(f"select={policy.select} names none of the blocks of a graph: {', '.join(paths)}")
                 return ()
             policy = replace(policy, select=named)
-        try:
-            run_passes(owned, [policy])
-        except NoChainError as error:
-            self._note(f"in a graph of {len(owned.graph.nodes)} nodes, {error}")
-            return ()
-        return plan_of(owned).replacements
+        selection = select(found, policy)
+        if selection.nothing is not None:
+            self._note(f"in a graph of {len(found.capture.nodes)} nodes, {selection.nothing}")
+        return selection.plan.replacements
 
-    def _remember(self, owned: fx.GraphModule, replacements: Sequence[Replacement], real: Set[int]) -> None:
-        chains, known = chains_of(owned).chains, {r.path for r in self.plan.replacements}
+    def _remember(self, found: Chains, replacements: Sequence[Replacement], real: Set[int]) -> None:
+        chains, known = found.chains, {r.path for r in self.plan.replacements}
         for chain in chains:
             before = _number_before(chain.paths[0])
             if before in self._blocks and chain.paths[0] not in self._blocks:
                 self._note(f"a graph ends between `{before}` and `{chain.paths[0]}`: both stay{_graph_breaks()}")
-        for block in (block for chain in chains for block in chain.blocks):
+        for block in found.blocks.values():
             assert block.region is not None
             self._blocks.setdefault(block.path, block.region.parameters)
             for name in block.region.parameters.values():
-                parameter = info_of(owned).root.get_parameter(name)
+                parameter = found.capture.root.get_parameter(name)
                 if id(parameter) in real:
                     self._model[name] = TensorWeakRef(parameter)
         fresh = tuple(r for r in replacements if r.path not in known)
@@ -274,16 +270,20 @@ def _is_transformed(model: nn.Module) -> bool:
 
 
 def _watched(
-    owned: fx.GraphModule, sources: Sequence[str], replacements: Sequence[Replacement], one_graph: bool
+    found: Chains,
+    owned: Sequence[str | None],
+    sources: Sequence[str],
+    replacements: Sequence[Replacement],
+    one_graph: bool,
 ) -> list[tuple[nn.Module, str]]:
     """The modules of the model that run if a replaced block runs as it is, and nowhere else; with the block's path.
 
     Raises:
         CompileError: a block is no call of any module, so that nothing would tell, and Dynamo may leave its graph.
     """
-    expressions = dict(zip(owned_by(owned), sources, strict=True))
-    blocks = {block.path: block for chain in chains_of(owned).chains for block in chain.blocks}
-    found: list[tuple[nn.Module, str]] = []
+    expressions = dict(zip(owned, sources, strict=True))
+    blocks = found.blocks
+    watched: list[tuple[nn.Module, str]] = []
     for path in (replacement.path for replacement in replacements):
         region = blocks[path].region
         assert region is not None
@@ -296,8 +296,8 @@ def _watched(
                 f"`{path}` is no call of a module, so that nothing would tell if Dynamo ran it as it is, with its own "
                 "weights: compile with fullgraph=True, or use replfx.transform"
             )
-        found += [(module, path) for module in modules if module is not None]
-    return found
+        watched += [(module, path) for module in modules if module is not None]
+    return watched
 
 
 def _called_in(region: Region) -> list[str]:
@@ -366,10 +366,9 @@ def _graph_breaks() -> str:
     return f"; Dynamo broke the graph (TORCH_LOGS=graph_breaks says where): {reasons}" if reasons else ""
 
 
-def _places(owned: fx.GraphModule, fresh: nn.Module) -> tuple[str | None, ...]:
+def _places(owned: Sequence[str | None], root: nn.Module, fresh: nn.Module) -> tuple[str | None, ...]:
     where = {id(tensor): name for name, tensor in (*fresh.named_parameters(), *fresh.named_buffers())}
-    root = info_of(owned).root
-    return tuple("" if path is None else where.get(id(attribute_at(root, path))) for path in owned_by(owned))
+    return tuple("" if path is None else where.get(id(attribute_at(root, path))) for path in owned)
 
 
 def _number_before(path: str) -> str | None:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from replfx.chains.chain import chains_of
+from replfx.chains.chain import Chains
+from replfx.chains.select import Selection
 from replfx.errors import CaptureError
 from replfx.live import fusion_layers
 from replfx.modules.paths import head_of, is_region, parameters_of
@@ -14,19 +15,21 @@ from replfx.operators import Operator
 from replfx.operators.base import operators
 from replfx.plans import Plan, Replacement
 from replfx.reports.report import BlockReport, Report, Totals
-from replfx.tracing import Cost, Inputs, costs_of, info_of
+from replfx.tracing import Cost, Inputs, costs_of
 
 __all__ = ["describe_chains", "describe_plan", "with_costs", "with_layers"]
 
 
-def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
+def describe_chains(found: Chains, model: nn.Module, selection: Selection | None = None) -> Report:
     """What was found in `model`: its chains, each block's cost, and what is in none and why."""
-    info, found = info_of(graph_module), chains_of(graph_module)
+    info = found.capture
+    kept_for = {} if selection is None else selection.kept
+    refused = found.refused if selection is None else selection.refused
     blocks = []
     for index, chain in enumerate(found.chains):
         for block in chain.blocks:
             flops, saved = _sum_costs(block.site.nodes)
-            size, kept = _trainable(block.site.block.parameters()), found.kept.get(block.path)
+            size, kept = _trainable(block.site.block.parameters()), kept_for.get(block.path)
             blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept))
     count = _trainable(model.parameters())
     return Report(
@@ -34,7 +37,7 @@ def describe_chains(graph_module: fx.GraphModule, model: nn.Module) -> Report:
         capture=info.rung,
         chains=[chain.paths for chain in found.chains],
         blocks=blocks,
-        refused={**{b.path: b.obstacle for chain in found.chains for b in chain.blocks if b.obstacle}, **found.refused},
+        refused={**{path: b.obstacle for path, b in found.blocks.items() if b.obstacle}, **refused},
         parameters_before=count,
         parameters_after=count,
         notes=list(info.notes),

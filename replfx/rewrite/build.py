@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from replfx.chains.chain import Chains
 from replfx.errors import FusionError, PlanError, of_options
 from replfx.fusion import Fusion, fusions
 from replfx.fusion.alignment import AlignedFusion, Alignment, layout_of
@@ -16,13 +17,14 @@ from replfx.live.blocks import Snapshot, replace_block, strip_block
 from replfx.live.skeletons import Skeleton
 from replfx.live.synthesis import Reading, Readings, Synthesis, fusion_layers
 from replfx.modules.copying import structural_copy
-from replfx.modules.paths import block_at, is_region, is_window, members_of, parent_of, put_blocks
+from replfx.modules.paths import block_at, head_of, is_region, is_window, members_of, parent_of, put_blocks
 from replfx.modules.structure import block_digest
 from replfx.operators import Operator
 from replfx.operators.base import operators
+from replfx.passes.insert_fusion import InsertFusion, Insertion
 from replfx.plans import Plan, Replacement
 
-__all__ = ["Built", "build", "install", "refuse_transformed", "stand_for_region"]
+__all__ = ["Built", "build", "insertion", "install", "refuse_transformed"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,23 @@ def _homes(window: nn.Module, members: Sequence[str]) -> dict[str, str]:
     return {name: ".".join((members[int(index)], rest)) for name in inside for index, _, rest in [name.partition(".")]}
 
 
-def stand_for_region(built: Built) -> nn.Module:
+def insertion(model: nn.Module, found: Chains, plan: Plan) -> InsertFusion:
+    """The pass that carries out a plan whose blocks are regions of a captured graph.
+
+    Raises:
+        As `build` does.
+    """
+    blocks = [(block.region, block.site.block) for block in found.blocks.values() if block.region is not None]
+    built = build(model, plan, {path: block.site.block for path, block in found.blocks.items()})
+    insertions = [
+        Insertion(region, head_of(model, each.path), _stand_for_region(each), each.synthesis)
+        for each in built
+        if (region := found.blocks[each.path].region) is not None
+    ]
+    return InsertFusion(insertions, blocks)
+
+
+def _stand_for_region(built: Built) -> nn.Module:
     """The module that is called in the place of a region, which was none."""
     made = structural_copy(built.block, hooks=True)
     if built.synthesis.operator.keeps_block:

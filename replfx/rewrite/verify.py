@@ -7,119 +7,121 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from replfx.chains.chain import chains_of
-from replfx.chains.select import plan_of
-from replfx.errors import FusionError, VerifyError, WrittenWeightsError
+from replfx.chains.chain import Chains
+from replfx.errors import VerifyError, WrittenWeightsError
 from replfx.live import fusion_layers
 from replfx.live.synthesis import written_weights
-from replfx.modules.paths import ancestors, head_of, parameters_of
+from replfx.modules.paths import ancestors, head_of, is_region, parameters_of
 from replfx.modules.tree import shapes_in, tensors_in
 from replfx.operators.base import operators
 from replfx.plans import Plan
-from replfx.tracing import Draws, Held, Inputs, Look, ghost_of, info_of, real_twin, restart, steered, undisturbed
+from replfx.tracing import CaptureInfo, Draws, Held, Inputs, Look, ghost_of, real_twin, restart, steered, undisturbed
 
-__all__ = ["Verify", "refuse_reads_of_freed"]
+__all__ = ["reads_of_freed", "verify"]
 
 
-def refuse_reads_of_freed(graph_module: fx.GraphModule, plan: Plan) -> None:
-    """Refuse a plan that frees weights which the model reads itself, outside of their block.
-
-    Raises:
-        FusionError: an operator that has no such weight.
-    """
+def reads_of_freed(graph_module: fx.GraphModule, found: Chains, plan: Plan) -> str | None:
+    """Why a plan cannot be carried out that frees weights which the model reads itself, outside of their block."""
     freed = {r.path: r.operator.name for r in plan.replacements if not operators[r.operator.name].keeps_block}
-    blocks = [block for chain in chains_of(graph_module).chains for block in chain.blocks if block.path in freed]
-    inside = {node for block in blocks for node in block.site.nodes}
+    inside = {node for path, block in found.blocks.items() if path in freed for node in block.site.nodes}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         path = next((above for above in ancestors(str(node.target)) if above in freed), None)
         if path is not None and node not in inside:
-            raise FusionError(
+            return (
                 f"`{path}`: the model reads its `{str(node.target).removeprefix(f'{path}.')}` itself, and operator "
                 f"{freed[path]!r} has none of it; take operator='block', or leave this block out of select="
             )
+    return None
 
 
-@dataclass(frozen=True, eq=False)
-class Verify(PassBase):
-    """Check a transformed model; changes nothing.
+def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: CaptureInfo, plan: Plan) -> list[str]:
+    """Check a transformed model.
 
     Always: synthesised weights are finite. With inputs, under fake tensors, so at no compute: the output has
     the shapes that it had, every trainable parameter gets a gradient that had one before, and the model runs in
     training as in evaluation mode if it did so before.
 
-    Attributes:
-        model: the transformed model; None if it is the graph itself.
+    Args:
+        model: the transformed model.
         original: the model before, or any twin of it in structure. It is run only where the transformed model does
             not give what the capture saw, or leaves parameters without a gradient: then perhaps it did so before.
         inputs: example inputs, or None.
+        seen: what the capture of the original knows, with or without its graph.
+        plan: what was carried out.
+
+    Returns:
+        Notes: what could not be verified.
+
+    Raises:
+        VerifyError: the model is not sound.
     """
+    _check_synthesis(model)
+    if inputs is None:
+        return []
+    look = seen.look or Look(Draws.HIGH, model.training)
+    check = _Check(model, original, inputs, plan)
+    with undisturbed(model), steered(look.draws, model):
+        rehearsal = _Rehearsal(model, inputs, list(original.parameters()))
+        notes = check.run(rehearsal.run(look.training, trained=True), look.training, seen.outputs)
+        training = not look.training
+        check.other_mode(rehearsal.run(training, trained=training), training)
+    return notes
 
-    model: nn.Module | None
+
+@dataclass(frozen=True, eq=False)
+class _Check:
+    """What runs of a transformed model are held against; fields as `verify` has them."""
+
+    model: nn.Module
     original: nn.Module
-    inputs: Inputs | None = None
+    inputs: Inputs
+    plan: Plan
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Raise VerifyError if the model is not sound."""
-        model = graph_module if self.model is None else self.model
-        _check_synthesis(model)
-        if self.inputs is not None:
-            look = info_of(graph_module).look or Look(Draws.HIGH, model.training)
-            with undisturbed(model), steered(look.draws, model):
-                rehearsal = _Rehearsal(model, self.inputs, list(self.original.parameters()))
-                self._check_run(graph_module, model, rehearsal.run(look.training, trained=True), look.training)
-                training = not look.training
-                self._check_other_mode(rehearsal.run(training, trained=training), training)
-        return PassResult(graph_module, False)
-
-    def _check_run(
-        self, graph_module: fx.GraphModule, model: nn.Module, after: "_Run | Exception", training: bool
-    ) -> None:
-        if after == _Run(info_of(graph_module).outputs, frozenset()):
-            return
+    def run(self, after: "_Run | Exception", training: bool, outputs: Sequence[tuple[int, ...]] | None) -> list[str]:
+        """Raise VerifyError if the run is not as it was; notes say what is not known."""
+        if after == _Run(outputs, frozenset()):
+            return []
         before = self._before(training, trained=True)
         if isinstance(before, Exception):  # the capture ran the model for real for the same reason
-            unknown = f"shapes and gradients not verified: {type(before).__name__} under fake tensors"
-            info_of(graph_module).notes.append(unknown)
-            self._check_runs_for_real(model)
-            return
+            self._check_runs_for_real()
+            return [f"shapes and gradients not verified: {type(before).__name__} under fake tensors"]
         if isinstance(after, Exception):
             raise _broken(after)
         if before.outputs != after.outputs:
             raise VerifyError(
                 f"the output's shapes were {before.outputs} and would become {after.outputs}; please report this"
             )
-        lost = sorted(n for n in after.without - before.without if self._had_gradient(n, before, plan_of(graph_module)))
+        lost = sorted(name for name in after.without - before.without if self._had_gradient(name, before))
         if lost:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
+        return []
 
-    def _had_gradient(self, name: str, before: "_Run", plan: Plan) -> bool:
+    def other_mode(self, after: "_Run | Exception", training: bool) -> None:
+        """Raise VerifyError if the model does not run in the other mode, but did."""
+        if isinstance(after, Exception) and isinstance(self._before(training, trained=training), _Run):
+            raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
+
+    def _had_gradient(self, name: str, before: "_Run") -> bool:
         """Whether a parameter of the transformed model had a gradient; of what is new in a block, whether any there."""
         had = dict(self.original.named_parameters()).keys() - before.without
         if name in before.without or name in had:
             return name in had
-        for replacement in plan.replacements if self.model is not None else ():
-            if name.startswith(f"{head_of(self.original, replacement.path)}."):
+        for replacement in self.plan.replacements:
+            if not is_region(replacement.path) and name.startswith(f"{head_of(self.original, replacement.path)}."):
                 return not had.isdisjoint(parameters_of(self.original, replacement.path))
         return True
 
-    def _check_runs_for_real(self, model: nn.Module) -> None:
+    def _check_runs_for_real(self) -> None:
         """Check no more than that it runs: shapes may hang on values, which are others now, as those of found boxes."""
-        assert self.inputs is not None
-        twin, inputs = real_twin(model, self.inputs)
+        twin, inputs = real_twin(self.model, self.inputs)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 twin(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise _broken(error) from error
 
-    def _check_other_mode(self, after: "_Run | Exception", training: bool) -> None:
-        if isinstance(after, Exception) and isinstance(self._before(training, trained=training), _Run):
-            raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
-
     def _before(self, training: bool, *, trained: bool) -> "_Run | Exception":
-        assert self.inputs is not None
         return _Rehearsal(self.original, self.inputs, list(self.original.parameters())).run(training, trained=trained)
 
 
@@ -136,7 +138,7 @@ def _broken(error: Exception, when: str = "") -> VerifyError:
 class _Run:
     """What came of a dry run: shapes of the output's tensors, and the trainable parameters without a gradient."""
 
-    outputs: list[tuple[int, ...]] | None
+    outputs: Sequence[tuple[int, ...]] | None
     without: frozenset[str]
 
 

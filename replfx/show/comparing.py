@@ -148,9 +148,8 @@ def compare(
         >>> [row.operator for row in comparison.rows]
         ['full', 'block', 'identity', 'light', 'mixer']
     """
-    policy_of(
-        every, fraction, select, fusion, AUTO, 1.0, split_at, keep
-    )  # what is wrong with it is wrong for all operators
+    # What is wrong with it is wrong for all operators.
+    policy_of(every=every, fraction=fraction, keep=keep, select=select, split_at=split_at, fusion=fusion)
     inputs = Inputs.of(example_inputs, model)
     if inputs is None:
         raise CaptureError("to compare operators replfx needs example_inputs: steps are timed on them")

@@ -1,7 +1,7 @@
 """What a capture knows besides its graph: every module call, and what each node costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
@@ -84,12 +84,16 @@ class CaptureInfo:
     look: Look | None = None
     frozen: set[Frozen] = field(default_factory=set)
 
+    def without_graph(self) -> "CaptureInfo":
+        """What does not speak of nodes: all that is left to know once the graph has done its work, or was copied."""
+        return replace(self, root=nn.Module(), nodes=[], calls=[], notes=list(self.notes), frozen=set(self.frozen))
+
     def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
-        """A copied graph has other nodes, so its info keeps only what does not speak of nodes."""
-        return CaptureInfo(self.rung, nn.Module(), [], [], list(self.notes), self.measured, self.outputs)
+        return self.without_graph()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return CaptureInfo, (self.rung, nn.Module(), [], [], list(self.notes), self.measured, self.outputs)
+        kept = self.without_graph()
+        return CaptureInfo, tuple(getattr(kept, field.name) for field in fields(kept))
 
 
 @dataclass(frozen=True)

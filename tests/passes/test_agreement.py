@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
+from replfx.rewrite import carry_out
 from tests.models import Mlp, Plain, tower
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -128,8 +129,8 @@ def test_what_had_no_gradient_needs_none(name: str) -> None:
 
 def test_a_model_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = replfx.api.capture_lazily
-    monkeypatch.setattr(replfx.api, "capture_lazily", lambda *args: calls.append(1) or real(*args))
+    real = carry_out.capture_lazily
+    monkeypatch.setattr(carry_out, "capture_lazily", lambda *args: calls.append(1) or real(*args))
     replfx.inspect(tower(), torch.zeros(2, 4))
     assert len(calls) == 1
 

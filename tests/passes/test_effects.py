@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 import replfx
 from replfx import Plan
-from replfx.chains.chain import chains_of
-from replfx.chains.find import FindChains
-from replfx.passes.pipeline import run_passes
+from replfx.chains.find import find_chains
 
 OPERATORS = ("block", "mixer", "light", "identity")
 X = torch.linspace(-1, 1, 2 * 6 * 8).view(2, 6, 8)
@@ -127,9 +125,7 @@ def test_step_by_step_gives_what_the_whole_gives(operator: str, asked: int) -> N
 
 
 def test_what_is_filled_is_known_by_its_place() -> None:
-    graph = replfx.capture(decoder(), X)
-    run_passes(graph, [FindChains()])
-    (chain,) = chains_of(graph).chains
+    (chain,) = find_chains(replfx.capture(decoder(), X)).chains
     for index, block in enumerate(chain.blocks):
         (filled,) = block.site.interface.fills
         assert (filled.slot, filled.at, filled.layer) == ("cache", (), index)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.chains.find import FindChains
-from replfx.chains.select import SelectBlocks, plan_of
+from replfx.chains.find import find_chains
+from replfx.chains.policy import Policy
+from replfx.chains.select import select
 from replfx.live import Synthesis, fusion_layers
 from replfx.modules.copying import structural_copy
-from replfx.passes.insert_fusion import InsertFusion
 from replfx.passes.pipeline import run_passes
-from replfx.rewrite.build import build, install
-from replfx.tracing import info_of
+from replfx.rewrite.build import build, insertion, install
 from tests.models import GPT, ConvNet, tower
 from tests.passes.test_find_chains import WithExtras
 from tests.tracing.test_ladder import Stop
@@ -62,10 +61,9 @@ def test_it_can_be_undone(operator: str) -> None:
 
 def test_the_plan_is_carried_out_on_a_structural_copy_too() -> None:
     model = tower(5)
-    graph = replfx.capture(model, X)
-    run_passes(graph, [FindChains(), SelectBlocks(every=2)])
+    plan = replfx.plan(model, X)
     twin = structural_copy(model)
-    install(twin, build(twin, plan_of(graph)))
+    install(twin, build(twin, plan))
     assert not any(isinstance(m, Synthesis) for m in model.modules())
     assert sum(isinstance(m, Synthesis) for m in twin.modules()) == 2
 
@@ -82,6 +80,7 @@ def test_a_graph_of_many_regions_can_be_copied() -> None:
             return x
 
     graph = replfx.capture(Weights())
-    passes = [FindChains(), SelectBlocks(every=2), InsertFusion(info_of(graph).root)]
-    result = run_passes(graph, passes).graph_module
+    found = find_chains(graph)
+    plan = select(found, Policy(every=2)).plan
+    result = run_passes(graph, [insertion(found.capture.root, found, plan)]).graph_module
     assert torch.equal(copy.deepcopy(result)(X), result(X))

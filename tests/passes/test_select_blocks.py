@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -12,30 +13,25 @@ from torch import nn
 
 import replfx
 from replfx import Choice
-from replfx.chains.find import FindChains
-from replfx.chains.select import SelectBlocks, plan_of
-from replfx.passes.pipeline import run_passes
+from replfx.chains.chain import Chains
+from replfx.chains.find import find_chains
+from replfx.chains.policy import Policy
+from replfx.chains.select import select
 from tests.models import Plain, Tower, tower
 from tests.snapshots import assert_unchanged, snapshot
 
-
-def captured(length: int) -> torch.fx.GraphModule:
-    graph = replfx.capture(Tower(*(Plain() for _ in range(length))))
-    run_passes(graph, [FindChains()])
-    return graph
+LENGTHS = st.integers(3, 13)
 
 
-GRAPHS = {length: captured(length) for length in range(3, 14)}
+@functools.cache
+def found_in(length: int) -> Chains:
+    return find_chains(replfx.capture(Tower(*(Plain() for _ in range(length)))))
 
 
 def positions(length: int, **policy: object) -> list[int]:
     """Numbers, from 0, of the blocks that a policy chooses in one chain."""
-    graph = GRAPHS[length]
-    try:
-        run_passes(graph, [SelectBlocks(**policy)])  # type: ignore[arg-type]
-    except replfx.NoChainError:
-        return []
-    return [int(r.path.removeprefix("blocks.")) for r in plan_of(graph).replacements]
+    plan = select(found_in(length), Policy(**policy)).plan  # type: ignore[arg-type]
+    return [int(r.path.removeprefix("blocks.")) for r in plan.replacements]
 
 
 def check(chosen: list[int], length: int) -> None:
@@ -46,7 +42,7 @@ def check(chosen: list[int], length: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.sampled_from(sorted(GRAPHS)), every=st.integers(2, 15))
+@given(length=LENGTHS, every=st.integers(2, 15))
 def test_every(length: int, every: int) -> None:
     chosen = positions(length, every=every)
     check(chosen, length)
@@ -55,7 +51,7 @@ def test_every(length: int, every: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.sampled_from(sorted(GRAPHS)), fraction=st.floats(0.0, 0.5, exclude_min=True))
+@given(length=LENGTHS, fraction=st.floats(0.0, 0.5, exclude_min=True))
 def test_fraction(length: int, fraction: float) -> None:
     chosen = positions(length, fraction=fraction)
     check(chosen, length)
@@ -64,7 +60,7 @@ def test_fraction(length: int, fraction: float) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), length=st.sampled_from(sorted(GRAPHS)))
+@given(data=st.data(), length=LENGTHS)
 def test_select(data: st.DataObject, length: int) -> None:
     wanted = data.draw(st.sets(st.integers(0, length - 1), min_size=1))
     select = tuple(f"blocks.{i}" for i in data.draw(st.permutations(sorted(wanted))))
@@ -77,7 +73,7 @@ def test_select(data: st.DataObject, length: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.sampled_from(sorted(GRAPHS)), keep=st.integers(2, 20) | st.floats(0.05, 0.95))
+@given(length=LENGTHS, keep=st.integers(2, 20) | st.floats(0.05, 0.95))
 def test_keep(length: int, keep: int | float) -> None:
     count = min(length, max(2, keep if isinstance(keep, int) else round(keep * length)))
     if count == length:
@@ -134,13 +130,13 @@ def test_an_operator_without_neighbours_may_replace_any() -> None:
 
 def test_select_takes_a_path_a_glob_or_several() -> None:
     model = tower(7)
-    for select, expected in [
+    for asked, expected in [
         ("blocks.3", [3]),
         ("blocks.[135]", [1, 3, 5]),
         (["blocks.1", "blocks.[35]"], [1, 3, 5]),
         (("blocks.5", "blocks.1"), [1, 5]),
     ]:
-        made = replfx.transform(model, select=select)
+        made = replfx.transform(model, select=asked)
         assert replfx.report(made).replaced == [f"blocks.{i}" for i in expected]
 
 
@@ -172,17 +168,17 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
 def test_impossible_policies(options: dict[str, object], message: str) -> None:
     with pytest.raises(replfx.PlanError, match=message):
-        SelectBlocks(**options)  # type: ignore[arg-type]
+        Policy(**options)  # type: ignore[arg-type]
     if options:
         with pytest.raises(replfx.PlanError, match=message):
             replfx.transform(tower(5), **options)  # type: ignore[arg-type]
 
 
-def test_unknown_names_are_refused_when_the_pass_is_made() -> None:
+def test_unknown_names_are_refused_when_the_policy_is_made() -> None:
     with pytest.raises(replfx.FusionError, match=r"unknown fusion 'scaler'; there are: .*channel.*scalar"):
-        SelectBlocks(every=2, fusion=Choice("scaler"))
+        Policy(every=2, fusion=Choice("scaler"))
     with pytest.raises(replfx.FusionError, match=r"unknown operator 'lite'; there are: .*identity.*light"):
-        SelectBlocks(every=2, operator=Choice("lite"))
+        Policy(every=2, operator=Choice("lite"))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +220,7 @@ def test_options_travel_into_the_plan() -> None:
         tower(5),
         fusion={"name": "channel", "initial": 0.25},
         operator={"name": "light"},
-        detach_neighbours=True,
+        neighbour_gradient=0,
     )
     (first, _) = plan.replacements
     assert first.fusion == Choice("channel", {"initial": 0.25})

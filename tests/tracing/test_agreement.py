@@ -13,8 +13,7 @@ import torchvision
 from hypothesis import given
 from torch import nn
 
-from replfx.chains.chain import chains_of
-from replfx.chains.find import FindChains
+from replfx.chains.find import find_chains
 from replfx.modules.copying import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.inputs import Inputs
@@ -26,7 +25,7 @@ RUNGS = {"symbolic": symbolic_on_fakes, "fakes": record_on_fakes, "values": reco
 
 def findings(model: nn.Module, inputs: Inputs, rung: str) -> tuple[Any, ...]:
     graph = RUNGS[rung](structural_copy(model), inputs)
-    found = chains_of(FindChains()(graph).graph_module)  # type: ignore[union-attr]
+    found = find_chains(graph)
     costs = [node.meta["replfx"] for node in graph.graph.nodes if "replfx" in node.meta]
     info = info_of(graph)
     inner: dict[str, list[int]] = {}

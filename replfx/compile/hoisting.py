@@ -1,12 +1,11 @@
 """hoist_syntheses: split off what is computed from parameters alone, so that it can be kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 from torch._dynamo.source import SyntheticLocalSource
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.dynamo.nodes import (
     epochs,
@@ -19,9 +18,7 @@ from replfx.dynamo.nodes import (
     value_of,
 )
 
-__all__ = ["HoistSyntheses", "Hoisted", "hoisted_of"]
-
-_KEY = "replfx_hoisted"
+__all__ = ["Hoisted", "hoist_syntheses"]
 
 
 @dataclass(frozen=True)
@@ -40,51 +37,47 @@ class Hoisted:
     examples: tuple[Any, ...]
 
 
-def hoisted_of(graph_module: fx.GraphModule) -> Hoisted | None:
-    """What HoistSyntheses split off from the graph; None if there was nothing."""
-    found: Hoisted | None = graph_module.meta.get(_KEY)
-    return found
-
-
-@dataclass(frozen=True)
-class HoistSyntheses(PassBase):
-    """Split off syntheses, products of them and so on, as far as no gradient goes through; over Dynamo's graph.
+def hoist_syntheses(
+    graph_module: fx.GraphModule, operations: frozenset[Callable[..., Any]] = frozenset()
+) -> Hoisted | None:
+    """Split off syntheses, products of them and so on, as far as no gradient goes through, from Dynamo's graph.
 
     These values change only with the parameters: with gradients disabled, or where all that they are made of is
     frozen. What something writes into, and what the model hands out, stays.
 
-    Attributes:
+    Args:
+        graph_module: Dynamo's graph, which is changed in place.
         operations: what is as pure as the functions that the passes know: the batched synthesis.
+
+    Returns:
+        What was split off; None if there was nothing.
     """
+    graph = graph_module.graph
+    inner = _constant(graph, operations)
+    taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
+    given = handed_out(graph)
+    taken = [node for node in taken if given.isdisjoint(storages([node]))]
+    if not taken:
+        return None
+    hoisted = _copy_out(graph, inner, taken)
+    for index, node in enumerate(taken):
+        _feed(graph, node, inner, f"replfx_hoisted_{index}")
+    for node in reversed(inner):
+        if not node.users and node.op != "placeholder":
+            graph.erase_node(node)
+    graph.lint()
+    graph_module.recompile()
+    return hoisted
 
-    operations: frozenset[Callable[..., Any]] = field(default=frozenset())
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Split the graph in two; `hoisted_of` gives the other part."""
-        graph = graph_module.graph
-        inner = self._constant(graph)
-        taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
-        given = handed_out(graph)
-        taken = [node for node in taken if given.isdisjoint(storages([node]))]
-        if not taken:
-            return PassResult(graph_module, False)
-        graph_module.meta[_KEY] = _copy_out(graph, inner, taken)
-        for index, node in enumerate(taken):
-            _feed(graph, node, inner, f"replfx_hoisted_{index}")
-        for node in reversed(inner):
-            if not node.users and node.op != "placeholder":
-                graph.erase_node(node)
-        graph_module.recompile()
-        return PassResult(graph_module, True)
-
-    def _constant(self, graph: fx.Graph) -> dict[fx.Node, bool]:
-        """What is made of plain parameters alone and stays as it is, in order; and whether it is computed."""
-        stretch, found = epochs(graph), dict[fx.Node, bool]()
-        for node, computed in made_of_parameters(graph, self.operations).items():
-            steady = all(map(is_plain, tensors_of(node))) and is_untouched(node) and stretch[node] == 0
-            if steady and all(before in found for before in node.all_input_nodes):
-                found[node] = computed
-        return found
+def _constant(graph: fx.Graph, operations: frozenset[Callable[..., Any]]) -> dict[fx.Node, bool]:
+    """What is made of plain parameters alone and stays as it is, in order; and whether it is computed."""
+    stretch, found = epochs(graph), dict[fx.Node, bool]()
+    for node, computed in made_of_parameters(graph, operations).items():
+        steady = all(map(is_plain, tensors_of(node))) and is_untouched(node) and stretch[node] == 0
+        if steady and all(before in found for before in node.all_input_nodes):
+            found[node] = computed
+    return found
 
 
 def _leaves(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:

@@ -5,55 +5,53 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.dynamo.nodes import path_in_model, source_of, value_of
 from replfx.dynamo.stand_ins import modules_of
 from replfx.regions.region import put_value
 from replfx.tracing.info import META_KEY, CaptureInfo
 
-__all__ = ["OwnParameters", "owned_by"]
-
-_KEY = "replfx_owned"
-
-
-def owned_by(graph_module: fx.GraphModule) -> tuple[str | None, ...]:
-    """For each input that Dynamo's graph had: the attribute that OwnParameters made of it, or None."""
-    found: tuple[str | None, ...] = graph_module.meta[_KEY]
-    return found
+__all__ = ["Owned", "own_parameters"]
 
 
 @dataclass(frozen=True, eq=False)
-class OwnParameters(PassBase):
+class Owned:
+    """A graph whose parameters and buffers are attributes.
+
+    Attributes:
+        graph_module: it, with a `CaptureInfo` of a root that owns the parameters.
+        paths: for each input that Dynamo's graph had the attribute that it became, or None.
+    """
+
+    graph_module: fx.GraphModule
+    paths: tuple[str | None, ...]
+
+
+def own_parameters(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Owned:
     """Make a fresh graph in which parameters and buffers are attributes instead of inputs.
 
     They have the names that they have in the model (`blocks.0.norm1.weight`), as far as Dynamo's source tells. What
     `torch.func.functional_call` put in a parameter's place becomes a parameter, of the same memory. All other inputs
     stay inputs, in the same order. The given graph stays as it is.
 
-    Attributes:
-        inputs: what Dynamo's graph is called with.
+    Args:
+        graph_module: Dynamo's graph.
+        inputs: what it is called with.
     """
-
-    inputs: Sequence[object]
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Give the fresh GraphModule, with a `CaptureInfo` of a root that owns the parameters."""
-        root = nn.Module()
-        for name, module in graph_module.named_children():  # bodies of checkpoints and branches
-            root.add_module(name, module)
-        graph, copied, owned = fx.Graph(), dict[fx.Node, fx.Node](), list[str | None]()
-        values = iter(self.inputs)
-        for node in graph_module.graph.nodes:
-            path = _put(root, node, next(values)) if node.op == "placeholder" else None
-            copied[node] = graph.node_copy(node, copied.__getitem__) if path is None else graph.get_attr(path)
-            copied[node].meta = {**node.meta, **_shape_of(node)}
-            if node.op == "placeholder":
-                owned.append(path)
-        made = fx.GraphModule(root, graph)
-        made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
-        made.meta[_KEY] = tuple(owned)
-        return PassResult(made, True)
+    root = nn.Module()
+    for name, module in graph_module.named_children():  # bodies of checkpoints and branches
+        root.add_module(name, module)
+    graph, copied, owned = fx.Graph(), dict[fx.Node, fx.Node](), list[str | None]()
+    values = iter(inputs)
+    for node in graph_module.graph.nodes:
+        path = _put(root, node, next(values)) if node.op == "placeholder" else None
+        copied[node] = graph.node_copy(node, copied.__getitem__) if path is None else graph.get_attr(path)
+        copied[node].meta = {**node.meta, **_shape_of(node)}
+        if node.op == "placeholder":
+            owned.append(path)
+    made = fx.GraphModule(root, graph)
+    made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
+    return Owned(made, tuple(owned))
 
 
 def _put(root: nn.Module, node: fx.Node, value: object) -> str | None:
