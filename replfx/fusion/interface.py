@@ -1,11 +1,12 @@
 """How a block is called: where its activation comes in, and what it gives back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from replfx.errors import PlanError
 from replfx.fusion.caches import Filled
+from replfx.fusion.templates import fill, leaves
 
 __all__ = ["Interface", "read_slot"]
 
@@ -44,14 +45,15 @@ class Interface:
 
     def computed(self) -> bool:
         """Whether the block gives something besides its activations that a light operator cannot know."""
-        return self.effects or _any_computed(self.output)
+        return self.effects or any(kind == "computed" for _, kind, _ in leaves(self.output))
 
     def main_of(self, result: Any) -> Any:
         """The main activation in what a call gave."""
-        for path in _places(self.output, self.main):
-            for key in path:
-                result = result[key]
-            return result
+        for path, kind, slot in leaves(self.output):
+            if (kind, slot) == ("input", self.main):
+                for key in path:
+                    result = result[key]
+                return result
         raise PlanError(f"the plan's output template {self.output!r} names no activation")
 
     def result(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
@@ -62,7 +64,15 @@ class Interface:
 
     def with_main(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
         """The block's output with `main` for the main activation and the other inputs handed through."""
-        return _build(self.output, args, kwargs, self.main, main)
+
+        def give(kind: str, slot: Any) -> Any:
+            if kind == "computed":
+                raise PlanError(f"the plan's output template has {{{kind!r}: {slot}}}, which no operator can give")
+            if kind == "unread":
+                return None
+            return main if slot == self.main else read_slot(slot, args, kwargs)
+
+        return fill(self.output, give)
 
 
 def read_slot(slot: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -72,44 +82,3 @@ def read_slot(slot: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
     for key in rest:
         value = value[int(key)] if key.isdigit() else value[key]
     return value
-
-
-def _any_computed(template: object) -> bool:
-    if isinstance(template, Mapping):
-        if "computed" in template:
-            return True
-        if "unread" in template:
-            return False
-        (inner,) = template.values()
-        parts = inner.values() if isinstance(inner, Mapping) else inner
-        return not isinstance(parts, str) and any(_any_computed(part) for part in parts)
-    return False
-
-
-def _places(template: object, slot: str) -> Iterator[tuple[Any, ...]]:
-    """Where a template names the slot: the keys that lead there."""
-    if not isinstance(template, Mapping):
-        return
-    if template.get("input") == slot:
-        yield ()
-    for kind in ("tuple", "list", "dict"):
-        if kind in template:
-            parts = template[kind]
-            for key, part in parts.items() if kind == "dict" else enumerate(parts):
-                yield from ((key, *rest) for rest in _places(part, slot))
-
-
-def _build(template: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], slot: str, main: Any) -> Any:
-    if not isinstance(template, Mapping):
-        return template
-    if "unread" in template:
-        return None
-    if "input" in template:
-        return main if template["input"] == slot else read_slot(template["input"], args, kwargs)
-    if "tuple" in template:
-        return tuple(_build(part, args, kwargs, slot, main) for part in template["tuple"])
-    if "list" in template:
-        return [_build(part, args, kwargs, slot, main) for part in template["list"]]
-    if "dict" in template:
-        return {key: _build(part, args, kwargs, slot, main) for key, part in template["dict"].items()}
-    raise PlanError(f"the plan's output template has {template!r}, which no operator can give")

@@ -13,9 +13,9 @@ def check_stage(stage: nn.Module) -> None:
 
     A replaced block reads the weights of the kept blocks beside it, and keeps them alive though the model is cut apart.
     In another pipeline stage than they it would go on reading a copy that no optimizer trains. A plan made with
-    `split_at=` does not come to that. A stage that runs under `torch.distributed.pipelining`, and a transformed model
-    from which blocks were taken away, check themselves in their first forward pass; parts that are compiled, or run by
-    other tools, are checked by this.
+    `split_at=` does not come to that. A transformed model from which blocks were taken away is checked in its first
+    forward pass, and what `torch.distributed.pipelining.pipeline` parts when it is exported; a stage that you put
+    together yourself is checked by this.
 
     Args:
         stage: what one rank runs: a copy of the model without the other ranks' blocks, `nn.Sequential(*blocks[4:])`.

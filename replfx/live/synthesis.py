@@ -26,7 +26,6 @@ from replfx.fusion.sharded import (
 )
 from replfx.live.classes import SUBMODULE
 from replfx.live.made_by_hooks import made_by_hook
-from replfx.live.running import running_stage
 from replfx.live.tensor_parallel import TensorParallel, laid_out, mesh_of_activation, refuse_unprepared
 from replfx.modules.structure import is_wrapped
 from replfx.torch_internals import functorch_is_active, saved_tensors_are_packed
@@ -148,7 +147,6 @@ class Synthesis(nn.Module):
         self.neighbours = neighbours  # in a tuple, so that they are no submodules
         self.places = places
         self.skeleton = skeleton
-        self._checked = 0  # the id of the one that was seen with its neighbours: a copy is another one
         self.marks: dict[str, dict[str, Any]] = {}
         self.names: Mapping[str, str] = {}
         self.held: Held | None = None
@@ -192,7 +190,6 @@ class Synthesis(nn.Module):
             args: what the block is called with.
             kwargs: the same, by keyword.
         """
-        self._check_stage()
         if self.runs():
             return nullcontext()
         mesh = mesh_of_activation(args, kwargs) if is_distributed() else None
@@ -204,8 +201,6 @@ class Synthesis(nn.Module):
 
     def operate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operator gives for a call of the block."""
-        if not torch.compiler.is_compiling():
-            self._check_stage()
         parallel, inside = self.tensor_parallel, (args, kwargs)
         if parallel is not None:
             inside = parallel.enter(self.operator.interface, args, kwargs)
@@ -334,13 +329,6 @@ class Synthesis(nn.Module):
             "pipeline stages begin, and a block and its neighbours stay in one; where you only cut blocks off, call "
             "replfx.materialize first"
         )
-
-    def _check_stage(self) -> None:
-        """In the first call look whether the neighbours are in the pipeline stage that runs, if one does."""
-        if self._checked != id(self) and (stage := running_stage()) is not None:
-            check_neighbours(stage)
-            for synthesis in fusion_layers(stage).values():
-                synthesis._checked = id(synthesis)
 
     def extra_repr(self) -> str:
         return "" if self.neighbour_gradient == 1.0 else f"neighbour_gradient={self.neighbour_gradient}"

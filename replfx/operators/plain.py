@@ -1,12 +1,12 @@
 """Plain modules for what is left of a replaced block once its weights are materialized."""
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from replfx.fusion.interface import Interface
+from replfx.fusion.templates import fill, leaves
 
 __all__ = ["plain_module"]
 
@@ -17,8 +17,9 @@ def plain_module(body: nn.Module, interface: Interface) -> nn.Module:
     The wrapper is a `torch.fx.GraphModule`: it needs no replfx to run, to pickle or to be copied.
     """
     graph = fx.Graph()
+    read = [slot for _, kind, slot in leaves(interface.output) if kind == "input"]
     caches = {filled.slot for filled in interface.fills}
-    names = {slot.split(".")[0] for slot in _slots(interface)} | caches
+    names = {slot.split(".")[0] for slot in (*interface.inputs, *read)} | caches
     positions = max([int(name) for name in names if name.isdigit()], default=-1) + 1
     args = [graph.placeholder(f"arg_{position}") for position in range(positions)]
     graph.placeholder("*args")
@@ -30,25 +31,15 @@ def plain_module(body: nn.Module, interface: Interface) -> nn.Module:
     result = graph.call_module("body", (main,))
     for filled in interface.fills:
         filled.emit(graph, _node_of_slot(graph, filled.slot, args, kwargs), result)
-    graph.output(_emit(graph, interface.output, interface.main, result, args, kwargs))
+
+    def give(kind: str, slot: Any) -> fx.Node | None:
+        if kind == "unread":
+            return None
+        return result if slot == interface.main else _node_of_slot(graph, slot, args, kwargs)
+
+    graph.output(fill(interface.output, give))
     nothing = {"nothing": slice} if interface.fills else {}  # takes three arguments and does nothing with them
     return fx.GraphModule({"body": body, **nothing}, graph, "Plain")
-
-
-def _slots(interface: Interface) -> set[str]:
-    found = set(interface.inputs)
-
-    def visit(template: object) -> None:
-        if isinstance(template, Mapping):
-            ((key, inner),) = template.items()
-            if key == "input":
-                found.add(str(inner))
-            elif key not in ("computed", "unread"):
-                for part in inner.values() if isinstance(inner, Mapping) else inner:
-                    visit(part)
-
-    visit(interface.output)
-    return found
 
 
 def _node_of_slot(graph: fx.Graph, slot: str, args: list[fx.Node], kwargs: dict[str, fx.Node]) -> fx.Node:
@@ -57,19 +48,3 @@ def _node_of_slot(graph: fx.Graph, slot: str, args: list[fx.Node], kwargs: dict[
     for key in rest:
         node = graph.call_function(operator.getitem, (node, int(key) if key.isdigit() else key))
     return node
-
-
-def _emit(
-    graph: fx.Graph, template: Any, slot: str, main: fx.Node, args: list[fx.Node], kwargs: dict[str, fx.Node]
-) -> Any:
-    if not isinstance(template, Mapping):
-        return template
-    ((key, inner),) = template.items()
-    if key == "unread":
-        return None
-    if key == "input":
-        return main if inner == slot else _node_of_slot(graph, inner, args, kwargs)
-    if key == "dict":
-        return {k: _emit(graph, part, slot, main, args, kwargs) for k, part in inner.items()}
-    parts = [_emit(graph, part, slot, main, args, kwargs) for part in inner]
-    return tuple(parts) if key == "tuple" else parts
