@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.drawing import markdown, write_files
-from replfx.measure import MIB, Cost, Sample
+from replfx.measure import MIB, Sample, StepCost
 
 HEADS = (
     "model",
@@ -33,7 +33,7 @@ class Row:
 
     model: str
     variant: str
-    cost: Cost | None = None
+    cost: StepCost | None = None
     time_ratio: Sample | None = None
     """Step time over full's, round by round."""
     eta_time: float | None = None

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from benchmarks.common import FULL, REMOVED, Variant, add_common_arguments, batch_size, device_of, training_of
 from benchmarks.output import Row, tables, write
 from replfx import ReplfxError
-from replfx.measure import Cost, Training, environment, pairwise_ratios, saving_kept, training_costs
+from replfx.measure import StepCost, Training, environment, pairwise_ratios, saving_kept, training_costs
 
 OPERATORS = ("block", "mixer", "light")
 FUSIONS = ("scalar", "scalar_layer", "channel")
@@ -73,7 +73,7 @@ def _trainings(args: argparse.Namespace, name: str, device: torch.device) -> tup
     return trainings, refused
 
 
-def _compared(model: str, costs: dict[str, Cost], refused: dict[str, str]) -> list[Row]:
+def _compared(model: str, costs: dict[str, StepCost], refused: dict[str, str]) -> list[Row]:
     """Set each cost beside the two bounds."""
     ratios = pairwise_ratios({name: cost.step_seconds for name, cost in costs.items()}, FULL.name)
     full, removed = costs[FULL.name], costs[REMOVED.name]

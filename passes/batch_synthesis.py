@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.dynamo.nodes import epochs, is_pure, is_untouched, value_of
-from replfx.dynamo.syntheses import Synthesis, syntheses_in, synthesis_at
+from replfx.dynamo.syntheses import SynthesisNode, syntheses_in, synthesis_at
 
 __all__ = ["BatchSynthesis"]
 
@@ -38,7 +38,7 @@ class BatchSynthesis(PassBase):
         stretch = epochs(graph_module.graph)
         changed = False
 
-        def kind(synthesis: Synthesis) -> str:  # of one stretch, so that no mode changes between them
+        def kind(synthesis: SynthesisNode) -> str:  # of one stretch, so that no mode changes between them
             return repr((synthesis.kind, stretch[synthesis.node]))
 
         for _, alike in groupby(sorted(found, key=kind), key=kind):  # sorting keeps the order among equals
@@ -50,9 +50,9 @@ class BatchSynthesis(PassBase):
             graph_module.recompile()
         return PassResult(graph_module, changed)
 
-    def _groups(self, alike: Sequence[Synthesis], all_of_them: set[fx.Node]) -> Iterator[list[Synthesis]]:
+    def _groups(self, alike: Sequence[SynthesisNode], all_of_them: set[fx.Node]) -> Iterator[list[SynthesisNode]]:
         """Consecutive ones that fit under the bound, and that can be moved up to the first."""
-        group: list[Synthesis] = []
+        group: list[SynthesisNode] = []
         for synthesis in map(_as_it_is_now, alike):
             if group:
                 fits = sum(s.size for s in group) + synthesis.size <= self.max_bytes
@@ -64,14 +64,14 @@ class BatchSynthesis(PassBase):
         yield group
 
 
-def _as_it_is_now(found: Synthesis) -> Synthesis:
+def _as_it_is_now(found: SynthesisNode) -> SynthesisNode:
     """What it reads may be the result of a group that was rewritten since it was found."""
     synthesis = synthesis_at(found.node)
     assert synthesis is not None
     return synthesis
 
 
-def _needed(synthesis: Synthesis, anchor: fx.Node) -> list[fx.Node]:
+def _needed(synthesis: SynthesisNode, anchor: fx.Node) -> list[fx.Node]:
     """What the synthesis reads, directly or not, and comes after `anchor`."""
     found: dict[fx.Node, None] = {}
     todo = list(synthesis.inputs)
@@ -83,7 +83,7 @@ def _needed(synthesis: Synthesis, anchor: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def _can_move(synthesis: Synthesis, anchor: fx.Node, all_of_them: set[fx.Node]) -> bool:
+def _can_move(synthesis: SynthesisNode, anchor: fx.Node, all_of_them: set[fx.Node]) -> bool:
     """Whether all that it reads can be before `anchor`: pure, unwritten, and no synthesis."""
     needed = _needed(synthesis, anchor)
     reads_it = anchor in synthesis.inputs or any(anchor in node.all_input_nodes for node in needed)
@@ -93,7 +93,7 @@ def _can_move(synthesis: Synthesis, anchor: fx.Node, all_of_them: set[fx.Node]) 
     )
 
 
-def _rewrite(graph: fx.Graph, group: Sequence[Synthesis], operation: Callable[..., Any]) -> None:
+def _rewrite(graph: fx.Graph, group: Sequence[SynthesisNode], operation: Callable[..., Any]) -> None:
     group = [_as_it_is_now(synthesis) for synthesis in group]
     anchor = group[0].node
     for synthesis in group[1:]:

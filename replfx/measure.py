@@ -27,8 +27,8 @@ from replfx.version import __version__
 
 __all__ = [
     "MIB",
-    "Cost",
     "Sample",
+    "StepCost",
     "Training",
     "environment",
     "interleaved_times",
@@ -103,7 +103,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Cost:
+class StepCost:
     """What training one model costs."""
 
     trainable_parameters: int
@@ -129,7 +129,7 @@ def training_costs(
     *,
     warmup: int = 2,
     on_round: Callable[[], object] = lambda: None,
-) -> dict[str, Cost]:
+) -> dict[str, StepCost]:
     """Measure what a training step of each costs; the step times interleaved.
 
     Every training takes ``repeats + warmup + 2`` steps, so its weights are not what they were.
@@ -139,7 +139,7 @@ def training_costs(
     steps = {name: t.step for name, t in trainings.items()}
     times = interleaved_times(steps, repeats, warmup=warmup, on_round=on_round)
     return {
-        name: Cost(trainable_parameters(t.model), saved[name], peaks[name], times[name])
+        name: StepCost(trainable_parameters(t.model), saved[name], peaks[name], times[name])
         for name, t in trainings.items()
     }
 

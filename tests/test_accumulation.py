@@ -135,7 +135,7 @@ def test_what_would_spoil_the_gradients_is_refused(deed: Callable[[nn.Module], N
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(replfx.FusionError, match=message), replfx.synthesize_once(model):
         deed(model)
-    assert all(layer.held is None for layer in fusion_layers(model).values())
+    assert all(layer.shared is None for layer in fusion_layers(model).values())
     assert all(p.grad is None for name, p in model.named_parameters() if ".fusion." in name)
     if deed is step:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -161,7 +161,7 @@ def test_after_an_error_of_the_users_nothing_flows() -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert all(p.grad is None for name, p in model.named_parameters() if ".fusion." in name)
-    assert all(layer.held is None for layer in fusion_layers(model).values())
+    assert all(layer.shared is None for layer in fusion_layers(model).values())
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from benchmarks.compiling.kernels import cases, copy_rate, gemm_rate, seconds
 from benchmarks.compiling.output import KernelRow, StepRow, tables, write
 from benchmarks.compiling.subjects import SUBJECTS, WAYS, Subject, training_of, ways_on
 from replfx import ReplfxError
-from replfx.measure import Cost, Training, environment, pairwise_ratios, training_costs
+from replfx.measure import StepCost, Training, environment, pairwise_ratios, training_costs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +146,7 @@ def _extra_flops(subject: Subject, args: argparse.Namespace, device: torch.devic
 
 def _rows(
     model: str,
-    costs: dict[str, Cost],
+    costs: dict[str, StepCost],
     first: dict[str, float],
     counted: dict[str, int | None],
     operator_seconds: float,

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.drawing import markdown, plot_ratios
-from replfx.measure import MIB, Cost, Sample
+from replfx.measure import MIB, Sample, StepCost
 
 STEP_HEADS = (
     "model",
@@ -43,7 +43,7 @@ class StepRow:
 
     model: str
     variant: str
-    cost: Cost | None = None
+    cost: StepCost | None = None
     ratio: Sample | None = None
     launches: int | None = None
     compile_seconds: float | None = None

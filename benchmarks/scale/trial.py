@@ -62,7 +62,7 @@ class Timing:
     """What the pass takes.
 
     Attributes:
-        capture: the rung of the ladder that captured the model.
+        capture: what captured the model: symbolic tracing or the recorder.
         replaced: how many blocks were replaced.
         transform: seconds of `replfx.transform` as a whole.
         phases: seconds of each of its phases, in runs of their own.

@@ -56,7 +56,7 @@ def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *
     with torch.no_grad():
         for path, fit in fits.items():
             if path in first:
-                _settle(fit, first[path], replaced[path])
+                _fit_or_keep(fit, first[path], replaced[path])
 
 
 class _Seen:
@@ -122,7 +122,7 @@ def _call_of(batch: object, device: torch.device) -> tuple[tuple[Any, ...], dict
     return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
 
 
-def _settle(fit: Fit, seen: _Seen, block: nn.Module) -> None:
+def _fit_or_keep(fit: Fit, seen: _Seen, block: nn.Module) -> None:
     """Fit what a replaced block synthesises with, unless it imitated the block better before."""
     start = {name: value.clone() for name, value in fit.layer.state_dict().items()}
     before = _error(fit, seen, block)

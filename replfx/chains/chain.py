@@ -20,7 +20,7 @@ class Block:
         call: its place in the graph.
         site: what an operator may know of it.
         new_stage: it is unlike the block before, and something lies between the two.
-        turn: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
+        shape_change: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
         fixed: why it must stay, though its neighbours may be made from it: it is frozen, or tied.
         unlike: why it cannot be made from its neighbours.
         region: the piece of the graph that it is, where it is no module.
@@ -29,7 +29,7 @@ class Block:
     call: ModuleCall
     site: Site
     new_stage: bool = False
-    turn: str | None = None
+    shape_change: str | None = None
     fixed: str | None = None
     unlike: str | None = None
     region: Region | None = None
@@ -78,7 +78,7 @@ class Chain:
     def steady(self) -> list[int]:
         """Those of `replaceable` that keep their activation's shape; if there are none, all of them."""
         every = self.replaceable()
-        return [i for i in every if self.blocks[i].turn is None] or every
+        return [i for i in every if self.blocks[i].shape_change is None] or every
 
     def every(self, k: int) -> list[int]:
         """The positions that `every=k` replaces: those with a multiple of k for a number."""
@@ -95,7 +95,7 @@ class Chain:
         allowed = set(self.steady())
         stages: list[int] = []
         for block in self.blocks:
-            anew = not stages or block.turn is not None or block.new_stage
+            anew = not stages or block.shape_change is not None or block.new_stage
             stages.append(1 if anew else stages[-1] + 1)
         for numbers in (stages, list(range(1, len(self.blocks) + 1))):
             if any(numbers[position] % k == 0 for position in allowed):

@@ -46,7 +46,7 @@ class _Search:
         self.graph_module = graph_module
         self.info = info_of(graph_module)
         self.root = self.info.root
-        self.traced = self.info.rung == "dynamo"  # without modules to swap: blocks are regions of the graph
+        self.traced = self.info.tracer == "dynamo"  # without modules to swap: blocks are regions of the graph
         self.candidates = (
             TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info, graph_module.graph)
         )
@@ -154,7 +154,7 @@ class _Search:
             )
             block = Block(call, site, region=region)
             if 0 < position < len(regions) - 1:
-                block = replace(block, turn=_turn(site, alike=True))
+                block = replace(block, shape_change=_shape_change(site, alike=True))
             blocks.append(block)
         return Chain(tuple(blocks))
 
@@ -169,7 +169,7 @@ class _Search:
         unlike = too_unlike(block.site.block, (before.path, before.module), (after.path, after.module))
         alike = self.kinds.of(before.module) == self.kinds.of(block.site.block) == self.kinds.of(after.module)
         fixed = unfit_to_replace(parameters_of(self.root, block.path), self.owners)
-        return replace(block, turn=_turn(block.site, alike), fixed=fixed, unlike=unlike)
+        return replace(block, shape_change=_shape_change(block.site, alike), fixed=fixed, unlike=unlike)
 
     def _difference(self, path: str, other: str) -> str | None:
         return self.kinds.difference(self.candidates.modules[path], self.candidates.modules[other])
@@ -229,7 +229,7 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
     return node.meta.get("shape")
 
 
-def _turn(site: Site, alike: bool) -> str | None:
+def _shape_change(site: Site, alike: bool) -> str | None:
     """How the block changes the shape of its activation; without example inputs, as far as its structure tells."""
     before, after = _shape(site.input), _shape(site.output)
     if before is not None and after is not None:
@@ -241,15 +241,15 @@ def _turn(site: Site, alike: bool) -> str | None:
 
 def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
     """Without the chains all of whose blocks change the shape of their activation, if there are others."""
-    steady = [chain for chain in chains if any(chain.blocks[i].turn is None for i in chain.replaceable())]
+    steady = [chain for chain in chains if any(chain.blocks[i].shape_change is None for i in chain.replaceable())]
     for chain in chains if steady else ():
         if chain not in steady and chain.replaceable():
-            dropped.update({block.path: _turning(block) or _at_the_end(block, chain) for block in chain.blocks})
+            dropped.update({block.path: _changing(block) or _at_the_end(block, chain) for block in chain.blocks})
     return [chain for chain in chains if chain in steady or not chain.replaceable()] if steady else chains
 
 
-def _turning(block: Block) -> str | None:
-    return None if block.turn is None else f"it changes the shape of its activation: {block.turn}"
+def _changing(block: Block) -> str | None:
+    return None if block.shape_change is None else f"it changes the shape of its activation: {block.shape_change}"
 
 
 def _at_the_end(block: Block, chain: Chain) -> str:

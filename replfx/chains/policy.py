@@ -7,7 +7,7 @@ from typing import TypeAlias, TypedDict, Unpack
 from replfx.errors import PlanError
 from replfx.fusion import Choice, fusions
 from replfx.fusion.registry import AUTO
-from replfx.operators.auto import settled
+from replfx.operators.auto import resolve_auto
 from replfx.operators.base import operators
 
 __all__ = ["RULES", "Choosable", "Options", "Policy", "policy_of"]
@@ -93,7 +93,7 @@ def policy_of(**options: Unpack[Options]) -> Policy:
     """
     select, split_at = options.get("select"), options.get("split_at")
     rules = {name: options.get(name) for name in RULES}
-    chosen, fused = settled(
+    chosen, fused = resolve_auto(
         Choice.of(options.get("operator", AUTO), "operator"), Choice.of(options.get("fusion", AUTO), "fusion")
     )
     return Policy(

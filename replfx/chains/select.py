@@ -113,8 +113,8 @@ class _Chooser:
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
         match = operator.match(site) if site.shape or self.policy.operator.name != "identity" else _unmeasured(site)
-        if match and self.policy.operator.name == "identity" and block.turn is not None:
-            return Match(reason=f"it changes the shape of its activation: {block.turn}")
+        if match and self.policy.operator.name == "identity" and block.shape_change is not None:
+            return Match(reason=f"it changes the shape of its activation: {block.shape_change}")
         return match
 
     # ---- why the others stay
@@ -137,8 +137,8 @@ class _Chooser:
             return end
         if self.policy.select is not None:
             return "select does not name it"
-        if block.turn is not None:
-            return f"it changes the shape of its activation: {block.turn}"
+        if block.shape_change is not None:
+            return f"it changes the shape of its activation: {block.shape_change}"
         if self.policy.fraction is not None:
             return f"fraction={self.policy.fraction} leaves it"
         if self.policy.every is None:

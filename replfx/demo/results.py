@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from replfx.demo.train import Run, Variant
-from replfx.measure import MIB, Cost
+from replfx.measure import MIB, StepCost
 
 COLOURS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73")
 """Told apart by eyes that do not see all colours (Okabe and Ito)."""
@@ -23,7 +23,7 @@ class Row:
     """One variant: what a step costs at the beginning, and a run a seed."""
 
     variant: Variant
-    cost: Cost
+    cost: StepCost
     runs: tuple[Run, ...]
 
     @property

@@ -8,11 +8,11 @@ from torch import Tensor, fx
 
 from replfx.dynamo.nodes import is_plain, is_untouched, made_of_parameters, value_of
 
-__all__ = ["Synthesis", "syntheses_in", "synthesis_at"]
+__all__ = ["SynthesisNode", "syntheses_in", "synthesis_at"]
 
 
 @dataclass(frozen=True)
-class Synthesis:
+class SynthesisNode:
     """One synthesised parameter.
 
     Attributes:
@@ -46,12 +46,12 @@ class Synthesis:
         return theta.numel() * theta.element_size()
 
 
-def syntheses_in(graph: fx.Graph) -> list[Synthesis]:
+def syntheses_in(graph: fx.Graph) -> list[SynthesisNode]:
     """All syntheses, in the order in which they run."""
     return [found for node in made_of_parameters(graph) if (found := synthesis_at(node)) is not None]
 
 
-def synthesis_at(node: fx.Node) -> Synthesis | None:
+def synthesis_at(node: fx.Node) -> SynthesisNode | None:
     """The synthesis whose θ this node, made of parameters, gives; None if it is none, or one that has to stay.
 
     What counts is the computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)), and no name. It has to stay if
@@ -63,7 +63,7 @@ def synthesis_at(node: fx.Node) -> Synthesis | None:
     left, right = (_term(arg) for arg in node.args)
     if left is None or right is None:
         return None
-    found = Synthesis(node, left[1], right[1], left[0], right[0])
+    found = SynthesisNode(node, left[1], right[1], left[0], right[0])
     return found if _is_sound(found) else None
 
 
@@ -83,7 +83,7 @@ def _term(node: object) -> tuple[fx.Node, fx.Node] | None:
     return vector, theta
 
 
-def _is_sound(found: Synthesis) -> bool:
+def _is_sound(found: SynthesisNode) -> bool:
     values = [value_of(node) for node in (found.node, *found.inputs)]
     if not all(is_plain(value) for value in values) or not all(map(is_untouched, (found.node, *found.inputs))):
         return False

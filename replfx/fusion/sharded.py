@@ -33,7 +33,7 @@ __all__ = [
     "gathered",
     "linear",
     "lower_precision",
-    "settle",
+    "reshard_stale",
     "synthesize_sharded",
 ]
 
@@ -130,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def settle(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = None) -> None:
+def reshard_stale(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = None) -> None:
     """Have FSDP shard again what the layer must not read as it stands: two things that fail without a word.
 
     What is whole of the block after: FSDP was told not to reshard after the last backward pass, or a forward pass

@@ -21,7 +21,7 @@ from replfx.fusion.sharded import (
     as_sharded,
     gathered,
     lower_precision,
-    settle,
+    reshard_stale,
     synthesize_sharded,
 )
 from replfx.live.classes import SUBMODULE
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from replfx.operators.base import Operator
 
 __all__ = [
-    "Held",
     "Reading",
     "Readings",
+    "SharedWeights",
     "Synthesis",
     "check_neighbours",
     "fusion_layers",
@@ -93,7 +93,7 @@ Readings: TypeAlias = Mapping[str, Reading]
 """By the block's name for a parameter: where its counterpart is."""
 
 
-class Held(dict[str, Tensor]):
+class SharedWeights(dict[str, Tensor]):
     """Synthesised weights that several forward passes share; a copy has none, and synthesises its own."""
 
     def __deepcopy__(self, memo: object) -> None:
@@ -125,7 +125,7 @@ class Synthesis(nn.Module):
         neighbours: the kept block before and the one after; empty if the operator needs none.
         marks: the Python attributes that each synthesised parameter had.
         names: where the parts of a block that was no module were in the model, by their names in the block.
-        held: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
+        shared: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
         tensor_parallel: how it runs on several processes, if `replfx.parallelize_module` was told.
     """
 
@@ -149,7 +149,7 @@ class Synthesis(nn.Module):
         self.skeleton = skeleton
         self.marks: dict[str, dict[str, Any]] = {}
         self.names: Mapping[str, str] = {}
-        self.held: Held | None = None
+        self.shared: SharedWeights | None = None
         self.neighbour_gradient = neighbour_gradient
         self.tensor_parallel: TensorParallel | None = None
 
@@ -170,8 +170,8 @@ class Synthesis(nn.Module):
 
     def weight(self, name: str) -> Tensor:
         """The same, once for all who ask within one call of the block."""
-        if self.held is not None:
-            return self.held[name]
+        if self.shared is not None:
+            return self.shared[name]
         if torch.compiler.is_compiling():
             return self._laid_out(self._synthesize((name,), alone=True), None)[name]
         call = _running().get(self)
@@ -205,7 +205,7 @@ class Synthesis(nn.Module):
         if parallel is not None:
             inside = parallel.enter(self.operator.interface, args, kwargs)
         mesh = mesh_of_activation(*inside)
-        theta: Mapping[str, Tensor] | None = self.held
+        theta: Mapping[str, Tensor] | None = self.shared
         if theta is None:
             made = self._synthesize(None, alone=parallel is not None or mesh is not None)
             theta = self._laid_out(made, mesh)
@@ -260,7 +260,7 @@ class Synthesis(nn.Module):
             sides = ({name: sides[0][name] for name in names}, {name: sides[1][name] for name in names})
         if is_distributed():
             before, after = ([(reading.owner(), reading.leaf) for reading in side.values()] for side in sides)
-            settle(before, after, None if self.tensor_parallel is None else self.tensor_parallel.mesh)
+            reshard_stale(before, after, None if self.tensor_parallel is None else self.tensor_parallel.mesh)
         with _out_of_sight():
             previous, next = (self._read(readings) for readings in sides)
             if any_sharded(previous) or any_sharded(next):

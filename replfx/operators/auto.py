@@ -7,20 +7,20 @@ from replfx.fusion.fusions import fusions
 from replfx.fusion.registry import AUTO, Choice, Registry
 from replfx.operators.base import operators
 
-__all__ = ["settled"]
+__all__ = ["resolve_auto"]
 
 # For every kind of block that was measured, so that the block at hand need not be asked.
 _OPERATOR, _FUSION = "block", "scalar"
 
 
-def settled(operator: Choice, fusion: Choice) -> tuple[Choice, Choice]:
+def resolve_auto(operator: Choice, fusion: Choice) -> tuple[Choice, Choice]:
     """Put in what our measurements speak for where the choice was left to them.
 
     Raises:
         FusionError: there is none of this name, or there are options although it is not known for what.
 
     Example:
-        >>> settled(Choice("auto"), Choice("channel"))
+        >>> resolve_auto(Choice("auto"), Choice("channel"))
         (Choice(name='block', options={}), Choice(name='channel', options={}))
     """
     _check(operator, operators)

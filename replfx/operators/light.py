@@ -53,7 +53,7 @@ _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LightRecipe:
     """What a light operator is made of; plain data that travels in a plan.
 
     Attributes:
@@ -81,7 +81,7 @@ class Recipe:
     fold: Fold | str = "its plan was made before light operators could be unrolled"
 
     @classmethod
-    def read(cls, options: Mapping[str, Any]) -> "Recipe":
+    def read(cls, options: Mapping[str, Any]) -> "LightRecipe":
         """From a plan's JSON.
 
         Raises:
@@ -113,7 +113,7 @@ class Recipe:
         return recipe
 
     @classmethod
-    def choose(cls, anatomy: Anatomy, block: nn.Module) -> "Recipe | str":
+    def choose(cls, anatomy: Anatomy, block: nn.Module) -> "LightRecipe | str":
         """The formula for a block, or why there is none."""
         norm = anatomy.norm
         rest = (
@@ -157,12 +157,12 @@ class LightOperator(Operator):
         block, interface: as for every operator.
         initial_gain: start of all g; where N follows the map and there is no g, the factor on N's own weight at
             the start. A small one starts the block near the identity, which trained better than 1 in our trials.
-        **options: the fields of `Recipe`, found by `match`.
+        **options: the fields of `LightRecipe`, found by `match`.
     """
 
     def __init__(self, block: nn.Module, interface: Interface, *, initial_gain: float = 0.1, **options: Any) -> None:
         super().__init__(block, interface)
-        self.recipe = recipe = Recipe.read(options)
+        self.recipe = recipe = LightRecipe.read(options)
         first, *rest = recipe.maps
         self.sources = {first: Source(first, recipe.rows), **{name: Source(name) for name in rest}}
         weight = block.get_parameter(recipe.maps[-1])
@@ -194,7 +194,7 @@ class LightOperator(Operator):
             return Match(reason=anatomy)
         if site.interface.computed() or len(site.interface.inputs) != 1:
             return Match(reason="it gives more than one activation")
-        recipe = Recipe.choose(anatomy, site.block)
+        recipe = LightRecipe.choose(anatomy, site.block)
         if isinstance(recipe, str):
             return Match(reason=recipe)
         lacking = sorted(set(recipe.maps) & set(site.without_counterpart()))
@@ -274,7 +274,7 @@ class LightOperator(Operator):
         return plain_module(fx.GraphModule(body, graph, "Light"), self.interface)
 
 
-def _unlike_parts(site: Site, recipe: Recipe) -> str | None:
+def _unlike_parts(site: Site, recipe: LightRecipe) -> str | None:
     """Why the parts of W_in that are taken are not known in a neighbour's; of thirds, the last is the last of all."""
     name, rows = recipe.maps[0], recipe.rows
     own = site.block.get_parameter(name).shape
@@ -297,7 +297,7 @@ def _scale_weight(norm: nn.Module, factor: float) -> None:
 
 def _residual(
     x: Tensor,
-    recipe: Recipe,
+    recipe: LightRecipe,
     norm: nn.Module | None,
     maps: Callable[[Tensor], Tensor],
     activation: Callable[[Tensor], Tensor] | None,
@@ -307,7 +307,7 @@ def _residual(
     return x + h if activation is None else activation(x + h)
 
 
-def _normalise(x: Tensor, recipe: Recipe, norm: nn.Module | None) -> Tensor:
+def _normalise(x: Tensor, recipe: LightRecipe, norm: nn.Module | None) -> Tensor:
     if norm is None:
         return x
     normed: Tensor = norm(x.movedim(1, -1)).movedim(-1, 1) if recipe.norm_last_dim else norm(x)
@@ -332,7 +332,7 @@ def _plain_map(matrix: Tensor, bias: Tensor | None, dims: int) -> nn.Module:
 class _Body(nn.Module):
     """A light operator with weights of its own, to be traced into a plain GraphModule."""
 
-    def __init__(self, recipe: Recipe, norm: nn.Module | None, maps: nn.Module, activation: Any) -> None:
+    def __init__(self, recipe: LightRecipe, norm: nn.Module | None, maps: nn.Module, activation: Any) -> None:
         super().__init__()
         self.recipe, self.norm, self.maps, self.activation = recipe, norm, maps, activation
 

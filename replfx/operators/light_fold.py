@@ -12,12 +12,12 @@ from replfx.operators.folding import Fold, fold_of, set_linear, silence
 from replfx.operators.residual import Residual
 
 if TYPE_CHECKING:
-    from replfx.operators.light import LightOperator, Recipe
+    from replfx.operators.light import LightOperator, LightRecipe
 
 __all__ = ["light_fold", "restore_light"]
 
 
-def light_fold(residual: Residual, recipe: "Recipe") -> Fold | str:
+def light_fold(residual: Residual, recipe: "LightRecipe") -> Fold | str:
     """Where the light map of a recipe goes in a residual block, or why it has no place there."""
     block = residual.site.block
     if recipe.kind == "conv":
@@ -31,7 +31,7 @@ def light_fold(residual: Residual, recipe: "Recipe") -> Fold | str:
     return fold if isinstance(fold, str) else _as_mlp(block, recipe, fold)
 
 
-def _as_mlp(block: nn.Module, recipe: "Recipe", fold: Fold) -> Fold | str:
+def _as_mlp(block: nn.Module, recipe: "LightRecipe", fold: Fold) -> Fold | str:
     assert fold.first is not None
     assert fold.last is not None
     if not _alike(block, recipe.norm, fold.norm):
@@ -57,7 +57,7 @@ def _channels(block: nn.Module, name: str, columns: Sequence[str]) -> tuple[int,
     return (other, one) if name in columns else (one, other)
 
 
-def _as_convolutions(block: nn.Module, recipe: "Recipe", fold: Fold) -> Fold | str:
+def _as_convolutions(block: nn.Module, recipe: "LightRecipe", fold: Fold) -> Fold | str:
     assert fold.inner is not None
     assert fold.first is not None
     ends = (recipe.norm, *recipe.maps) == (fold.norm, f"{fold.last}.weight")
@@ -74,7 +74,7 @@ def _as_convolutions(block: nn.Module, recipe: "Recipe", fold: Fold) -> Fold | s
     return fold
 
 
-def _width(block: nn.Module, recipe: "Recipe") -> int:
+def _width(block: nn.Module, recipe: "LightRecipe") -> int:
     return len(block.get_parameter(recipe.maps[-1]))
 
 

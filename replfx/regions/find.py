@@ -10,7 +10,7 @@ from torch import fx
 
 from replfx.regions.pieces import SHORTEST, Layers, Piece, alike, layers_in
 from replfx.regions.region import Region, RegionChain, Regions
-from replfx.regions.repeats import Run, runs
+from replfx.regions.repeats import Repeat, runs
 from replfx.regions.stream import Stream
 
 __all__ = ["find_regions"]
@@ -38,7 +38,7 @@ def find_regions(graph_module: fx.GraphModule) -> Regions:
     return Regions([RegionChain(tuple(_region_of(stream, piece) for piece in chain)) for chain in chains], refused)
 
 
-def _layers(stream: Stream, run: Run) -> Layers | None:
+def _layers(stream: Stream, run: Repeat) -> Layers | None:
     """The layers of a run; None if it reads no parameter of two dimensions or more."""
     if stream.matrices[run.start] == stream.matrices[run.start + run.period]:
         return None

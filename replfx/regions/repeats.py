@@ -3,11 +3,11 @@
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Run", "runs"]
+__all__ = ["Repeat", "runs"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Repeat:
     """A maximal stretch `[start, stop)` in which every item equals the one `period` before it.
 
     The period is the smallest one that the stretch has: `abababab` is a run of period 2 and of no other.
@@ -23,7 +23,7 @@ class Run:
         return self.stop - self.start
 
 
-def runs(items: Sequence[Hashable], copies: int = 3) -> list[Run]:
+def runs(items: Sequence[Hashable], copies: int = 3) -> list[Repeat]:
     """All runs that hold at least `copies` whole periods, the smallest periods first.
 
     Windows of 1, 2, 4, … items are numbered, like windows alike. In a run of period p, a window of p items and
@@ -36,7 +36,7 @@ def runs(items: Sequence[Hashable], copies: int = 3) -> list[Run]:
     """
     numbers: dict[Hashable, int] = {}
     ranks = [numbers.setdefault(item, len(numbers)) for item in items]
-    found: list[Run] = []
+    found: list[Repeat] = []
     width = 1
     while ranks and max(ranks) < len(ranks) - 1 and width * copies < 2 * len(items):
         found += [run for run in _runs_of_width(ranks, width) if run.length >= copies * run.period]
@@ -46,7 +46,7 @@ def runs(items: Sequence[Hashable], copies: int = 3) -> list[Run]:
     return sorted(found, key=lambda run: (run.period, run.start))
 
 
-def _runs_of_width(ranks: Sequence[int], width: int) -> Iterator[Run]:
+def _runs_of_width(ranks: Sequence[int], width: int) -> Iterator[Repeat]:
     """The runs with a period in (width / 2, width]; `ranks[i]` numbers the window that begins at i."""
     last: dict[int, int] = {}
     first, period = 0, 0  # of the run that is open: the second copy of its first window; 0 if none is
@@ -57,7 +57,7 @@ def _runs_of_width(ranks: Sequence[int], width: int) -> Iterator[Run]:
             gap = 0
         if gap != period:
             if period:
-                yield Run(first - period, index - 1 + width, period)
+                yield Repeat(first - period, index - 1 + width, period)
             first, period = index, gap
     if period:
-        yield Run(first - period, len(ranks) - 1 + width, period)
+        yield Repeat(first - period, len(ranks) - 1 + width, period)

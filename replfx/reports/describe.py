@@ -34,7 +34,7 @@ def describe_chains(found: Chains, model: nn.Module, selection: Selection | None
     count = _trainable(model.parameters())
     return Report(
         model=type(model).__name__,
-        capture=info.rung,
+        capture=info.tracer,
         chains=[chain.paths for chain in found.chains],
         blocks=blocks,
         refused={**{path: b.obstacle for path, b in found.blocks.items() if b.obstacle}, **refused},

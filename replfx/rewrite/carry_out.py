@@ -157,7 +157,7 @@ def _on_graph(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Plan,
         )
     limits = limits_of(graph, model, prepared.inputs)
     made = run_passes(graph, [insertion(model, found, plan)]).graph_module
-    recorded = "; it was recorded, and holds for inputs of these shapes" if prepared.seen.rung == "recorded" else ""
+    recorded = "; it was recorded, and holds for inputs of these shapes" if prepared.seen.tracer == "recorded" else ""
     note = f"the blocks are no modules: {kind} has become a torch.fx.GraphModule{recorded}"
     assert isinstance(made, fx.GraphModule)
     notes = verify(made, original, prepared.inputs, prepared.seen, plan)

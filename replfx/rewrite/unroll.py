@@ -56,7 +56,7 @@ def materialize(model: nn.Module) -> nn.Module:
         theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
         for path, placement in placed.items():
             if placement.synthesis.operator.keeps_block:
-                _settle(root, path, placement, theta[path])
+                _give_weights(root, path, placement, theta[path])
             else:
                 _exchange(twin, placement, placement.synthesis.operator.plain(theta[path]))
     _finish(root, placed)
@@ -164,7 +164,7 @@ def _unroll(root: nn.Module, placed: Mapping[str, Placement], seen: Mapping[str,
     }
     for path, placement in placed.items():
         if placement.synthesis.operator.keeps_block:
-            _settle(root, path, placement, theta[path])
+            _give_weights(root, path, placement, theta[path])
         if path in full:
             _complete(placement, full[path])
 
@@ -207,7 +207,7 @@ def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
     return seen
 
 
-def _settle(root: nn.Module, path: str, placement: Placement, theta: Mapping[str, Tensor]) -> None:
+def _give_weights(root: nn.Module, path: str, placement: Placement, theta: Mapping[str, Tensor]) -> None:
     """Give a block that runs its own computation the weights; a region becomes a part of the graph again."""
     settle_block(placement.block, placement.synthesis, root, theta)
     if is_region(path):

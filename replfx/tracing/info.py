@@ -63,7 +63,7 @@ class CaptureInfo:
     """Kept at `graph_module.meta["replfx"]`.
 
     Attributes:
-        rung: which rung of the ladder made the graph, or that Dynamo did.
+        tracer: what made the graph: symbolic tracing, the recorder, or Dynamo.
         root: the model's structure, sharing its parameters and buffers; what the graph's targets refer to.
         nodes: all nodes in the order in which they were recorded.
         calls: all module calls in the order in which they ended: a block's parts come before the block.
@@ -74,7 +74,7 @@ class CaptureInfo:
         frozen: what the model's Python code asked for as it ran, so that the graph goes on as it was answered.
     """
 
-    rung: Literal["symbolic", "recorded", "dynamo"]
+    tracer: Literal["symbolic", "recorded", "dynamo"]
     root: nn.Module
     nodes: list[fx.Node]
     calls: list[ModuleCall]

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
 from replfx.modules.structure import attribute_at
+from replfx.tracing.capture import capture_lazily
 from replfx.tracing.info import info_of
 from replfx.tracing.inputs import Inputs
-from replfx.tracing.ladder import capture_lazily
 
 __all__ = ["Limits", "limits_of"]
 
@@ -49,7 +49,7 @@ def limits_of(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs | N
 
     other = structural_copy(model, plain=lambda tensor: tensor).train(not model.training)
     training = None if same(other, inputs) else model.training
-    if inputs is None or info_of(graph_module).rung == "symbolic":  # sizes are asked of proxies
+    if inputs is None or info_of(graph_module).tracer == "symbolic":  # sizes are asked of proxies
         return Limits(None, training)
     tensors = inputs.tensors()
     free = {axis for axis in _axes(tensors) if all(same(model, _resized(inputs, axis, by)) for by in _CHANGES)}

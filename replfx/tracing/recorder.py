@@ -1,4 +1,4 @@
-"""The second rung: run the model once and record what happens into the same kind of graph.
+"""The recorder: run the model once and record what happens into the same kind of graph.
 
 Every call of a torch function, of a tensor method, of a leaf module and of a custom autograd function becomes
 a node; which node made a tensor is known by the tensor's identity. Operators that none of those calls, as under

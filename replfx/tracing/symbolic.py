@@ -1,4 +1,4 @@
-"""The first rung: symbolic tracing with a tracer of ours. Needs no inputs, is free of the batch size.
+"""Symbolic tracing with a tracer of ours. Needs no inputs, is free of the batch size.
 
 Two things beside torch.fx's own tracer. Every module call is recorded, so that passes can speak of blocks.
 And `module.training` is not frozen into the graph: reading it gives a call to a `training_flag` submodule,

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from replfx.dtensors import is_distributed
 from replfx.errors import FusionError
 from replfx.live import Synthesis, fusion_layers
-from replfx.live.synthesis import Held
+from replfx.live.synthesis import SharedWeights
 
 __all__ = ["synthesize_once"]
 
@@ -45,7 +45,7 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
         ...     optimizer.zero_grad()
     """
     layers = fusion_layers(model)
-    held = next((path for path, layer in layers.items() if layer.held is not None), None)
+    held = next((path for path, layer in layers.items() if layer.shared is not None), None)
     if held is not None:
         raise FusionError(f"`{held}` is within a synthesize_once already: use one for all micro-batches of a step")
     if layers and is_distributed():
@@ -57,12 +57,12 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
     watch = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _refuse_step(optimizer, syntheses))
     try:
         for synthesis in syntheses:
-            synthesis.layer.held = synthesis.held
+            synthesis.layer.shared = synthesis.shared
         yield
     finally:
         watch.remove()
         for synthesis in syntheses:
-            synthesis.layer.held = None
+            synthesis.layer.shared = None
     _flow_on(syntheses)
 
 
@@ -74,22 +74,24 @@ class _Once:
         path: where the layer is.
         layer: itself.
         made: its weights, with the graph that they came by.
-        held: the same memory, where gradients add up.
+        shared: the same memory, where gradients add up.
         read: the parameters that they were made of, and how often each had been written to.
     """
 
     path: str
     layer: Synthesis
     made: dict[str, Tensor]
-    held: Held
+    shared: SharedWeights
     read: list[tuple[nn.Parameter, int]]
 
     @classmethod
     def of(cls, path: str, layer: Synthesis) -> "_Once":
         with torch.enable_grad():
             made = layer.synthesized()
-        held = Held({name: theta.detach().requires_grad_(theta.requires_grad) for name, theta in made.items()})
-        return cls(path, layer, made, held, [(p, p._version) for p in layer.read_parameters()])
+        shared = SharedWeights(
+            {name: theta.detach().requires_grad_(theta.requires_grad) for name, theta in made.items()}
+        )
+        return cls(path, layer, made, shared, [(p, p._version) for p in layer.read_parameters()])
 
 
 def _refuse_step(optimizer: Optimizer, syntheses: list[_Once]) -> None:
@@ -110,7 +112,7 @@ def _flow_on(syntheses: list[_Once]) -> None:
             f"within synthesize_once weights changed that `{written}` reads: the micro-batches after that ran with the "
             "old ones; change weights between steps"
         )
-    pairs = [(made, synthesis.held[name]) for synthesis in syntheses for name, made in synthesis.made.items()]
+    pairs = [(made, synthesis.shared[name]) for synthesis in syntheses for name, made in synthesis.made.items()]
     used = [(made, theta.grad) for made, theta in pairs if theta.grad is not None]
     if used:
         torch.autograd.backward([made for made, _ in used], [gradient for _, gradient in used])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
-from replfx.operators.light import Recipe
+from replfx.operators.light import LightRecipe
 
 WIDTH, TOKENS = 12, 5
 
@@ -78,7 +78,7 @@ def test_value_and_output_map(groups: int, shared: int, dim: int, layout: str, c
     model = nn.Sequential(*(Grouped(groups, shared, dim, layout, columns) for _ in range(3))).double()
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     (replacement,) = replfx.plan(model, x, operator="light").replacements
-    recipe = Recipe.read(replacement.operator.options)
+    recipe = LightRecipe.read(replacement.operator.options)
     assert (recipe.maps, recipe.norm, recipe.norm_first) == (("fused", "back"), "root", True)
     fused = model[1].fused.detach()
     part = fused if recipe.rows is None else fused[recipe.rows[0] : recipe.rows[1]]
@@ -157,7 +157,7 @@ def test_decoders_of_transformers(
     model = getattr(transformers, f"{name}Model")(config)
     ids = {"input_ids": torch.randint(3, 32, (2, 7)), "use_cache": False}
     (replacement,) = replfx.plan(model, ids, operator="light").replacements
-    recipe, block = Recipe.read(replacement.operator.options), model.get_submodule(replacement.path)
+    recipe, block = LightRecipe.read(replacement.operator.options), model.get_submodule(replacement.path)
     weight = block.get_parameter(recipe.maps[0])
     part = weight if recipe.rows is None else weight[recipe.rows[0] : recipe.rows[1]]
     assert torch.equal(recipe.matrix(recipe.maps[0], part), values(block))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-import replfx.tracing.ladder
+import replfx.tracing.capture
 from replfx.regions.find import find_regions
 from replfx.regions.graph_module import without_regions
 from replfx.regions.region import Region, Regions, region_module, replace_regions, root_of
@@ -42,7 +42,7 @@ def the_chain(graph_module: fx.GraphModule) -> tuple[Region, ...]:
 def test_exactly_the_layers_are_found_in_order(spec: Spec) -> None:
     model = Functional(spec)
     graph_module = captured(model, *model.inputs())
-    assert info_of(graph_module).rung == ("symbolic" if spec.traceable else "recorded")
+    assert info_of(graph_module).tracer == ("symbolic" if spec.traceable else "recorded")
     regions = the_chain(graph_module)
     roles = [{path: role for role, path in paths.items()} for paths in model.paths]
     named = [
@@ -123,16 +123,16 @@ def ws(*numbers: int) -> list[list[str]]:
 def both_rungs(model: nn.Module, *inputs: Tensor) -> list[Regions]:
     """What is found in the graph of either rung."""
     graph_module = capture(model, inputs or (X,))
-    assert info_of(graph_module).rung == "symbolic"
+    assert info_of(graph_module).tracer == "symbolic"
 
     with pytest.MonkeyPatch.context() as patch:
 
         def refuse(*args: Any) -> Any:
             raise RuntimeError("not today")
 
-        patch.setattr(replfx.tracing.ladder, "trace_symbolically", refuse)
+        patch.setattr(replfx.tracing.capture, "trace_symbolically", refuse)
         recorded = capture(model, inputs or (X,))
-    assert info_of(recorded).rung == "recorded"
+    assert info_of(recorded).tracer == "recorded"
     return [find_regions(graph_module), find_regions(recorded)]
 
 

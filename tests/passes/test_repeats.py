@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from replfx.regions.repeats import Run, runs
+from replfx.regions.repeats import Repeat, runs
 
 
-def by_definition(word: str, copies: int) -> set[Run]:
+def by_definition(word: str, copies: int) -> set[Repeat]:
     found = set()
     for period in range(1, len(word) // copies + 1):
         for start in range(len(word)):
@@ -19,12 +19,12 @@ def by_definition(word: str, copies: int) -> set[Run]:
             before = word[start - 1 : start], word[start - 1 + period : start + period]
             maximal = start == 0 or before[0] != before[1]
             if maximal and stop - start >= copies * period:
-                found.add(Run(start, stop, period))
+                found.add(Repeat(start, stop, period))
     smaller = {(run.start, run.stop): min(r.period for r in found if within(run, r)) for run in found}
     return {run for run in found if run.period == smaller[run.start, run.stop]}
 
 
-def within(run: Run, other: Run) -> bool:
+def within(run: Repeat, other: Repeat) -> bool:
     return other.start <= run.start and run.stop <= other.stop
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from replfx.chains.find import find_chains
 from replfx.modules.copying import structural_copy
 from replfx.tracing import info_of
+from replfx.tracing.capture import record_on_fakes, record_on_values, symbolic_on_fakes
 from replfx.tracing.inputs import Inputs
-from replfx.tracing.ladder import record_on_fakes, record_on_values, symbolic_on_fakes
 from tests.strategies import Case, cases
 
 RUNGS = {"symbolic": symbolic_on_fakes, "fakes": record_on_fakes, "values": record_on_values}
@@ -34,7 +34,7 @@ def findings(model: nn.Module, inputs: Inputs, rung: str) -> tuple[Any, ...]:
         inner.setdefault(call.path, []).append(sum(cost.saved_bytes for cost in nodes))
     return (
         [
-            [(block.path, block.turn, block.site.shape, block.obstacle) for block in chain.blocks]
+            [(block.path, block.shape_change, block.site.shape, block.obstacle) for block in chain.blocks]
             for chain in found.chains
         ],
         sorted(found.refused),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.tracing import ladder
+from replfx.tracing import capture as capturing
 from replfx.tracing.chance import Draws, kept_random_states, steered
 
 
@@ -122,8 +122,8 @@ def _called(graph: torch.fx.GraphModule) -> list[str]:
 
 def test_what_no_draw_decides_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    original = ladder._look
-    monkeypatch.setattr(ladder, "_look", lambda *args: looks.append(args[-1]) or original(*args))
+    original = capturing._look
+    monkeypatch.setattr(capturing, "_look", lambda *args: looks.append(args[-1]) or original(*args))
     replfx.capture(Skipping(lambda m, i: i == 3), torch.zeros(2, 8))  # a block is unused, and nothing is drawn
     replfx.capture(Skipping(lambda m, i: random.random() < 0), torch.zeros(2, 8))  # drawn, and nothing left out
     assert len(looks) == 2

@@ -49,7 +49,7 @@ def test_flops_and_parameters_are_the_models(build: type[nn.Module], shape: tupl
     model = Stop(build()) if stop else build()
     x = ids() if shape is None else torch.randn(shape)
     graph = replfx.capture(model, x)
-    assert info_of(graph).rung == ("recorded" if stop else info_of(graph).rung)
+    assert info_of(graph).tracer == ("recorded" if stop else info_of(graph).tracer)
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert flops(graph) == counter.get_total_flops() > 0

@@ -108,7 +108,7 @@ def test_the_recording_computes_the_same_and_leaves_the_model_alone(model: nn.Mo
     graph = replfx.capture(model, inputs)
     assert_unchanged(model, before)
     assert fired == []
-    assert info_of(graph).rung == "recorded"
+    assert info_of(graph).tracer == "recorded"
     graph.graph.lint()
     expected, actual = call(model, inputs), graph(*flat(inputs))
     for one, other in zip(flat(expected), flat(actual), strict=True):

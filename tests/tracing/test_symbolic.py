@@ -79,7 +79,7 @@ def seeded(module: nn.Module, *args: Tensor) -> Tensor:
 def test_the_graph_computes_the_same_in_both_modes(model: nn.Module, shape: tuple[int, ...], measured: bool) -> None:
     x = torch.randn(shape)
     graph = replfx.capture(model, x if measured else None)
-    assert info_of(graph).rung == "symbolic"
+    assert info_of(graph).tracer == "symbolic"
     graph.graph.lint()
     for mode in (True, False, True):
         model.train(mode)

@@ -175,7 +175,7 @@ def _measured(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> f
 
 
 def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
-    """The first rung, with inputs to measure on."""
+    """Symbolic tracing, with inputs to measure on."""
     graph_module, root = _symbolic(model, inputs, traces)
     _measure(graph_module, root, model, inputs, traces)
     return graph_module
@@ -275,7 +275,7 @@ def _recorded(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> f
 def record_on_fakes(
     model: nn.Module, inputs: Inputs, traces: Traces | None = None, held: Held | None = None
 ) -> fx.GraphModule:
-    """The second rung: no compute, no memory."""
+    """Recording on fake tensors: no compute, no memory."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
         mode, ghost, fakes = ghost_of(model, inputs, traces)
@@ -288,7 +288,7 @@ def record_on_fakes(
 
 
 def record_on_values(model: nn.Module, inputs: Inputs, held: Held | None = None) -> fx.GraphModule:
-    """The last rung: a real run, on copies of the buffers and of the inputs."""
+    """Recording a real run, on copies of the buffers and of the inputs."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
         ghost = structural_copy(
