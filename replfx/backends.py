@@ -66,8 +66,9 @@ def backend(
         PlanError, FusionError: as `replfx.transform` raises them for its options.
 
     Example:
-        >>> model = torch.compile(replfx.transform(model), backend=replfx.backend(max_bytes=2**27))
-        >>> model = torch.compile(replfx.transform(model), backend="replfx", options={"max_bytes": 2**27})
+        >>> transformed = replfx.transform(model)
+        >>> compiled = torch.compile(transformed, backend=replfx.backend(max_bytes=2**27))
+        >>> compiled = torch.compile(transformed, backend="replfx", options={"max_bytes": 2**27})
 
         A plain model; the first call makes the coefficients:
 

@@ -1,6 +1,6 @@
 """Capture: symbolic tracing, the recorder, and what each node costs."""
 
-from replfx.tracing.capture import capture, capture_lazily, ghost_of
+from replfx.tracing.capturing import capture, capture_lazily, ghost_of
 from replfx.tracing.chance import Draws, restart, steered
 from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, nodes_in

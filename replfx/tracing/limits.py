@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
 from replfx.modules.structure import attribute_at
-from replfx.tracing.capture import capture_lazily
+from replfx.tracing.capturing import capture_lazily
 from replfx.tracing.info import info_of
 from replfx.tracing.inputs import Inputs
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
-from replfx.tracing.capture import ghost_of
+from replfx.tracing.capturing import ghost_of
 from replfx.tracing.costs import Meter
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.undisturbed import undisturbed

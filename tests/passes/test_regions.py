@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-import replfx.tracing.capture
+import replfx.tracing.capturing
 from replfx.regions.find import find_regions
 from replfx.regions.graph_module import without_regions
 from replfx.regions.region import Region, Regions, region_module, replace_regions, root_of
@@ -130,7 +130,7 @@ def both_rungs(model: nn.Module, *inputs: Tensor) -> list[Regions]:
         def refuse(*args: Any) -> Any:
             raise RuntimeError("not today")
 
-        patch.setattr(replfx.tracing.capture, "trace_symbolically", refuse)
+        patch.setattr(replfx.tracing.capturing, "trace_symbolically", refuse)
         recorded = capture(model, inputs or (X,))
     assert info_of(recorded).tracer == "recorded"
     return [find_regions(graph_module), find_regions(recorded)]

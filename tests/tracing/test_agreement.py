@@ -16,7 +16,7 @@ from torch import nn
 from replfx.chains.find import find_chains
 from replfx.modules.copying import structural_copy
 from replfx.tracing import info_of
-from replfx.tracing.capture import record_on_fakes, record_on_values, symbolic_on_fakes
+from replfx.tracing.capturing import record_on_fakes, record_on_values, symbolic_on_fakes
 from replfx.tracing.inputs import Inputs
 from tests.strategies import Case, cases
 

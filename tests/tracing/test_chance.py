@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.tracing import capture as capturing
+from replfx.tracing import capturing
 from replfx.tracing.chance import Draws, kept_random_states, steered
 
 

@@ -14,7 +14,7 @@ import replfx
 from replfx.modules.copying import structural_copy
 from replfx.modules.tree import tensors_in
 from replfx.tracing import info_of
-from replfx.tracing.capture import record_on_fakes, record_on_values
+from replfx.tracing.capturing import record_on_fakes, record_on_values
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.symbolic import trace_symbolically
