@@ -1,7 +1,7 @@
 """How a light operator goes back into the full block; `replfx.operators.folding` has the formulas."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from replfx.errors import FusionError
 from replfx.operators.folding import Fold, fold_of, set_linear, silence
+from replfx.operators.light_recipe import LightRecipe
 from replfx.operators.residual import Residual
-
-if TYPE_CHECKING:
-    from replfx.operators.light import LightOperator, LightRecipe
 
 __all__ = ["light_fold", "restore_light"]
 
 
-def light_fold(residual: Residual, recipe: "LightRecipe") -> Fold | str:
+class LightParts(Protocol):
+    """What of a light operator goes back into the block; `replfx.operators.light` says what is what."""
+
+    recipe: LightRecipe
+    norm: nn.Module | None
+    map: nn.Module | None
+    bias: nn.Parameter | None
+
+    def factors(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """W_in and W_out."""
+
+
+def light_fold(residual: Residual, recipe: LightRecipe) -> Fold | str:
     """Where the light map of a recipe goes in a residual block, or why it has no place there."""
     block = residual.site.block
     if recipe.kind == "conv":
@@ -31,7 +41,7 @@ def light_fold(residual: Residual, recipe: "LightRecipe") -> Fold | str:
     return fold if isinstance(fold, str) else _as_mlp(block, recipe, fold)
 
 
-def _as_mlp(block: nn.Module, recipe: "LightRecipe", fold: Fold) -> Fold | str:
+def _as_mlp(block: nn.Module, recipe: LightRecipe, fold: Fold) -> Fold | str:
     assert fold.first is not None
     assert fold.last is not None
     if not _alike(block, recipe.norm, fold.norm):
@@ -57,7 +67,7 @@ def _channels(block: nn.Module, name: str, columns: Sequence[str]) -> tuple[int,
     return (other, one) if name in columns else (one, other)
 
 
-def _as_convolutions(block: nn.Module, recipe: "LightRecipe", fold: Fold) -> Fold | str:
+def _as_convolutions(block: nn.Module, recipe: LightRecipe, fold: Fold) -> Fold | str:
     assert fold.inner is not None
     assert fold.first is not None
     ends = (recipe.norm, *recipe.maps) == (fold.norm, f"{fold.last}.weight")
@@ -74,7 +84,7 @@ def _as_convolutions(block: nn.Module, recipe: "LightRecipe", fold: Fold) -> Fol
     return fold
 
 
-def _width(block: nn.Module, recipe: "LightRecipe") -> int:
+def _width(block: nn.Module, recipe: LightRecipe) -> int:
     return len(block.get_parameter(recipe.maps[-1]))
 
 
@@ -88,7 +98,7 @@ def _alike(block: nn.Module, one: str | None, other: str | None) -> bool:
 
 
 def restore_light(
-    operator: "LightOperator", fold: Fold, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None
+    operator: LightParts, fold: Fold, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None
 ) -> None:
     """Let a full block compute what the operator computes.
 

@@ -1,0 +1,120 @@
+"""What a light operator is made of: which maps of a block, which rows of them, and where its normalisation comes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from replfx.errors import FusionError
+from replfx.operators.anatomy import Anatomy
+from replfx.operators.folding import Fold
+
+__all__ = ["LightRecipe"]
+
+_KINDS = ("depthwise", "conv", "product")
+_FIELDS = {
+    "kind": str,
+    "norm": str | None,
+    "norm_first": bool,
+    "norm_last_dim": bool,
+    "activation": str | None,
+}
+
+
+@dataclass(frozen=True)
+class LightRecipe:
+    """What a light operator is made of; plain data that travels in a plan.
+
+    Attributes:
+        kind: which of the three formulas.
+        maps: names of the synthesised parameters: (kernel,) or (W_in, W_out).
+        rows: rows of W_in that are synthesised: the value part of a fused query-key-value projection.
+        taken: of these rows, the ranges that W_out takes, in its order; None for all as they are.
+        columns: those of the maps that have an output's weights in a column.
+        norm: path of the normalisation N in the block, or None.
+        norm_first: N comes before the map.
+        norm_last_dim: N wants channels last although the activation has them second.
+        activation: φ, as `Anatomy.activation` names it.
+        fold: where the map goes when the full block is given back, or why it has no place there.
+    """
+
+    kind: str
+    maps: tuple[str, ...]
+    rows: tuple[int, int] | None
+    norm: str | None
+    norm_first: bool
+    norm_last_dim: bool
+    activation: str | None
+    taken: tuple[tuple[int, int], ...] | None = None
+    columns: tuple[str, ...] = ()
+    fold: Fold | str = "its plan was made before light operators could be unrolled"
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> "LightRecipe":
+        """From a plan's JSON.
+
+        Raises:
+            FusionError: it is not a recipe.
+        """
+        try:
+            rows, taken = options["rows"], options.get("taken")
+            fold = options.get("fold", cls.fold)
+            read = {
+                "maps": tuple(options["maps"]),
+                "rows": None if rows is None else tuple(rows),
+                "taken": None if taken is None else tuple((start, stop) for start, stop in taken),
+                "columns": tuple(options.get("columns", ())),
+                "fold": fold if isinstance(fold, str) else Fold.read(fold),
+            }
+            recipe = cls(**{**options, **read})
+        except (KeyError, TypeError, ValueError) as error:
+            raise FusionError(f"the light operator's options are malformed: {error!r}") from error
+        for name, wanted in _FIELDS.items():
+            if not isinstance(getattr(recipe, name), wanted):
+                raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
+        if not all(isinstance(item, str) for item in recipe.maps) or recipe.norm == "":
+            raise FusionError(f"the light operator's options are malformed: {recipe}")
+        for name, ranges in (("rows", [recipe.rows] if recipe.rows else []), ("taken", recipe.taken or ())):
+            if not all(_is_range(each) for each in ranges):
+                raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
+        if recipe.kind not in _KINDS or len(recipe.maps) != 1 + (recipe.kind == "product"):
+            raise FusionError(f"the light operator has no kind {recipe.kind!r} with {len(recipe.maps)} maps")
+        return recipe
+
+    @classmethod
+    def choose(cls, anatomy: Anatomy, block: nn.Module) -> "LightRecipe | str":
+        """The formula for a block, or why there is none."""
+        norm = anatomy.norm
+        rest = (
+            norm.path if norm else None,
+            norm.first if norm else False,
+            norm.last_dim if norm else False,
+            anatomy.activation,
+        )
+        if anatomy.depthwise is not None:
+            return cls("depthwise", (anatomy.depthwise,), None, *rest)
+        pair, width = anatomy.pair, anatomy.residual.width
+        assert pair is not None  # dissect gives one or the other
+        if _taps(block, pair.last) > 1:
+            square = block.get_parameter(pair.last).shape[:2] == (width, width)
+            return cls("conv", (pair.last,), None, *rest) if square else f"its map `{pair.last}` is grouped"
+        return cls("product", (pair.first, pair.last), pair.rows, *rest, pair.taken, pair.columns)
+
+    def matrix(self, name: str, weight: Tensor) -> Tensor:
+        """A map with a row for each output: of W_in those that W_out takes, in its order."""
+        rows = weight.T if name in self.columns else weight.flatten(1)
+        if self.taken is None or name != self.maps[0]:
+            return rows
+        return torch.cat([rows[start:stop] for start, stop in self.taken])
+
+
+def _is_range(value: Any) -> bool:
+    start, stop = value if len(value) == 2 else (0, 0)
+    return type(start) is int and type(stop) is int and 0 <= start < stop
+
+
+def _taps(block: nn.Module, name: str) -> int:
+    weight = block.get_parameter(name)
+    return weight[0, 0].numel() if weight.dim() > 2 else 1
