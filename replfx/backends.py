@@ -39,13 +39,13 @@ def backend(
     `inner` as it is. With any of them it replaces blocks of a plain model, in the graph that Dynamo captures.
 
     Args:
-        every: these seven are as for `replfx.transform`: which blocks,
-        fraction: or which part of each chain,
-        keep: or all but how many,
-        select: or which by name ("blocks.1"),
-        fusion: how their weights are made,
-        operator: what runs with them,
-        neighbour_gradient: and what of the gradient flows on.
+        every: replace every k-th block, as in `replfx.transform`.
+        fraction: replace this part of each chain instead.
+        keep: replace all blocks of each chain but this number or share instead.
+        select: replace the blocks of these names instead ("blocks.1").
+        fusion: how weights are made from the neighbours'.
+        operator: what runs with them.
+        neighbour_gradient: factor on the gradient into the neighbours.
         max_bytes: syntheses of one shape run as one operation, as many as make this many bytes of weights, which
             live from the first one's use on; 0 leaves each where it is.
         cache: without gradients, keep the synthesised weights until the weights that they are made of change. Not

@@ -294,7 +294,7 @@ def _outside(chain: Chain, blocks: Set[str]) -> list[Chain]:
 
 
 def _is_level(chain: Chain, worth: int, lost: int) -> bool:
-    """Whether its blocks rather than what is inside them are what its author calls blocks.
+    """Whether to keep the outer level of nested chains.
 
     A class of its own is, unless twice as much can be replaced inside; a container only if less can.
     """

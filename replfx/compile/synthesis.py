@@ -24,7 +24,7 @@ def synthesize_many(previous: list[Tensor], next: list[Tensor], a: list[Tensor],
         previous: tensors of any shapes.
         next: tensors of the same shapes.
         a: for each a vector of length 1, or of the length of its first dimension.
-        b: the same.
+        b: for each a vector of length 1, or of the length of its first dimension.
 
     Example:
         >>> w = torch.ones(2, 3)

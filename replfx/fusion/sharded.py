@@ -131,7 +131,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def reshard_stale(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = None) -> None:
-    """Have FSDP shard again what the layer must not read as it stands: two things that fail without a word.
+    """Reshard neighbours whose unsharded copies would lose gradients without an error.
 
     What is whole of the block after: FSDP was told not to reshard after the last backward pass, or a forward pass
     without one came before. That block is through with its backward pass before the layer is: FSDP has reduced its

@@ -101,7 +101,7 @@ def _slot(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _like_theirs(block: nn.Module, neighbours: Sequence[nn.Module]) -> None:
-    """Give buffers the dtype of a neighbour's of their name, and statistics its values; masks and tables stay."""
+    """Copy running statistics from a neighbour, and cast other buffers to its dtype; masks and tables stay."""
     theirs = {name: buffer for side in reversed(neighbours) for name, buffer in side.named_buffers()}
     for name, mine in list(block.named_buffers()):
         path, _, leaf = name.rpartition(".")

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from replfx.api import report, transform
-from replfx.chains.policy import Choosable, policy_of
+from replfx.chains.policy import Options, policy_of
 from replfx.errors import CaptureError, FusionError, NoChainError, VerifyError
-from replfx.fusion.registry import AUTO
 from replfx.measure import Sample, Training, interleaved_times, pairwise_ratios, trainable_parameters
 from replfx.modules.copying import faithful_copy
 from replfx.modules.tree import tensors_in
@@ -110,14 +109,9 @@ def compare(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    every: int | None = None,
-    fraction: float | None = None,
-    keep: int | float | None = None,
-    select: str | Sequence[str] | None = None,
-    split_at: str | Sequence[str] | None = None,
-    fusion: Choosable = AUTO,
     repeats: int = 5,
     on_round: Callable[[], object] = lambda: None,
+    **options: Unpack[Options],
 ) -> Comparison:
     """Carry out one policy with every operator, and measure what a training step costs. Leaves the model as it is.
 
@@ -127,14 +121,9 @@ def compare(
     Args:
         model: the untransformed model, in the mode in which steps are to be timed.
         example_inputs: a batch, as for `replfx.transform`.
-        every: as for `replfx.transform`.
-        fraction: as for `replfx.transform`.
-        keep: as for `replfx.transform`.
-        select: as for `replfx.transform`.
-        split_at: as for `replfx.transform`.
-        fusion: as for `replfx.transform`.
         repeats: how many steps of each are timed.
         on_round: called after each round of steps, two of which are not timed.
+        **options: the options of `replfx.transform` that choose blocks and their fusion.
 
     Returns:
         One row for the full model, and one for every registered operator; where one fits no block, with the reason.
@@ -149,7 +138,7 @@ def compare(
         ['full', 'block', 'identity', 'light', 'mixer']
     """
     # What is wrong with it is wrong for all operators.
-    policy_of(every=every, fraction=fraction, keep=keep, select=select, split_at=split_at, fusion=fusion)
+    policy_of(**options)
     inputs = Inputs.of(example_inputs, model)
     if inputs is None:
         raise CaptureError("to compare operators replfx needs example_inputs: steps are timed on them")
@@ -161,17 +150,7 @@ def compare(
     example = ""
     for name in sorted(operators):
         try:
-            made = transform(
-                model,
-                example_inputs,
-                every=every,
-                fraction=fraction,
-                keep=keep,
-                select=select,
-                split_at=split_at,
-                fusion=fusion,
-                operator=name,
-            )
+            made = transform(model, example_inputs, **{**options, "operator": name})
         except (NoChainError, FusionError, VerifyError) as error:
             rows[name] = Compared(name, reason=str(error))
             continue

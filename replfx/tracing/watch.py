@@ -1,4 +1,4 @@
-"""What neither a proxy nor a torch function mode sees of a run: PyTorch's entrances, watched while a trace lasts.
+"""Patches for calls that neither proxies nor a TorchFunctionMode intercept; they last as long as a trace.
 
 `Function.apply`, `with torch.autocast(...)` and `with torch.inference_mode()` leave no call of a torch
 function behind. A trace that missed them would compute other values, or other gradients.
