@@ -150,7 +150,8 @@ def compare(
     example = ""
     for name in sorted(operators):
         try:
-            made = transform(model, example_inputs, **{**options, "operator": name})
+            options["operator"] = name
+            made = transform(model, example_inputs, **options)
         except (NoChainError, FusionError, VerifyError) as error:
             rows[name] = Compared(name, reason=str(error))
             continue
