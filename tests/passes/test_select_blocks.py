@@ -227,3 +227,18 @@ def test_options_travel_into_the_plan() -> None:
     assert first.operator.name == "light"
     assert first.operator.options["maps"]
     assert first.neighbour_gradient == 0.0
+
+
+@given(every=st.integers(2, 6), operator=st.sampled_from(["block", "light", "mixer", "identity"]))
+def test_one_search_serves_every_policy(every: int, operator: str) -> None:
+    found, policy = found_in(7), Policy(every=every, operator=Choice(operator))
+    refused = dict(found.refused)
+    first, again = select(found, policy), select(found, policy)
+    assert (first.plan, first.kept, first.refused, first.nothing) == (
+        again.plan,
+        again.kept,
+        again.refused,
+        again.nothing,
+    )
+    assert found.refused == refused
+    assert (first.nothing is None) == bool(first.plan.replacements)
