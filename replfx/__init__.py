@@ -1,9 +1,9 @@
-"""replfx: train deep networks with fewer of their blocks (Replacement Learning, on torch.fx).
+"""replfx: deep networks whose blocks share weights while they train (Replacement Learning, on torch.fx).
 
     model = replfx.transform(model)
 
-replaces some blocks of a model by fusion layers, which synthesise their weights from the blocks before and
-after them and own almost none; then train as before.
+replaces some of a model's blocks: they make their weights from the blocks before and after them and own almost none.
+Then train as before.
 """
 
 from replfx.api import apply, inspect, plan, report, transform

@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     inspecting.set_defaults(run=_inspect)
     showing = commands.add_parser(
         "demo",
-        help="train two models whole, with fusion layers, and with the replaced blocks deleted",
-        description="Train two models whole, with fusion layers, and with the replaced blocks deleted.",
+        help="train a small language model whole, and in the ways that replfx offers",
+        description="Train a small language model at full depth, with shared blocks, unrolled, and with blocks deleted.",
     )
     demo.add_arguments(showing)
     showing.set_defaults(run=demo.run)

@@ -1,4 +1,4 @@
-"""Calibration: start fusion layers where they imitate the blocks that they replace, by least squares."""
+"""Calibration: start replaced blocks where they imitate the blocks that they replace, by least squares."""
 
 from replfx.calibration.loop import calibrate
 

@@ -1,4 +1,4 @@
-"""The coefficients of fusion layers that are made anew for each graph, and that all graphs of a model share."""
+"""The coefficients of replaced blocks that are made anew for each graph, and that all graphs of a model share."""
 
 import warnings
 from collections.abc import Mapping, Set
@@ -47,7 +47,7 @@ class Coefficients:
 
         Args:
             path: which block it replaces.
-            layer: the fusion layer.
+            layer: the replaced block.
             own: ids of parameters that are the model's.
         """
         for name, made in list(layer.named_parameters()):

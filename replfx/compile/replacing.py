@@ -139,7 +139,7 @@ class ReplacingBackend:
         return rewritten.caller(compiled)
 
     def _rewritten(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> "_Rewritten | None":
-        """The graph with fusion layers in it; None if nothing is replaced here."""
+        """The graph with blocks replaced; None if nothing is replaced here."""
         one_graph = self._calls.note()
         sources = [source_of(node) for node in graph_module.graph.find_nodes(op="placeholder")]
         if any(
@@ -322,7 +322,7 @@ _OTHER = "this backend holds the coefficients of another model: make one with re
 
 @dataclass(frozen=True)
 class _Rewritten:
-    """A graph with fusion layers, and where the inputs of Dynamo's graph go.
+    """A graph with replaced blocks, and where the inputs of Dynamo's graph go.
 
     Attributes:
         graph_module: takes the inputs that are no parameters.

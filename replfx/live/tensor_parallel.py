@@ -1,6 +1,6 @@
 """Fusion layers under tensor parallelism: where their synthesised weights and their activation lie.
 
-A kept block's layers are given layouts by torch's `parallelize_module`. A fusion layer has no layers that own weights,
+A kept block's layers are given layouts by torch's `parallelize_module`. A replaced block has no layers that own weights,
 so `replfx.parallelize_module` notes here what they would have been given. Weights are synthesised on the neighbours'
 shards, and those that are wanted as the neighbours' lie stay where they are: nothing is gathered.
 """
@@ -27,7 +27,7 @@ __all__ = ["TensorParallel", "laid_out", "mesh_of_activation", "refuse_unprepare
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a fusion layer runs on a one-dimensional mesh of processes that share its work.
+    """How a replaced block runs on a one-dimensional mesh of processes that share its work.
 
     Attributes:
         mesh: these processes.
