@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     showing = commands.add_parser(
         "demo",
         help="train a small language model whole, and in the ways that replfx offers",
-        description="Train a small language model at full depth, with shared blocks, unrolled, and with blocks deleted.",
+        description="Train a small language model at full depth, shared, unrolled, and with blocks deleted.",
     )
     demo.add_arguments(showing)
     showing.set_defaults(run=demo.run)

@@ -1,6 +1,6 @@
-"""Fusion layers under tensor parallelism: where their synthesised weights and their activation lie.
+"""Replaced blocks under tensor parallelism: where their synthesised weights and their activation lie.
 
-A kept block's layers are given layouts by torch's `parallelize_module`. A replaced block has no layers that own weights,
+A kept block's layers are given layouts by torch's `parallelize_module`. A replaced block owns no weights,
 so `replfx.parallelize_module` notes here what they would have been given. Weights are synthesised on the neighbours'
 shards, and those that are wanted as the neighbours' lie stay where they are: nothing is gathered.
 """
