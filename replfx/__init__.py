@@ -6,6 +6,7 @@ replaces some of a model's blocks: they make their weights from the blocks befor
 Then train as before.
 """
 
+import replfx.interrupted  # noqa: F401 (first, for Ctrl-C while torch is imported)
 from replfx.api import apply, inspect, plan, report, transform
 from replfx.backends import backend
 from replfx.calibration import calibrate
@@ -23,6 +24,7 @@ from replfx.errors import (
     VerifyError,
 )
 from replfx.fusion import Choice, Fusion, Interface, register_fusion
+from replfx.integrations.pretrained import from_pretrained
 from replfx.live.stages import check_stage
 from replfx.operators import Match, Operator, Site, Source, register_operator
 from replfx.plans import Plan, Replacement
@@ -70,6 +72,7 @@ __all__ = [
     "check_ranks",
     "check_stage",
     "draw",
+    "from_pretrained",
     "inspect",
     "load_state_dict",
     "materialize",

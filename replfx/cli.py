@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import replfx
-from replfx import demo
+from replfx import demo, interrupted
 from replfx.errors import ReplfxError
 from replfx.fusion.registry import AUTO
 from replfx.reports.report import Report
@@ -19,8 +19,6 @@ from replfx.show.named_models import Named, UsersError
 
 __all__ = ["main"]
 
-_STOPPED = 130  # what shells give for a command that Ctrl-C ended
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -28,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 after an error of replfx or in the user's factory; 2 for a wrong call; 130 after Ctrl-C.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    interrupted.raise_from_here_on()
     try:
+        args = _parser().parse_args(argv)
         return int(args.run(args))
     except ReplfxError as error:
         print(f"replfx: {error}", file=sys.stderr)
@@ -39,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"replfx: {args.model} raised:\n{_users_frames(error.__cause__)}", file=sys.stderr, end="")
         return 1
     except KeyboardInterrupt:
-        print("replfx: stopped by Ctrl-C", file=sys.stderr)
-        return _STOPPED
+        print(interrupted.MESSAGE, file=sys.stderr)
+        return interrupted.EXIT_STATUS
 
 
 def _users_frames(error: BaseException | None) -> str:

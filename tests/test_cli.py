@@ -1,13 +1,16 @@
 """The command line, called as a user calls it."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import replfx
 from replfx.cli import main
 
 
@@ -223,3 +226,33 @@ def test_compare_has_a_row_for_each_operator(capsys):
     assert "give --input" in capsys.readouterr().err
     assert main([*argv, "--all"]) == 1
     assert "leave --draw and --all out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "begin", [["-m", "replfx"], ["-c", "import sys; sys.argv[0] = 'bin/replfx'; import replfx.cli"]]
+)
+def test_ctrl_c_while_torch_is_imported_ends_in_one_line(begin, tmp_path):
+    """A torch that catches every exception, as some packages do while they are imported."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept:\n    pass\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(replfx.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, *begin], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "replfx: stopped by Ctrl-C\n")
+
+
+def test_importing_replfx_leaves_ctrl_c_to_the_program():
+    code = "import signal, replfx; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_the_demo_prints_what_it_writes(tmp_path, capsys):
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 200)
+    argv = ["demo", "--quick", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--json"]
+    assert main(argv) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert [result["variant"] for result in printed["results"]][0] == "full depth"

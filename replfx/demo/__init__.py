@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps: does it run at all?")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON; the files are written too")
 
 
 def _positive(text: str) -> int:

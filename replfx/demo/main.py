@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 
 import torch
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     text = load(args.text)
     seeds, steps, rounds = (1, 24, 3) if args.quick else (args.seeds, args.steps, ROUNDS)
-    console = Console()
+    console = Console(stderr=args.json)
     runs: dict[str, list[Run]] = {variant.name: [] for variant in VARIANTS}
     with _progress(console) as progress:
         task = progress.add_task("", total=len(VARIANTS) * seeds * steps + rounds + WARMUP)
@@ -53,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
         "seeds": seeds,
         "variants": [asdict(variant) for variant in VARIANTS],
     }
-    console.print(results.table(rows, text.name, steps))
-    for path in results.write(rows, config, environment(device), args.out):
+    record = results.record(rows, config, environment(device))
+    if args.json:
+        print(json.dumps(record, indent=2))
+    else:
+        console.print(results.table(rows, text.name, steps))
+    for path in results.write(rows, record, args.out):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 

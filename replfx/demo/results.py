@@ -77,12 +77,9 @@ def table(rows: Sequence[Row], name: str, steps: int) -> Table:
     return result
 
 
-def write(
-    rows: Sequence[Row], config: Mapping[str, object], environment: Mapping[str, object], folder: Path
-) -> list[Path]:
-    """Write ``demo.json`` and ``demo.png`` to the folder; returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
+def record(rows: Sequence[Row], config: Mapping[str, object], environment: Mapping[str, object]) -> dict[str, object]:
+    """All figures, ready for JSON."""
+    return {
         "config": config,
         "environment": environment,
         "results": [
@@ -90,8 +87,15 @@ def write(
             for row in rows
         ],
     }
+
+
+def write(rows: Sequence[Row], record: Mapping[str, object], folder: Path) -> list[Path]:
+    """Write ``demo.json`` and ``demo.png`` to the folder; returns where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
     data, picture = folder / "demo.json", folder / "demo.png"
     data.write_text(json.dumps(record, indent=2) + "\n")
+    config = record["config"]
+    assert isinstance(config, Mapping)
     _plot(rows, str(config["text"]), picture)
     return [data, picture]
 

@@ -1,1 +1,1 @@
-"""Callbacks for training loops of others; each module needs the package that it is named after."""
+"""Callbacks for training loops of others, and folders of transformers; each needs the package that it is for."""

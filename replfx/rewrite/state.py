@@ -15,6 +15,7 @@ from replfx.modules.paths import head_of
 from replfx.modules.structure import trainable_parameters
 from replfx.plans import Plan
 from replfx.reports.report import Report, without
+from replfx.rewrite.saving import keep_plan_on_saving, stop_keeping_plan
 
 __all__ = [
     "Placement",
@@ -110,6 +111,7 @@ def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     _memory(model)[_ATTRIBUTE] = Transformed(
         plan, report, {r.path: syntheses[head_of(model, r.path)] for r in plan.replacements}, *hooks
     )
+    keep_plan_on_saving(model)
 
 
 def forget(model: nn.Module, paths: Collection[str]) -> bool:
@@ -135,6 +137,7 @@ def _unmark(model: nn.Module) -> None:
     model._load_state_dict_pre_hooks.pop(state_of(model).guard.id, None)
     model._forward_pre_hooks.pop(state_of(model).first.id, None)
     del _memory(model)[_ATTRIBUTE]
+    stop_keeping_plan(model)
 
 
 def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -264,8 +267,7 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
     if foreign:
         raise StateDictError(
             f"the state_dict has `{min(foreign)}`, this model has not: it was saved under another plan, or under other "
-            "names, as transformers' save_pretrained does without save_original_format=False. Save "
-            "replfx.report(model) or the plan's to_json() beside the weights, and use replfx.apply"
+            "names. Save replfx.plan_of(model).to_json() beside the weights, and use replfx.apply"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from replfx import interrupted
 from replfx.errors import ReplfxError
 from replfx.tracing import ExampleInputs
 
@@ -244,7 +245,8 @@ def _folder_on_path() -> Iterator[None]:
 
 def _extra(module: str, extra: str) -> Any:
     try:
-        return importlib.import_module(module)
+        with interrupted.ending_at_once():
+            return importlib.import_module(module)
     except ImportError as error:
         raise ReplfxError(f"this needs {module.partition('.')[0]}: pip install 'replfx[{extra}]'") from error
 
