@@ -234,7 +234,8 @@ def test_compare_has_a_row_for_each_operator(capsys):
 def test_ctrl_c_while_torch_is_imported_ends_in_one_line(begin, tmp_path):
     """A torch that catches every exception, as some packages do while they are imported."""
     (tmp_path / "torch.py").write_text(
-        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept:\n    pass\n"
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\nexcept:\n    pass\n"
     )
     paths = os.pathsep.join([str(tmp_path), str(Path(replfx.__file__).parents[1])])
     done = subprocess.run(
@@ -255,4 +256,4 @@ def test_the_demo_prints_what_it_writes(tmp_path, capsys):
     assert main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert [result["variant"] for result in printed["results"]][0] == "full depth"
+    assert printed["results"][0]["variant"] == "full depth"

@@ -183,7 +183,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(replfx.ReplfxError, match=r"there is no .*config\.json"):
         replfx.from_pretrained(tmp_path)
     model = transformed("gpt2")
-    with pytest.raises(replfx.ReplfxError, match=r"then call model\.push_to_hub"):
+    with pytest.raises(replfx.ReplfxError, match=r"call model\.push_to_hub"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     model.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"

@@ -247,7 +247,7 @@ def test_transformers_trainer_unrolls_and_goes_on(tmp_path: Path, at: float) -> 
 
 
 def test_transformers_trainer_where_transformers_renames_weights(tmp_path: Path) -> None:
-    """A transformed model is saved under the names that it has; of an untransformed one the Trainer loads none (5.24)."""
+    """A transformed model is saved under the names that it has. Of a plain one the Trainer loads none (5.24)."""
     plan = replfx.plan(vit(0), {key: value[None] for key, value in Pictures()[0].items()})
     start = weights_of(replfx.apply(vit(0), plan))
     whole, _ = transformers_run(replfx.apply(vit(0), plan), Pictures(), tmp_path / "whole", plan)
