@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import step
+from benchmarks import redraw, step
 from benchmarks.accuracy import command as accuracy
 from benchmarks.compiling import command as compiling
 from benchmarks.inference import command as inference
@@ -22,6 +22,7 @@ COMMANDS = {
     "accuracy": accuracy,
     "transfer": transfer,
     "zoo": zoo,
+    "redraw": redraw,
 }
 
 

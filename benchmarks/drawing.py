@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from benchmarks import names
 from replfx.measure import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Compared(Protocol):
@@ -40,31 +45,60 @@ def write_files(
     return [data, table, picture]
 
 
-def plot_ratios(groups: Mapping[str, Sequence[Compared]], label: str, path: Path) -> None:
-    """Plot medians and quartiles of the ratios, one axis a group, four in a row."""
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure with a title, to be saved; no window is opened."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row.variant for rows in groups.values() for row in rows))
-    columns, lines = min(4, len(groups)), -(-len(groups) // 4)
-    size = (max(6.5, 3.6 * columns), lines * max(3.4, 0.35 * len(names)))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="large")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG."""
+    figure.savefig(path, dpi=130)
+
+
+def list_rows(ax: Axes, texts: Sequence[str]) -> None:
+    """Give each text a line of its own on the vertical axis, the first on top."""
+    ax.set_yticks(range(len(texts)), texts)
+    ax.set_ylim(len(texts) - 0.4, -0.6)
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_axisbelow(True)
+
+
+def plot_ratio(ax: Axes, ratio: Sample, place: float, **style: Any) -> None:
+    """A ratio's median as a point, and its quartiles as a bar."""
+    middle, (lower, upper) = ratio.median, ratio.quartiles
+    spread = [[middle - lower], [upper - middle]]
+    ax.errorbar(middle, place, xerr=spread, **{"fmt": "o", "color": "C0", "capsize": 3, "markersize": 5, **style})
+
+
+def mark_missing(ax: Axes, place: float) -> None:
+    """Say of a variant that the model's blocks do not have it."""
+    ax.annotate("does not fit these blocks", (0.02, place), va="center", color="gray", fontsize="small")
+
+
+def plot_ratios(groups: Mapping[str, Sequence[Compared]], title: str, label: str, path: Path) -> None:
+    """Plot medians and quartiles of the ratios, one axis a group, four in a row."""
+    found = list(dict.fromkeys(row.variant for rows in groups.values() for row in rows))
+    columns, lines = min(4, len(groups)), -(-len(groups) // 4)
+    figure = new_figure(2.2 + 3.2 * columns, 0.7 + lines * (0.9 + 0.27 * len(found)), title)
     axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for ax in axes[len(groups) :]:
         ax.remove()
-    for ax, (title, rows) in zip(axes, groups.items(), strict=False):
+    for ax, (name, rows) in zip(axes, groups.items(), strict=False):
         for row in rows:
-            place = names.index(row.variant)
+            place = found.index(row.variant)
             if row.ratio is None:
-                ax.annotate("n/a", (0.05, place), va="center", color="gray")
-                continue
-            middle, (lower, upper) = row.ratio.median, row.ratio.quartiles
-            ax.errorbar(middle, place, xerr=[[middle - lower], [upper - middle]], fmt="o", color="C0", capsize=3)
-        ax.set(title=title, xlabel=label, yticks=range(len(names)))
-        ax.set_yticklabels(names)
+                mark_missing(ax, place)
+            else:
+                plot_ratio(ax, row.ratio, place)
+        list_rows(ax, [names.variant(each) for each in found])
+        ax.set_title(name, fontsize="medium")
         ax.set_xlim(left=0)
         ax.axvline(1, color="gray", linewidth=0.8)
-        ax.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=130)
+    figure.supxlabel(label, fontsize="medium")
+    save(figure, path)

@@ -6,12 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.drawing import markdown, write_files
+from benchmarks import names
+from benchmarks.drawing import list_rows, mark_missing, markdown, new_figure, plot_ratio, save, write_files
 from replfx.measure import MIB, Sample, StepCost
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HEADS = (
     "model",
@@ -104,43 +109,49 @@ def write(
     """Write ``step.json``, ``step.md`` and ``step.png`` to the folder; returns where they are."""
     record = {"config": config, "environment": environment, "results": [row.to_dict() for row in rows]}
     text = markdown(HEADS, [cells(row) for row in rows])
-    return write_files(folder, "step", record, text, lambda path: _plot(rows, path))
+    return write_files(folder, "step", record, text, lambda path: plot(record, path))
 
 
-def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Plot each variant's time and memory as a share of full's, one axis a model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+MEASURES = (
+    ("step time, median and quartiles", "o", -0.25),
+    ("peak memory", "s", 0.0),
+    ("saved activations", "^", 0.25),
+)
+"""What the plot shows of each variant: its name, its marker, and how far below the row's middle it is."""
 
-    models = {m: list(group) for m, group in groupby(rows, key=lambda row: row.model)}
-    figure = Figure(figsize=(max(6.5, 4.2 * len(models)), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Plot each variant's time and memory as a share of full's, one axis a model, from what `write` records."""
+    models = {m: list(group) for m, group in groupby(record["results"], key=lambda row: row["model"])}
+    variants = list(dict.fromkeys(row["variant"] for row in record["results"]))
+    config = record["config"]
+    parts = f", {config['accumulate']} micro-batches a step" if config.get("accumulate", 1) > 1 else ""
+    title = f"Cost of a training step over full depth's ({names.setting(config)}{parts})"
+    figure = new_figure(2.2 + 3.2 * len(models), 1.5 + 0.42 * len(variants), title)
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for ax, (model, group) in zip(axes, models.items(), strict=True):
-        for place, row in enumerate(group):
-            if row.time_ratio is None:
-                ax.annotate("n/a", (0.05, place), va="center", color="gray")
-                continue
-            middle, (lower, upper) = row.time_ratio.median, row.time_ratio.quartiles
-            spread = [[middle - lower], [upper - middle]]
-            label = place == 0
-            ax.errorbar(
-                middle,
-                place,
-                xerr=spread,
-                fmt="o",
-                color="C0",
-                capsize=3,
-                label="step time" if label else None,
-            )
-            ax.plot(row.peak_ratio, place, "s", color="C1", label="peak memory" if label else None)
-            ax.plot(row.saved_ratio, place, "^", color="C2", label="saved activations" if label else None)
-        ax.set(title=model, xlabel="share of full", yticks=range(len(group)))
-        ax.set_yticklabels([row.variant for row in group])
+        for row in group:
+            _plot_row(ax, row, variants.index(row["variant"]))
+        batch = config.get("batch", {}).get(model)
+        list_rows(ax, [names.variant(name) for name in variants])
+        ax.set_title(names.model(model) + (f", batch {batch}" if batch else ""), fontsize="medium")
         ax.set_xlim(left=0)
+        ax.set_xlabel("share of full depth's")
         ax.axvline(1, color="gray", linewidth=0.8)
-        ax.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
     # Outside of the axes, where it covers no point.
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=130)
+    handles = [
+        axes[0].plot([], [], marker, color=f"C{index}", label=label)[0]
+        for index, (label, marker, _) in enumerate(MEASURES)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    save(figure, path)
+
+
+def _plot_row(ax: Axes, row: Mapping[str, Any], place: int) -> None:
+    if "step_over_full" not in row:
+        mark_missing(ax, place)
+        return
+    (_, marker, below), *others = MEASURES
+    plot_ratio(ax, Sample.from_dict(row["step_over_full"]), place + below, fmt=marker)
+    for index, ((_, marker, below), key) in enumerate(zip(others, ("peak", "saved"), strict=True), 1):
+        ax.plot(row[f"{key}_over_full"], place + below, marker, color=f"C{index}", markersize=5)

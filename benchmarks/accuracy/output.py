@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import names
 from benchmarks.accuracy.report import Row, difference_text
 from benchmarks.accuracy.tasks import Metric
-from benchmarks.drawing import markdown, write_files
+from benchmarks.drawing import list_rows, markdown, new_figure, save, write_files
 from replfx.measure import MIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HEADS = (
     "variant",
@@ -105,7 +109,7 @@ def write(
     heads = [head.format(metric=metric.name) for head in HEADS]
     text = markdown(heads, [cells(row) for row in rows], words=1) + _depth(rows, metric)
     stem = name.replace("/", "-")
-    return write_files(out, stem, document, text, lambda path: _plot(rows, name, metric, path), indent=1)
+    return write_files(out, stem, document, text, lambda path: plot(rows, name, metric, path), indent=1)
 
 
 def _depth(rows: Sequence[Row], metric: Metric) -> str:
@@ -120,27 +124,65 @@ def _depth(rows: Sequence[Row], metric: Metric) -> str:
     return "".join(f"\n{line}" for line in lines)
 
 
-def _plot(rows: Sequence[Row], name: str, metric: Metric, path: Path) -> None:
-    """Plot the metric against training time: the mean over the seeds, and the spread at the end."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot(rows: Sequence[Row], name: str, metric: Metric, path: Path) -> None:
+    """Plot the metric against training time, and at the end: means over the seeds, and standard deviations.
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    for index, row in enumerate(row for row in rows if row.curves):
-        points = list(zip(*row.curves.values(), strict=True))
-        times = [mean(point["seconds"] for point in at_once) for at_once in points]
-        means = [mean(point["metric"] for point in at_once) for at_once in points]
-        colour = f"C{index % 10}"
-        ax.plot(times, means, color=colour, linestyle=("-", "--", ":")[index // 10 % 3], label=row.variant, linewidth=1)
-        ax.errorbar(times[-1], means[-1], yerr=row.deviation or 0, fmt="o", color=colour, markersize=5, capsize=3)
-    clocks = "training time, s"
-    ax.set(xlabel=clocks, ylabel=metric.name, title=name)
-    if not metric.higher_is_better:
-        ax.set_yscale("log")
-    ax.set_xlim(left=0)
-    ax.grid(alpha=0.3)
-    # Outside of the axes, where it covers no point.
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(path, dpi=130)
+    A variant has one colour in both, so that the list on the right is the legend.
+    """
+    shown = [row for row in rows if row.metrics]
+    height = max(4.0, 1.3 + 0.26 * len(shown))
+    seeds = sorted({len(row.metrics) for row in shown})
+    counted = f"{seeds[0]}{f'–{seeds[-1]}' if len(seeds) > 1 else ''} seed{'' if seeds == [1] else 's'}"
+    figure = new_figure(12.5, height, f"{names.subject(name)}, {counted}")
+    curves, ends = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    for place, row in enumerate(shown):
+        colour = _colour(row.variant, place)
+        if row.curves:
+            _plot_curve(curves, row, colour)
+        ends.errorbar(mean(row.metrics.values()), place, xerr=row.deviation or 0, fmt="o", color=colour, capsize=3)
+    list_rows(ends, [names.variant(row.variant) for row in shown])
+    for place, label in enumerate(ends.get_yticklabels()):
+        label.set_color(_colour(shown[place].variant, place))
+    ends.yaxis.tick_right()
+    better = "higher" if metric.higher_is_better else "lower"
+    ends.set_xlabel(f"{metric.name} ({better} is better)")
+    ends.set_title("at the end: mean and standard deviation", fontsize="medium")
+    curves.set(xlabel="training time, s", ylabel=metric.name)
+    curves.set_title("on the way: mean", fontsize="medium")
+    curves.set_xlim(left=0)
+    _leave_the_start_out(curves, shown, metric)
+    curves.grid(alpha=0.3)
+    save(figure, path)
+
+
+def _colour(variant: str, place: int) -> Any:
+    """Black and grey for the bounds; the others are told apart."""
+    if variant in ("full", "removed"):
+        return "black" if variant == "full" else "gray"
+    from matplotlib import colormaps
+
+    told_apart = [  # without its greys
+        colour for index, colour in enumerate(colormaps["tab20"](range(20))) if index not in (14, 15)
+    ]
+    return told_apart[place % len(told_apart)]
+
+
+def _plot_curve(ax: Axes, row: Row, colour: Any) -> None:
+    points = list(zip(*row.curves.values(), strict=True))
+    times = [mean(point["seconds"] for point in at_once) for at_once in points]
+    means = [mean(point["metric"] for point in at_once) for at_once in points]
+    width = 2.0 if row.variant in ("full", "removed") else 1.2
+    ax.plot(times, means, color=colour, linewidth=width, marker="o", markersize=2.5)
+    ax.errorbar(times[-1], means[-1], yerr=row.deviation or 0, fmt="o", color=colour, markersize=5, capsize=3)
+
+
+def _leave_the_start_out(ax: Axes, rows: Sequence[Row], metric: Metric) -> None:
+    """Of a loss, which falls steeply at first: the differences at the end would not be seen."""
+    if metric.higher_is_better:
+        return
+    every = [[point["metric"] for point in curve] for row in rows for curve in row.curves.values()]
+    if not every:
+        return
+    lowest = min(map(min, every))
+    early = sorted(curve[min(2, len(curve) - 1)] for curve in every)[len(every) // 2]
+    ax.set_ylim(lowest - 0.08 * (early - lowest), early + 0.25 * (early - lowest))

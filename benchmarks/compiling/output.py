@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import names
 from benchmarks.drawing import markdown, plot_ratios
 from replfx.measure import MIB, Sample, StepCost
 
@@ -132,7 +134,7 @@ def write(
     """Write ``compile.json``, ``compile.md`` and ``compile.png`` to the folder; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text, picture = (folder / f"compile.{ending}" for ending in ("json", "md", "png"))
-    record = {
+    record: dict[str, Any] = {
         "environment": stamps,
         "steps": [row.to_dict() for row in steps],
         "kernels": [asdict(row) for row in kernels],
@@ -141,7 +143,24 @@ def write(
     parts = [(STEP_HEADS, [row.cells() for row in steps]), (KERNEL_HEADS, [row.cells() for row in kernels])]
     text.write_text("\n".join(markdown(heads, rows) for heads, rows in parts if rows))
     if any(row.ratio for row in steps):
-        groups = {model: list(rows) for model, rows in groupby(steps, key=lambda row: row.model)}
-        plot_ratios(groups, "step / Inductor full", picture)
+        plot(record, picture)
         return [data, text, picture]
     return [data, text]
+
+
+@dataclass(frozen=True)
+class _Point:
+    variant: str
+    ratio: Sample | None
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Plot step times over those of full under Inductor, one axis a model, from what `write` records."""
+    key = "step_over_inductor_full"
+    points = [
+        (row["model"], _Point(row["variant"], Sample.from_dict(row[key]) if key in row else None))
+        for row in record["steps"]
+    ]
+    groups = {names.model(m): [point for _, point in rows] for m, rows in groupby(points, key=lambda pair: pair[0])}
+    title = f"Training step over full depth's under Inductor ({record['environment']['device'].upper()})"
+    plot_ratios(groups, title, "step time / full depth's under Inductor: median and quartiles", path)

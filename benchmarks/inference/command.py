@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = partial(model_names, known=SUBJECTS)
     add("--models", type=names, default=list(SUBJECTS), metavar="NAME,…", help=f"of {', '.join(SUBJECTS)} (all)")
-    add("--operators", type=_words, default=["block", "light"], metavar="NAME,…", help="of the blocks (block,light)")
+    add("--operators", type=_words, default=["block", "mixer", "light"], metavar="NAME,…", help="of the blocks (all)")
     add_device_argument(parser)
     add("--bf16", action="store_true", help="weights and images in bfloat16")
     add("--every", type=int, default=2, metavar="K", help="replace every K-th block")

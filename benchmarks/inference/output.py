@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import names
 from benchmarks.drawing import markdown, plot_ratios, write_files
 from replfx.measure import MIB, Sample
 
@@ -98,6 +100,23 @@ def write(
 ) -> list[Path]:
     """Write ``inference.json``, ``inference.md`` and ``inference.png`` to the folder; returns where they are."""
     record = {"config": config, "environment": environment, "results": [row.to_dict() for row in rows]}
-    groups = {title: list(group) for title, group in groupby(rows, key=_title)}
     text = markdown(HEADS, [row.cells() for row in rows])
-    return write_files(folder, "inference", record, text, lambda path: plot_ratios(groups, "latency / full", path))
+    return write_files(folder, "inference", record, text, lambda path: plot(record, path))
+
+
+@dataclass(frozen=True)
+class _Point:
+    variant: str
+    ratio: Sample | None
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Plot the latencies over full's, one axis for each model and batch size, from what `write` records."""
+    groups: dict[str, list[_Point]] = {}
+    for row in record["results"]:
+        ratio = Sample.from_dict(row["latency_over_full"]) if "latency_over_full" in row else None
+        groups.setdefault(f"{names.model(row['model'])}, batch {row['batch']}", []).append(
+            _Point(row["variant"], ratio)
+        )
+    title = f"Latency of a trained model over full depth's ({names.setting(record['config'])})"
+    plot_ratios(groups, title, "latency / full depth's: median and quartiles", path)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.drawing import markdown, write_files
+from benchmarks import names
+from benchmarks.drawing import list_rows, markdown, new_figure, plot_ratio, save, write_files
 from benchmarks.scale.subjects import MODELS, TOWERS
 from benchmarks.scale.trial import PHASES, Memory, Timing
 from replfx.measure import MIB, Sample, pairwise_ratios
@@ -270,31 +271,27 @@ def tables(results: Results) -> Iterator[Table]:
 def write(results: Results, folder: Path) -> list[Path]:
     """Write ``scale.json``, ``scale.md`` and ``scale.png`` to the folder; returns where they are."""
     text = "\n".join([*(markdown(*grid) for grid in _grids(results)), f"{CAPTION}.\n"])
-    plot = partial(_plot, results.models, results.growths)
-    return write_files(folder, NAME, results.to_dict(), text, plot)
+    draw = partial(plot, results.models, results.growths)
+    return write_files(folder, NAME, results.to_dict(), text, draw)
 
 
 # ---- plot
 
 
-def _plot(models: Sequence[ModelRow], growths: Sequence[Growth], path: Path) -> None:
+def plot(models: Sequence[ModelRow], growths: Sequence[Growth], path: Path) -> None:
     """Plot growth with and without inputs, log–log, and what the phases cost in steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(16, 5.2, "What the transformation itself costs (one CPU core)")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     axes[1].sharey(axes[0])
     for ax, inputs in zip(axes, (True, False), strict=False):
         _plot_growth(ax, [growth for growth in growths if growth.inputs is inputs])
-        ax.set_title(f"transform {_inputs(inputs)} example inputs")
+        ax.set_title(f"transform {_inputs(inputs)} example inputs", fontsize="medium")
     _plot_steps(axes[2], models)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
 
 
 def _plot_growth(ax: Axes, growths: Sequence[Growth]) -> None:
-    ax.set(xscale="log", yscale="log", xlabel="blocks", ylabel="CPU seconds")
+    ax.set(xscale="log", yscale="log", xlabel="blocks of the model", ylabel="CPU seconds")
     ax.grid(which="major", alpha=0.3)
     towers = list(TOWERS)
     for growth in growths:
@@ -324,11 +321,11 @@ def _plot_steps(ax: Axes, models: Sequence[ModelRow]) -> None:
             width = row.phase_in_steps(phase)
             ax.barh(place, width, left=left, color=f"C{index}", label=phase if place == 0 else None)
             left += width
-        ax.annotate(f" {row.in_steps.median:.2f}", (left, place), va="center", fontsize="small")
-    ax.set(title="each phase, and transform as a whole", xlabel="CPU time / that of a training step of the model")
-    ax.set_yticks(range(len(models)), [f"{row.model}, {_inputs(row.inputs)}" for row in models])
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
-    ax.grid(axis="x", alpha=0.3)
+        whole = row.in_steps
+        plot_ratio(ax, whole, place, fmt="D", color="black", markersize=4, label="transform" if place == 0 else None)
+    ax.set_title("each phase; transform as a whole: median and quartiles", fontsize="medium")
+    ax.set_xlabel("CPU time / that of a training step of the model")
+    list_rows(ax, [f"{names.model(row.model)}, {_inputs(row.inputs)} inputs" for row in models])
+    ax.set_xlim(left=0)
     if models:
         ax.legend(fontsize="small")

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks import names
 from benchmarks.accuracy.report import Difference, difference_text
+from benchmarks.drawing import list_rows, new_figure, save
+
+BOUNDS = ("full", "removed")
 
 HEADS = (
     "variant",
@@ -57,19 +61,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy after fine-tuning, a bar a variant with its standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    names = [row.variant for row in reversed(rows)]
-    axes.errorbar(
-        [row.after[0] for row in reversed(rows)],
-        names,
-        xerr=[row.after[1] or 0.0 for row in reversed(rows)],
-        fmt="o",
-        capsize=4,
+    """Accuracy after fine-tuning, a point a variant with its standard deviation."""
+    figure = new_figure(
+        8, 1.2 + 0.35 * len(rows), "Blocks of a pretrained ResNet replaced, then fine-tuned on other classes"
     )
-    axes.set_xlabel("accuracy on the other five classes, % (mean ± standard deviation)")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    ax = figure.subplots()
+    for place, row in enumerate(rows):
+        ax.errorbar(row.after[0], place, xerr=row.after[1] or 0.0, fmt="o", color="C0", capsize=4)
+    list_rows(ax, [names.variant(row.variant) if row.variant in BOUNDS else row.variant for row in rows])
+    ax.set_xlabel("accuracy on the other five classes, % (mean and standard deviation over the seeds)")
+    save(figure, path)
