@@ -126,7 +126,7 @@ def _from_torchvision(name: str) -> Named:
 
 def _from_transformers(name: str, fields: dict[str, object]) -> Named:
     """A model of a configuration's class, by the type of the configuration ("gpt2") or the model's class."""
-    transformers = _extra("transformers", "zoo")
+    transformers = _extra("transformers", "transformers")
     known = transformers.CONFIG_MAPPING
     kind: Any = getattr(transformers, name, None)
     configuration = getattr(kind, "config_class", None)
