@@ -33,7 +33,7 @@ def test_an_amount_is_short_and_right_to_three_digits(number):
 
 
 def test_bytes_and_changes():
-    assert [mebibytes(n) for n in (0, 2**20, 12_345_678, 2**30)] == ["0.00", "1.00", "11.8", "1,024"]
+    assert [mebibytes(n) for n in (0, 1000, 2**20, 12_345_678, 2**30)] == ["0.00", "<0.01", "1.00", "11.8", "1,024"]
     assert [change(4, 3), change(4, 5), change(0, 5)] == ["−25.0 %", "+25.0 %", "+0.0 %"]
 
 

@@ -34,8 +34,13 @@ def amount(number: float) -> str:
 
 
 def mebibytes(count: int) -> str:
-    """Bytes in mebibytes, without the unit."""
-    return _three_digits(count / 2**20)
+    """Bytes in mebibytes, without the unit.
+
+    Example:
+        >>> mebibytes(3 * 2**20), mebibytes(1000)
+        ('3.00', '<0.01')
+    """
+    return "<0.01" if 0 < count < 0.005 * 2**20 else _three_digits(count / 2**20)
 
 
 def _three_digits(number: float) -> str:
