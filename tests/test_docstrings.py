@@ -22,6 +22,7 @@ ELSEWHERE = {
     "replfx.distributed.parallel.parallelize_module": "tests/distributed/test_tensor_parallel.py",
     "replfx.distributed.ranks.check_ranks": "tests/distributed/test_plans_of_ranks.py",
     "replfx.integrations.lightning.Unroll": "tests/integrations/test_trainers.py",
+    "replfx.integrations.pretrained.from_pretrained": "tests/integrations/test_pretrained.py",
     "replfx.integrations.transformers.Unroll": "tests/integrations/test_trainers.py",
 }
 """Examples that need several processes or a trainer, and the test that does the same."""
