@@ -36,6 +36,8 @@ def test_version_is_the_one_in_pyproject() -> None:
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert version("replfx") == declared == replfx.__version__
+    assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{declared}]\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.slow
