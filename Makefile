@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: env demo test lint benchmark-step clean
+.PHONY: env demo docs test lint benchmark-step clean
 
 env: $(STAMP)
 
@@ -16,6 +16,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m replfx demo $(ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -29,5 +32,5 @@ benchmark-step: $(STAMP)
 	$(BIN)/python -m benchmarks step $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info replfx-demo replfx-benchmarks
+	rm -rf $(VENV) build dist site *.egg-info replfx-demo replfx-benchmarks
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

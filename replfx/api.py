@@ -41,6 +41,8 @@ def transform(
 ) -> nn.Module:
     """Replace some of a model's blocks: they own almost no parameters, and synthesise them from the blocks beside them.
 
+    After any error the model is as it was, also with `inplace=True`.
+
     Args:
         model: any module with a chain of at least three blocks of one kind.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Needed only where
@@ -80,7 +82,6 @@ def transform(
         PlanError: an impossible selection or split, a plan for another model, a model that is transformed already.
         FusionError: an unknown fusion or operator, one that does not fit, or weights that are not finite.
         CalibrationError: as `replfx.calibrate` raises it; or `calibrate=` with `inplace=True`.
-        The model is left as it was, also with `inplace=True`.
 
     Example:
         >>> model = replfx.transform(timm.create_model("vit_tiny_patch16_224"))
@@ -196,7 +197,7 @@ def plan(
     """The plan that `transform` with the same options would carry out. Changes nothing.
 
     Raises:
-        As `transform` does.
+        ReplfxError: as `transform` raises it.
 
     Example:
         >>> plan = replfx.plan(model, every=3)

@@ -31,8 +31,10 @@ class Fusion(nn.Module):
 
     Args:
         shapes: shape of each synthesised parameter, by name; both neighbours' have the same.
-        dtype, device: where coefficients are to live.
-        **options: the fusion's own options, plain JSON values.
+        dtype: of the coefficients.
+        device: of the coefficients.
+
+    A subclass takes its own options as further keyword arguments, plain JSON values.
 
     Attributes:
         elementwise: each element of θ comes from the same element of both neighbours alone, so that the fusion can

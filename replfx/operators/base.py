@@ -110,7 +110,8 @@ class Operator(nn.Module):
     Args:
         block: the block to replace; an operator copies what it keeps of it, and never changes it.
         interface: how the block is called.
-        **options: what `match` found, plain JSON values.
+
+    A subclass takes what its `match` found as further keyword arguments, plain JSON values.
 
     Attributes:
         sources: which parameters are synthesised, by the names that `forward` gets them under.
