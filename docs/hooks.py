@@ -13,10 +13,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-BORROWED = {
+BORROWED = {path.name: path.name for path in ROOT.glob("*.md")} | {
     "README.md": "index.md",
-    "CONTRIBUTING.md": "CONTRIBUTING.md",
-    "CHANGELOG.md": "CHANGELOG.md",
     "benchmarks/README.md": "benchmarks/about.md",  # an index would stand for the whole section in the navigation
 }
 """Path in the repository → path in the site, for pages outside of docs/."""
@@ -29,7 +27,8 @@ _CODE = re.compile(r"^(```.*?^```[^\n]*\n)", re.DOTALL | re.MULTILINE)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies outside of docs/."""
     results = [path for path in ROOT.glob("benchmarks/results/**/*") if path.suffix in (".md", ".png", ".json")]
-    for path in [*map(ROOT.joinpath, BORROWED), *results]:
+    examples = [path for path in ROOT.glob("examples/*") if path.suffix in (".py", ".ipynb")]
+    for path in [*map(ROOT.joinpath, BORROWED), *results, *examples]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, BORROWED.get(name, name), abs_src_path=str(path)))
     return files
