@@ -32,7 +32,7 @@ def text(count: int = 400) -> Text:
     return Text(ids, ids[:100], ids[100:200], vocabulary=17, context=8, perplexity=False)
 
 
-def resnet(depth: int = 26, **recipe: object) -> Subject:
+def resnet(depth: int = 20, **recipe: object) -> Subject:
     made = Recipe(**{"steps": 6, "batch": 4, "optimizer": "sgd", "learning_rate": 0.05, "evaluations": 3, **recipe})  # type: ignore[arg-type]
     task = Task("resnet", _unread, ACCURACY, {"small": partial(ResNet, depth, 4)}, {"small": made}, ())
     return Subject(task, "small", made, images())

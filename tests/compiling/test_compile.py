@@ -35,6 +35,7 @@ def test_the_quick_models_have_blocks_to_replace(name: str) -> None:
     replaced.step()
 
 
+@pytest.mark.slow
 def test_the_command_measures_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ways = [replace(way, compiler=way.compiler and "aot_eager") for way in ways_on(CPU)]
     monkeypatch.setattr(command, "ways_on", lambda device: ways)

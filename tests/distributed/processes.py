@@ -1,6 +1,7 @@
 """Starts gloo processes on this machine, and brings back what each of them found."""
 
 import datetime
+import multiprocessing
 import os
 import pickle
 import socket
@@ -14,6 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+# What the processes import: once in a server that they are forked from, where a fresh interpreter for each of them
+# took longer to import torch than most cases to train.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "replfx"]
+)
+
+
 def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Call `work(*args)` in `count` processes of one group; what each returned, by rank.
 
@@ -23,7 +31,7 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_join, args=(count, port, folder, work, args), nprocs=count, join=True)
+    mp.start_processes(_join, args=(count, port, folder, work, args), nprocs=count, start_method="forkserver")
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 

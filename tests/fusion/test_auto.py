@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_auto_is_the_plan_that_names_what_it_chose(data: st.DataObject) -> None:
     make, x = KINDS[data.draw(st.sampled_from(sorted(KINDS)))]
