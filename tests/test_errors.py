@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 import replfx
-from tests.models import ConvNet, Mlp, Plain, Tower, tower
-from tests.snapshots import assert_unchanged, snapshot
-from tests.tracing.test_ladder import Stop
+from tests.support.models import ConvNet, Mlp, Plain, Stop, Tower, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 

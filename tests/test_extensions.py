@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.models import Mlp, Tower, tower
+from tests.support.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from replfx.modules.tree import tensors_in as tensors
-from tests.models import GPT
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import GPT
+from tests.support.snapshots import assert_unchanged, snapshot
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -65,7 +65,9 @@ CASES = [
     Case("resnet", bottlenecks, 64, (12,), 4),
     Case("convnext", convnext, 32, (12,), 4),
     Case("vit", lambda: torchvision.models.VisionTransformer(32, 16, 6, 2, 24, 48), 32, (6,), 2),
-    Case("swin", lambda: torchvision.models.SwinTransformer([4, 4], 24, [2, 2, 6, 2], [1, 2, 2, 2], [7, 7]), 64, (12,), 5),
+    Case(
+        "swin", lambda: torchvision.models.SwinTransformer([4, 4], 24, [2, 2, 6, 2], [1, 2, 2, 2], [7, 7]), 64, (12,), 5
+    ),
     Case("efficientnet_b0", vision("efficientnet_b0"), 64, (16,), 6),
     Case("vit_tiny", image_model("vit_tiny_patch16_224", **VIT), 64, (6,), 2),
     Case("deit3_small", image_model("deit3_small_patch16_224", **VIT), 64, (6,), 2),
@@ -74,7 +76,13 @@ CASES = [
     # Its attention mixes the channels of a head: no row of the value map alone makes what the output map takes.
     Case("xcit_nano_12", image_model("xcit_nano_12_p8_224", **VIT), 64, (6,), 2, light=False),
     Case("gmlp_ti16", image_model("gmlp_ti16_224", img_size=64, num_blocks=6, embed_dim=48), 64, (6,), 2, light=False),
-    Case("volo_d1", image_model("volo_d1_224", img_size=64, embed_dims=(24, 48, 48, 48), num_heads=(2,) * 4), 64, (4, 14), 7),
+    Case(
+        "volo_d1",
+        image_model("volo_d1_224", img_size=64, embed_dims=(24, 48, 48, 48), num_heads=(2,) * 4),
+        64,
+        (4, 14),
+        7,
+    ),
     Case("regnety_004", image_model("regnety_004"), 64, (16,), 6),
     Case("gpt", lambda: GPT(), 0, (6,), 2),
 ]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import replfx
 from replfx import Plan
-from tests.models import GPT, ConvNet, tower
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import GPT, ConvNet, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 MODEL = tower(7)
 PLAN = replfx.plan(MODEL, fusion={"name": "channel", "initial": 0.25}, operator="light", neighbour_gradient=0.5)

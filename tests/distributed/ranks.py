@@ -14,9 +14,9 @@ import replfx
 from replfx.live import fusion_layers
 from tests.distributed.layouts import MODES, MORE_MODES, Mode
 from tests.reference import Stack
-from tests.strategies import Case
-from tests.test_property_functional import Regions
-from tests.test_property_heterogeneous import Drawn
+from tests.support.regions import Regions
+from tests.support.stacks import Drawn
+from tests.support.strategies import Case
 
 Gradients = dict[str, Tensor | None]
 

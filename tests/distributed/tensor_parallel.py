@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import parallelize_module as torch_parall
 
 import replfx
 from tests.distributed.models import BLOCKS, WIDTH, Block, Model
-from tests.strategies import randomize
+from tests.support.strategies import randomize
 
 BATCH, TOKENS = 4, 8
 STEPS = 3  # the last two with what the first left in the optimizer and in FSDP's groups

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.distributed.layouts import MODES, MORE_MODES
-from tests.distributed.processes import on_ranks
 from tests.distributed.ranks import Job, work
 from tests.reference import FAMILIES, Options
 from tests.reference.heterogeneous import Step
-from tests.strategies import FUSIONS, Case, Policy, fits
-from tests.test_property_functional import Regions, spec_of
-from tests.test_property_heterogeneous import Drawn
+from tests.support.processes import on_ranks
+from tests.support.regions import Regions, spec_of
+from tests.support.stacks import Drawn
+from tests.support.strategies import FUSIONS, Case, Policy, fits
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.processes import on_ranks
 from tests.distributed.tensor_parallel import Case, Jobs, refusals, work
-from tests.strategies import FUSIONS
+from tests.support.processes import on_ranks
+from tests.support.strategies import FUSIONS
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),

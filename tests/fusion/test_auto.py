@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import replfx
-from tests.models import CausalBlock, ConvBlock, Mlp, Plain, Tower
+from tests.support.models import CausalBlock, ConvBlock, Mlp, Plain, Tower
 
 KINDS = {
     "convolutions": (lambda: ConvBlock(8), torch.rand(2, 8, 4, 4)),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import replfx
 from replfx.operators import MixerOperator
-from tests.strategies import randomize
+from tests.support.strategies import randomize
 
 WIDTH, TOKENS = 8, 5
 

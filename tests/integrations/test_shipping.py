@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import replfx
 from tests.integrations.shipped import MODELS, OPERATORS, STAGES, Shipped, emptied, scattered, shipped
-from tests.models import GPT
-from tests.without_replfx import run_without_replfx
+from tests.support.models import GPT
+from tests.support.without_replfx import run_without_replfx
 
 # Of the largest output. Both sides do the same operations, but another compiler or runtime may add a few hundred
 # products up in another order: float32 rounds at 6e-8, bfloat16 at 4e-3, and through the dozen layers of these models

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from torch import fx
 
-from tests.compiled import Compiled, batches, forward_and_backward, small
 from tests.kernels.cases import DEVICES, only_interpreted, only_plain
-from tests.strategies import Case, cases
-from tests.test_property_runs import assert_same_run
+from tests.support.compare import assert_same_run
+from tests.support.compiled import Compiled, batches, forward_and_backward, small
+from tests.support.strategies import Case, cases
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.models import Mlp
+from tests.support.models import Mlp
 
 WIDTH = 8
 

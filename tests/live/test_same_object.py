@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 import replfx
 from replfx.live.classes import live_class
 from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, inputs
-from tests.models import Mlp, Tower, tower
+from tests.support.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 

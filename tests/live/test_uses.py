@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import replfx
 from tests.live.blocks import chain, inputs
-from tests.models import Mlp, Tower, tower
+from tests.support.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 

@@ -18,7 +18,7 @@ from replfx.modules.copying import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.capturing import record_on_fakes, record_on_values, symbolic_on_fakes
 from replfx.tracing.inputs import Inputs
-from tests.strategies import Case, cases
+from tests.support.strategies import Case, cases
 
 RUNGS = {"symbolic": symbolic_on_fakes, "fakes": record_on_fakes, "values": record_on_values}
 

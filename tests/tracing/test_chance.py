@@ -15,15 +15,7 @@ from torch import Tensor, nn
 import replfx
 from replfx.tracing import capturing
 from replfx.tracing.chance import Draws, kept_random_states, steered
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.relu(self.linear(self.norm(x)))
+from tests.support.models import Layer
 
 
 class Skipping(nn.Module):
@@ -31,7 +23,7 @@ class Skipping(nn.Module):
 
     def __init__(self, skips: Callable[[Any, int], bool]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(9))
+        self.blocks = nn.ModuleList(Layer() for _ in range(9))
         self.skips = skips
         self.own = random.Random(random.random())
         self.torchs = torch.Generator().manual_seed(random.randrange(10**6))

@@ -18,7 +18,7 @@ from replfx.tracing.capturing import record_on_fakes, record_on_values
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.symbolic import trace_symbolically
-from tests.snapshots import assert_unchanged, bits, snapshot
+from tests.support.snapshots import assert_unchanged, bits, snapshot
 from tests.tracing import toys
 from tests.tracing.toys import TOYS, Toy
 

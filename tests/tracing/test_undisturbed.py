@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.test_copying import Net, X
+from tests.support.models import Net
+
+X = torch.randn(4, 8)
 
 
 def test_importing_prints_nothing() -> None:
