@@ -86,7 +86,7 @@ def test_by_inductor(family: str, operator: str, fusion: str) -> None:
 
 @needs_compiler
 def test_by_its_name_with_options() -> None:
-    model = replfx.transform(tower(), torch.randn(2, 4), operator="light")
+    model = replfx.transform(tower(), operator="light")
     compiled: Any = torch.compile(model, backend="replfx", options={"max_bytes": 0, "epilogue_fusion": False})
     x = torch.randn(2, 4)
     torch.testing.assert_close(compiled(x), model(x))
@@ -120,7 +120,7 @@ def test_training_is_as_in_eager_mode_and_compiles_once(inner: str, fusion: str)
 
 
 def test_dynamic_shapes_compile_once() -> None:
-    model = replfx.transform(tower(), torch.randn(2, 4), fusion="channel")
+    model = replfx.transform(tower(), fusion="channel")
     compiled = Compiled(model, "aot_eager", dynamic=True)
     for batch in (3, 5, 7):
         x = torch.randn(batch, 4)
@@ -134,7 +134,7 @@ def test_dynamic_shapes_compile_once() -> None:
 
 
 def test_under_autocast() -> None:
-    model = replfx.transform(tower(), torch.randn(2, 4), operator="light")
+    model = replfx.transform(tower(), operator="light")
     compiled, x = Compiled(model), torch.randn(2, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(compiled(x), model(x))

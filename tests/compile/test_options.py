@@ -40,7 +40,7 @@ def patches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_modes_and_options_reach_inductor(patches: list[dict[str, Any]]) -> None:
-    model = replfx.transform(tower(), X)
+    model = replfx.transform(tower())
     tuned = torch.compile(model, backend=replfx.backend(cache=True), mode="max-autotune-no-cudagraphs")
     with torch.no_grad():
         torch.testing.assert_close(tuned(X), model(X))
@@ -51,7 +51,7 @@ def test_modes_and_options_reach_inductor(patches: list[dict[str, Any]]) -> None
 
 
 def test_with_cuda_graphs_nothing_is_kept(patches: list[dict[str, Any]]) -> None:
-    model = replfx.transform(tower(), X)
+    model = replfx.transform(tower())
     with torch.no_grad():
         torch.compile(model, backend=replfx.backend(cache=True), mode="max-autotune")(X)
     assert len(patches) == 1
@@ -90,7 +90,7 @@ def test_the_factory_refuses(options: dict[str, Any], said: str) -> None:
     ],
 )
 def test_compile_refuses(arguments: dict[str, Any], said: str) -> None:
-    model = torch.compile(replfx.transform(tower(), X), backend="replfx", **arguments)
+    model = torch.compile(replfx.transform(tower()), backend="replfx", **arguments)
     with pytest.raises(replfx.CompileError, match=said) as raised:
         model(X)
     assert isinstance(raised.value, replfx.ReplfxError)
@@ -137,7 +137,7 @@ def test_the_entry_point_names_what_there_is() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     (name, value) = next(iter(declared["torch_dynamo_backends"].items()))
     assert name == "replfx"
-    model = replfx.transform(tower(), X)
+    model = replfx.transform(tower())
     loaded = EntryPoint(name, value, "torch_dynamo_backends").load()
     compiled = torch.compile(model, backend=loaded, options={"inner": "eager"})
     torch.testing.assert_close(compiled(X), model(X))

@@ -253,7 +253,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("options", [{"operator": "light"}, {"neighbour_gradient": 0.5}])
 def test_a_layer_that_is_called_twice_synthesises_once(options: dict[str, Any]) -> None:
-    model = Twice(replfx.transform(tower(), X, **options))
+    model = Twice(replfx.transform(tower(), **options))
     graph_module = graph_of(model)
     count = len(syntheses_in(graph_module.graph))
     formed = sum(node.target is torch.matmul for node in graph_module.graph.nodes) + len(

@@ -71,8 +71,7 @@ def test_an_empty_plan_is_bit_identical(drawn: Regions) -> None:
     assert_same(seeded(made, drawn.inputs()), seeded(model, drawn.inputs()))
 
 
-def assert_is_the_reference(drawn: Regions) -> None:
-    model = drawn.transformed()
+def assert_is_the_reference(drawn: Regions, model: fx.GraphModule) -> None:
     assert replfx.report(model).replaced == drawn.paths(drawn.replaced())
     tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
     for name, _ in model.named_parameters():
@@ -96,11 +95,11 @@ def assert_is_the_reference(drawn: Regions) -> None:
 @settings(max_examples=20)
 @given(drawn=regions())
 def test_a_transformed_model_is_the_reference(drawn: Regions) -> None:
-    model, inputs = drawn.model(), drawn.given()
+    model = drawn.model()
     before = snapshot(model)
-    replfx.transform(model, inputs, **drawn.policy())
+    made = drawn.transformed(model)
     assert_unchanged(model, before)
-    assert_is_the_reference(drawn)
+    assert_is_the_reference(drawn, made)
 
 
 @pytest.mark.parametrize(("kind", "number"), [(kind, i) for i, kind in enumerate(KINDS)])
@@ -108,7 +107,8 @@ def test_every_kind_of_layer(kind: str, number: int) -> None:
     """So that no pairing depends on what is drawn."""
     for traceable in (True, False):
         spec = spec_of(kind, number, traceable=traceable)
-        assert_is_the_reference(Regions(spec, FUSIONS[number % 3], (1.0, 0.5, 0.0)[number % 3]))
+        drawn = Regions(spec, FUSIONS[number % 3], (1.0, 0.5, 0.0)[number % 3])
+        assert_is_the_reference(drawn, drawn.transformed())
 
 
 def test_the_report_says_that_it_became_a_graph() -> None:
@@ -190,7 +190,7 @@ def assert_plain(model: nn.Module, drawn: Regions) -> None:
     assert_same(seeded(pickle.loads(saved), drawn.inputs()), seeded(model, drawn.inputs()))
 
 
-@settings(max_examples=12)
+@FEW
 @given(drawn=regions())
 def test_materialize_gives_the_layers_back(drawn: Regions) -> None:
     model = drawn.transformed()
@@ -200,7 +200,7 @@ def test_materialize_gives_the_layers_back(drawn: Regions) -> None:
     assert replfx.report(model).replaced  # which is as it was
 
 
-@settings(max_examples=12)
+@FEW
 @given(drawn=regions(), kind=st.sampled_from(("adamw", "sgd")))
 def test_unroll_gives_full_depth_back(drawn: Regions, kind: str) -> None:
     model = drawn.transformed()
@@ -223,7 +223,7 @@ def test_unroll_gives_full_depth_back(drawn: Regions, kind: str) -> None:
 # ---- 4 and 5: plans, copies, ways to run
 
 
-@settings(max_examples=12)
+@FEW
 @given(drawn=regions())
 def test_a_plan_travels_as_json(drawn: Regions) -> None:
     plan = replfx.plan(drawn.model(), drawn.given(), **drawn.policy())
@@ -236,7 +236,7 @@ def test_a_plan_travels_as_json(drawn: Regions) -> None:
     assert_same(seeded(twin, drawn.inputs()), seeded(model, drawn.inputs()))
 
 
-@settings(max_examples=12)
+@FEW
 @given(drawn=regions())
 def test_copies_stand_alone(drawn: Regions) -> None:
     model = drawn.transformed()

@@ -91,7 +91,7 @@ def test_every_kind_of_stack(kind: str, fusion: str) -> None:
         assert_is_the_reference(Drawn(kind, (wide, same, narrow, replace(grouped, groups=1)), fusion, "light", 0.5))
 
 
-@settings(max_examples=12)
+@FEW
 @given(kind=st.sampled_from(KINDS), k=st.integers(2, 4), data=st.data())
 def test_every_replaces_what_its_rule_says(kind: str, k: int, data: st.DataObject) -> None:
     drawn = Drawn(kind, data.draw(steps_of(kind)))

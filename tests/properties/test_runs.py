@@ -87,6 +87,7 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.block, *args, use_reentrant=False)
 
 
+@settings(max_examples=10)
 @given(case=cases())
 def test_checkpointed(case: Case) -> None:
     model = case.transformed()
@@ -99,6 +100,7 @@ def test_checkpointed(case: Case) -> None:
 # ---- copied, saved, cast
 
 
+@settings(max_examples=10)
 @given(case=cases(dtypes=(torch.float64, torch.bfloat16)))
 def test_copies_are_equal_and_apart(case: Case) -> None:
     model = case.transformed()
@@ -117,6 +119,7 @@ def test_copies_are_equal_and_apart(case: Case) -> None:
                 assert_close(one, other, "output of a changed copy")
 
 
+@settings(max_examples=10)
 @given(case=cases(gradients=(1.0,)))
 def test_functional_call_reaches_the_neighbours(case: Case) -> None:
     model, other = case.transformed(), case.transformed()
@@ -129,6 +132,7 @@ def test_functional_call_reaches_the_neighbours(case: Case) -> None:
         assert torch.equal(one, two)
 
 
+@settings(max_examples=10)
 @given(case=cases())
 def test_cast(case: Case) -> None:
     model = case.transformed()
@@ -146,6 +150,7 @@ def test_cast(case: Case) -> None:
     assert {p.dtype for p in back.parameters()} == {torch.float64}
 
 
+@settings(max_examples=10)
 @given(case=cases(families=tuple(name for name, family in FAMILIES.items() if family.spatial)))
 def test_channels_last(case: Case) -> None:
     layout = torch.channels_last if FAMILIES[case.family].spatial == 2 else torch.channels_last_3d
@@ -161,7 +166,7 @@ def test_channels_last(case: Case) -> None:
 
 
 @given(case=cases(dtypes=(torch.float32,)))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_autocast(case: Case) -> None:
     model, original = case.transformed(), case.model()
     inputs = case.inputs()

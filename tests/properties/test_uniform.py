@@ -37,6 +37,7 @@ LOW_AND_HIGH = (torch.float64, torch.float32, torch.bfloat16)
 # ---- 1: an empty plan changes nothing
 
 
+@settings(max_examples=10)
 @given(case=cases(dtypes=LOW_AND_HIGH))
 def test_an_empty_plan_is_bit_identical(case: Case) -> None:
     model = case.model()
@@ -55,23 +56,26 @@ def test_an_empty_plan_is_bit_identical(case: Case) -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-@given(case=cases())
-def test_transform_leaves_the_model_alone(case: Case) -> None:
-    model = case.model()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    case.transformed(model)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], t) for name, t in before.items())
-
-
 # ---- 2: a transformed model is the reference
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=cases())
 def test_a_transformed_model_is_the_reference(case: Case) -> None:
-    model = case.transformed()
+    """And the model that it was made of is as it was, the report counts its parameters, and all get a gradient."""
+    original = case.model()
+    before = {name: t.clone() for name, t in original.state_dict().items()}
+    model = case.transformed(original)
+    after = original.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    report = replfx.report(model)
+    assert report.parameters_before == sum(p.numel() for p in original.parameters())
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert_is_the_reference(case, model)
+
+
+def assert_is_the_reference(case: Case, model: Stack) -> None:
     inputs = case.inputs()
     expected, expected_gradients, expected_buffers = reference_run(case, model, inputs)
     results, gradients = run(model, inputs)
@@ -80,11 +84,18 @@ def test_a_transformed_model_is_the_reference(case: Case) -> None:
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         wanted = expected_gradients[name]
-        assert (gradient is None) == (wanted is None), name
-        if gradient is not None and wanted is not None:
-            assert_close(gradient, wanted, f"gradient of {name}")
+        assert gradient is not None, name
+        assert wanted is not None, name
+        assert_close(gradient, wanted, f"gradient of {name}")
     for name, buffer in model.named_buffers():
         assert_close(buffer.double(), expected_buffers[name].double(), name)
+    for index in replaced_by(model) if case.policy.operator != "identity" else ():
+        theta = model.blocks[index].synthesized()
+        assert theta
+        for name, tensor in theta.items():
+            twin = model.blocks[index - 1].get_parameter(name)
+            assert tensor.shape[1:] == twin.shape[1:]
+            assert tensor.dtype == twin.dtype
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -99,7 +110,7 @@ def test_every_family_with_every_operator(family: str, operator: str, fusion: st
         with pytest.raises(replfx.ReplfxError, match=rf"operator '{operator}' does not fit it"):
             case.transformed()
         return
-    test_a_transformed_model_is_the_reference.hypothesis.inner_test(case)  # type: ignore[attr-defined]
+    assert_is_the_reference(case, case.transformed())
 
 
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16)))
@@ -115,24 +126,15 @@ def test_in_low_precision_it_is_as_near_to_the_reference_as_low_precision_allows
         # Two orders of the same operations round independently: their errors differ by a small factor. 4,
         # and a floor of two units in the last place for where the reference happens to be exact.
         assert error <= 4 * allowed + 2 * torch.finfo(case.dtype).eps * exact.norm().item()
-
-
-@given(case=cases(operators=("block", "light", "mixer")))
-def test_synthesized_are_the_weights_as_they_stand(case: Case) -> None:
-    model = case.transformed()
-    for index in replaced_by(model):
-        theta = model.blocks[index].synthesized()
-        assert theta
-        for name, tensor in theta.items():
-            twin = model.blocks[index - 1].get_parameter(name)
-            assert tensor.shape[1:] == twin.shape[1:]
-            assert tensor.dtype == twin.dtype
+    _, gradients = run(model, inputs)
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
 
 
 # ---- 3: materialize and unroll
 
 
-@settings(max_examples=40)
 @given(case=cases(dtypes=LOW_AND_HIGH))
 def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
     model = case.transformed()
@@ -300,8 +302,9 @@ def test_a_plan_travels_as_json(case: Case) -> None:
         assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
 
 
+@settings(max_examples=10)
 @given(case=cases())
-def test_plans_and_transforms_are_deterministic(case: Case) -> None:
+def test_plans_are_deterministic(case: Case) -> None:
     given_inputs = case.inputs() if case.traced_on_inputs else None
     one, other = (replfx.plan(case.model(), given_inputs, **case.policy.arguments()) for _ in range(2))
     assert one == other
@@ -315,18 +318,3 @@ def test_plans_and_transforms_are_deterministic(case: Case) -> None:
     assert chosen[0] > 0
     assert chosen[-1] < case.depth - 1
     assert all(b - a > 1 for a, b in itertools.pairwise(chosen))
-
-
-# ---- 6: every trainable parameter gets a finite gradient
-
-
-@given(case=cases(dtypes=LOW_AND_HIGH, gradients=(1.0, 0.5, 0.0)))
-def test_every_parameter_gets_a_finite_gradient(case: Case) -> None:
-    model: Stack = case.transformed()
-    report = replfx.report(model)
-    assert report.parameters_after == sum(p.numel() for p in model.parameters())
-    assert report.parameters_before == sum(p.numel() for p in case.model().parameters())
-    _, gradients = run(model, case.inputs())
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        assert torch.isfinite(gradient).all(), name

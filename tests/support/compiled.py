@@ -90,7 +90,7 @@ def graph_of(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
 
 def small(length: int = 7, **options: Any) -> nn.Module:
     """Three replaced blocks of seven, each with two synthesised weights of 16×8 floats: 512 bytes."""
-    return replfx.transform(tower(length), X, **options)
+    return replfx.transform(tower(length), **options)
 
 
 def forward_and_backward(model: nn.Module, x: Tensor, **options: Any) -> dict[str, fx.GraphModule]:

@@ -22,7 +22,7 @@ REPLACED_MODELS = {
         "mobilenetv3_small_050 hgnetv2_b0 ese_vovnet19b_slim_dw pit_ti_224 gmlp_ti16_224 dla46x_c inception_next_atto "
         "poolformerv2_s12 nest_tiny"
     ),
-    "torchvision": "alexnet squeezenet1_1 vgg11 googlenet resnet18 fcn_resnet50 fcos_resnet50_fpn",
+    "torchvision": "alexnet squeezenet1_1 googlenet resnet18 fcn_resnet50 fcos_resnet50_fpn",
     # Decoders, mixtures of experts, state spaces, encoders, encoder–decoders, vision, audio, two towers.
     "transformers": "gpt2 gemma olmoe mamba bamba modernbert deberta t5 whisper deit segformer wav2vec2 clip big_bird",
 }
@@ -53,7 +53,15 @@ def outcome_of(name: str):
     return check(subject(name))
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+HEAVY = (
+    "timm:nest_tiny timm:mobilenetv3_small_050 timm:pit_ti_224 timm:gmlp_ti16_224 torchvision:googlenet "
+    "torchvision:fcn_resnet50 torchvision:fcos_resnet50_fpn transformers:segformer transformers:bamba"
+).split()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in SAMPLE]
+)
 def test_replaced(name: str) -> None:
     outcome = outcome_of(name)
     assert (outcome.status, outcome.stage, outcome.error) == (REPLACED, None, None)
