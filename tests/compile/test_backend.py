@@ -75,6 +75,7 @@ def attention_in_float64_is_mistaken() -> bool:
     return bool(sums.dtype != torch.float64)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(attention_in_float64_is_mistaken(), reason="this PyTorch has pytorch/pytorch#185539")
 @pytest.mark.parametrize(("family", "operator", "fusion"), [("transformer", "block", "channel")])

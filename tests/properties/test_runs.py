@@ -56,6 +56,7 @@ def test_compiled_in_one_graph(family: str, operator: str, fusion: str, gradient
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("family", "operator"), [("transformer", "block"), ("basic", "light")])
 def test_compiled_by_inductor(family: str, operator: str) -> None:

@@ -53,10 +53,17 @@ def outcome_of(name: str):
     return check(subject(name))
 
 
-HEAVY = (
-    "timm:nest_tiny timm:mobilenetv3_small_050 timm:pit_ti_224 timm:gmlp_ti16_224 torchvision:googlenet "
-    "torchvision:fcn_resnet50 torchvision:fcos_resnet50_fpn transformers:segformer transformers:bamba"
-).split()
+HEAVY = [
+    "timm:nest_tiny",
+    "timm:mobilenetv3_small_050",
+    "timm:pit_ti_224",
+    "timm:gmlp_ti16_224",
+    "torchvision:googlenet",
+    "torchvision:fcn_resnet50",
+    "torchvision:fcos_resnet50_fpn",
+    "transformers:segformer",
+    "transformers:bamba",
+]
 
 
 @pytest.mark.parametrize(
