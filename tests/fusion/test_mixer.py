@@ -254,7 +254,6 @@ def test_all_of_them_are_exported_and_compiled() -> None:
     torch.testing.assert_close(torch.export.export(made, (x,)).module()(x), y)
     compiled = torch.compile(made, backend=replfx.backend(inner="aot_eager"), fullgraph=True)
     torch.testing.assert_close(compiled(x), y)
-    torch.testing.assert_close(compiled(x[:1]), y[:1])
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
