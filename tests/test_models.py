@@ -1,6 +1,6 @@
 """Models of libraries, narrow and with random weights: they run forward and backward, and stay what they were.
 
-tests/zoo has more of them, each replaced in one way; here are all operators, the chains, and the ways back.
+tests/benchmarks/zoo has more of them, each replaced in one way; here are all operators, the chains, and the ways back.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from replfx.modules.tree import tensors_in as tensors
+from tests.support.compiled import Compiled
 from tests.support.models import GPT
 from tests.support.snapshots import assert_unchanged, snapshot
 
@@ -304,7 +305,9 @@ def test_a_detector_in_evaluation_mode() -> None:
 
 
 COMPILED = [
+    ("resnet", "block"),
     ("vit_tiny", "block"),
+    ("vit_tiny", "light"),
     ("convnext_atto", "light"),
     ("regnety_004", "light"),
     ("gpt", "block"),
@@ -312,20 +315,21 @@ COMPILED = [
 ]
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("name", "operator"), COMPILED)
 def test_compile_and_export_where_the_original_did(name: str, operator: str) -> None:
     (case,) = (case for case in CASES if case.name == name)
     torch.manual_seed(0)
-    torch._dynamo.reset()
     x = batch(case)
-    made = replfx.transform(case.build(), x, operator=operator, every=4).eval()
+    made = replfx.transform(case.build(), x, operator=operator, fusion="channel").eval()
     with torch.no_grad():
         expected = made(x)
         exported = torch.export.export(made, (x,)).module()
         torch.testing.assert_close(exported(x), expected)
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    compiled = Compiled(made, "aot_eager")  # in one graph, by the backend
     actual = compiled(x)
     torch.testing.assert_close(actual, expected)
+    assert compiled.batches[0]
     actual.sum().backward()
     lost = [n for n, p in made.named_parameters() if (".fusion." in n) and p.grad is None]
     assert not lost

@@ -1,4 +1,4 @@
-"""How the backend is asked for: names, options, refusals; and real models in one graph."""
+"""How the backend is asked for: names, options, refusals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import replfx
 from replfx.compile import Backend
-from replfx.demo.model import GPT
-from tests.support.compiled import Compiled
 from tests.support.models import tower
 
 ROOT = Path(__file__).parents[2]
@@ -94,40 +91,6 @@ def test_compile_refuses(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(replfx.CompileError, match=said) as raised:
         model(X)
     assert isinstance(raised.value, replfx.ReplfxError)
-
-
-def vit() -> tuple[nn.Module, tuple[int, ...]]:
-    timm = pytest.importorskip("timm")
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=5, num_classes=4), (1, 3, 32, 32)
-
-
-def convnext() -> tuple[nn.Module, tuple[int, ...]]:
-    timm = pytest.importorskip("timm")
-    return timm.create_model("convnext_atto", depths=(5, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=4), (1, 3, 32, 32)
-
-
-def resnet() -> tuple[nn.Module, tuple[int, ...]]:
-    resnet = pytest.importorskip("torchvision.models.resnet")
-    return resnet.ResNet(resnet.BasicBlock, [5, 1, 1, 1], num_classes=4), (2, 3, 32, 32)
-
-
-def gpt() -> tuple[nn.Module, tuple[int, ...]]:
-    return GPT(31, 8, width=8, depth=5, heads=2), (2, 8)
-
-
-@pytest.mark.parametrize(
-    ("build", "operator"), [(vit, "block"), (vit, "light"), (convnext, "light"), (resnet, "block"), (gpt, "block")]
-)
-def test_real_models_compile_in_one_graph(build: Any, operator: str) -> None:
-    torch.manual_seed(0)
-    original, shape = build()
-    x = torch.randint(31, shape) if len(shape) == 2 else torch.randn(shape)
-    model = replfx.transform(original, x, operator=operator, fusion="channel")
-    compiled = Compiled(model)  # with fullgraph=True, so one graph or an error
-    with torch.random.fork_rng():
-        wanted = model(x)
-    torch.testing.assert_close(compiled(x), wanted)
-    assert compiled.batches[0]
 
 
 # ---- registration
