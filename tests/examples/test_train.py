@@ -22,7 +22,7 @@ from tests.examples.processes import SCRIPT, Job
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
 
-KILLS, STEPS, EVERY = 10, 40, 7
+KILLS, STEPS, EVERY = 10, 28, 7
 # drop_path draws random numbers in training: without their state a resumed run would draw others.
 OPTIONS = [
     *("--data", "fake", "--model", "test_vit", "--image-size", "32", "--operator", "light", "--workers", "0"),
@@ -54,7 +54,7 @@ def resumes(output: Path, reference: tuple[Rows, float]) -> None:
     """Started again as it was started, the run ends as the uninterrupted one did."""
     assert not Job(OPTIONS, output).run()
     assert rows_of(output) == reference[0]
-    assert checkpoints(output) == ["35", "40"]
+    assert checkpoints(output) == ["21", "28"]
 
 
 def refuses(output: Path, more: list[str], message: str) -> str:
@@ -103,7 +103,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, float]:
     rows = rows_of(folder / "run")
     assert [row[0] for row in rows] == [str(step) for step in range(1, STEPS + 1)]
     assert len({row[1] for row in rows}) == STEPS
-    assert checkpoints(folder / "run") == ["35", "40"]
+    assert checkpoints(folder / "run") == ["21", "28"]
     return rows, seconds
 
 
@@ -117,7 +117,7 @@ def test_a_run_that_unrolls_goes_on_from_either_side(tmp_path: Path, ranks: int)
         assert Job(options, output, ranks, die_at=(die_at, 1)).run() == "killed"
         assert not Job(options, output, ranks).run()
         assert rows_of(output) == rows_of(tmp_path / "whole")
-    assert json.loads((output / "step-000000035" / "run.json").read_text())["unrolls"]["unrolled"]
+    assert json.loads((output / "step-000000028" / "run.json").read_text())["unrolls"]["unrolled"]
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_two_processes_killed_ten_times(tmp_path: Path, more: list[str]) -> None
     rows = rows_of(tmp_path / "whole")
     assert [row[0] for row in rows] == [str(step) for step in range(1, STEPS + 1)]
     check_killed_often(options, 2, rows, seconds, tmp_path)
-    refuses(tmp_path / "whole", more, "step-000000040 has another world_size: 2, not 1.")
+    refuses(tmp_path / "whole", more, "step-000000028 has another world_size: 2, not 1.")
 
 
 @pytest.mark.slow
