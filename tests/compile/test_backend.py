@@ -35,7 +35,7 @@ def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXA
 
 
 @given(case=cases())
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_drawn_models_give_what_they_give_in_eager_mode(case: Case) -> None:
     assert_same(case.transformed(), case, "eager")
 

@@ -32,7 +32,7 @@ SINGLE = tuple(name for name in FAMILIES if name != "masked")  # whose blocks gi
 
 
 @given(case=cases(operators=("block",), families=SINGLE))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_it_is_what_transform_makes(case: Case) -> None:
     """`transform` itself is held against a reference elsewhere."""
     model, inputs = case.model(), case.inputs()
@@ -67,7 +67,7 @@ def test_it_is_what_transform_makes(case: Case) -> None:
 
 
 @given(spec=specs())
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_layers_that_are_no_modules_are_found_by_structure(spec: Spec) -> None:
     model = Functional(spec).eval()
     inputs = model.inputs()

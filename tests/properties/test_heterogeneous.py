@@ -62,18 +62,6 @@ def assert_is_the_reference(drawn: Drawn) -> None:
 BOTH = ("block", "block", "light")
 
 
-@FEW
-@given(drawn=drawn_stacks())
-def test_an_empty_plan_is_bit_identical(drawn: Drawn) -> None:
-    model = drawn.model()
-    made = replfx.apply(model, replfx.Plan(type(model).__name__))
-    assert list(made.state_dict()) == list(model.state_dict())
-    (results, gradients), (again, gradients_again) = (run(m, drawn.inputs()) for m in (model, made))
-    assert torch.equal(results[0], again[0])
-    for name, gradient in gradients.items():
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
-
-
 @settings(max_examples=20)
 @given(drawn=drawn_stacks(operators=BOTH))
 def test_a_transformed_stack_is_the_reference(drawn: Drawn) -> None:

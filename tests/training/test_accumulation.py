@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -32,6 +32,7 @@ def accumulated(model: nn.Module, micro: Callable[[int], Tensor], count: int) ->
     return found
 
 
+@settings(max_examples=10)
 @given(case=cases(), count=st.integers(1, 3), again=st.booleans())
 def test_gradients_are_those_of_a_synthesis_a_micro_batch(case: Case, count: int, again: bool) -> None:
     model = case.transformed()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ def names_in(model: nn.Module, groups: list[dict[str, Any]], name: str) -> set[s
 # ---- what always holds
 
 
+@settings(max_examples=10)
 @given(case=cases(), frozen=st.sets(st.integers(0, 40)), is_transformed=st.booleans())
 def test_each_trainable_parameter_once_and_no_decay_of_coefficients(
     case: Case, frozen: set[int], is_transformed: bool
