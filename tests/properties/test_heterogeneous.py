@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import replfx
 from tests.reference.heterogeneous import KINDS, Step, reference_run, replaced_every, spots_of
 from tests.support.compare import assert_close, loss_of, of_replfx, optimizer_for, outputs, run, steps
+from tests.support.models import Checkpointed
 from tests.support.stacks import LIGHT, Drawn, drawn_stacks, needs_shapes, steps_of
 from tests.support.strategies import FUSIONS, randomize
 
@@ -179,16 +179,6 @@ def test_copies_casts_and_functional_calls(drawn: Drawn) -> None:
 # ---- checkpointed, compiled and exported
 
 
-class _Checkpointed(nn.Module):
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(self.part, x, use_reentrant=False)
-        return y
-
-
 @FEW
 @given(drawn=drawn_stacks(operators=BOTH))
 def test_checkpointed(drawn: Drawn) -> None:
@@ -199,7 +189,7 @@ def test_checkpointed(drawn: Drawn) -> None:
     holder = getattr(model, "blocks", None) or getattr(model, "features", model)
     for name, part in list(holder._modules.items()):
         if part is not model._modules.get("head"):
-            holder._modules[name] = _Checkpointed(part)
+            holder._modules[name] = Checkpointed(part)
     (x,) = drawn.inputs()
     result = outputs(model, (x,))[0]
     loss_of([result]).backward()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.reference import FAMILIES, Options
 from tests.support.compare import assert_close, assert_same_run, loss_of, outputs, reference_run, replaced_by
+from tests.support.models import Checkpointed
 from tests.support.strategies import FUSIONS, Case, case_of, cases, fits, randomize
 
 # ---- compiled and exported
@@ -79,22 +79,13 @@ def test_exported(family: str, operator: str, fusion: str, gradient: float) -> N
 # ---- checkpointed
 
 
-class _Checkpointed(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Tensor) -> object:
-        return checkpoint(self.block, *args, use_reentrant=False)
-
-
 @settings(max_examples=10)
 @given(case=cases())
 def test_checkpointed(case: Case) -> None:
     model = case.transformed()
     twin = copy.deepcopy(model)
     wrapped = copy.copy(twin)  # shares the blocks, and has them in a list of its own
-    wrapped._modules = {"blocks": nn.ModuleList([_Checkpointed(block) for block in twin.blocks])}
+    wrapped._modules = {"blocks": nn.ModuleList([Checkpointed(block) for block in twin.blocks])}
     assert_same_run(model, _Inner(twin, wrapped), case)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Mlp(nn.Module):
@@ -202,3 +203,14 @@ class Net(nn.Module):
             x = block(x)
         y: Tensor = self.head(x) * self.scale
         return y
+
+
+class Checkpointed(nn.Module):
+    """Runs a part of a model again in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Tensor) -> object:
+        return checkpoint(self.block, *args, use_reentrant=False)
