@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.models import Mlp, Tower, tower
+from tests.support.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 
@@ -80,7 +80,7 @@ def test_a_fusion_in_a_few_lines() -> None:
 
 def test_a_fusion_with_parameters_and_options_of_its_own() -> None:
     replfx.register_fusion("low_rank")(LowRank)
-    made = replfx.transform(tower(5), X, fusion={"name": "low_rank", "rank": 3})
+    made = replfx.transform(tower(5), fusion={"name": "low_rank", "rank": 3})
     assert made.blocks[1].replfx.fusion.left["fc1_weight"].shape == (16, 3)
     made(X).sum().backward()
     assert all(p.grad is not None for name, p in made.named_parameters() if ".fusion." in name)
@@ -111,7 +111,7 @@ def test_an_operator_that_does_not_fit_says_why() -> None:
 
     replfx.register_operator("never")(Never)
     with pytest.raises(replfx.NoChainError, match=r"`blocks\.1`: operator 'never' does not fit it: it is a Tuesday"):
-        replfx.transform(tower(5), X, operator="never")
+        replfx.transform(tower(5), operator="never")
     assert replfx.inspect(tower(5), X, operator="never").refused["blocks.1"].endswith("it is a Tuesday")
 
 
@@ -219,7 +219,7 @@ def test_frozen_modes_and_requires_grad_are_kept() -> None:
 
 @pytest.mark.parametrize("operator", ["block", "light", "identity"])
 def test_copies_and_pickles_stand_alone(operator: str) -> None:
-    made = replfx.transform(tower(5), X, operator=operator)
+    made = replfx.transform(tower(5), operator=operator)
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(twin(X), made(X))
         assert replfx.report(twin) == replfx.report(made)

@@ -1,4 +1,4 @@
-"""`import replfx` loads little beyond torch: what is heavy is imported by the functions that need it."""
+"""`import replfx` prints nothing and loads little beyond torch: what is heavy is imported by who needs it."""
 
 import json
 import subprocess
@@ -31,7 +31,10 @@ def loaded_by(code: str) -> set[str]:
         f"import sys, json, torch; before = set(sys.modules)\n{code}\nprint(json.dumps([*(set(sys.modules) - before)]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    assert done.stderr == ""
+    *said, loaded = done.stdout.splitlines()
+    assert not said or "--help" in code
+    return set(json.loads(loaded))
 
 
 @pytest.mark.parametrize(

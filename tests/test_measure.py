@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import replfx
 from replfx import measure
-from tests.models import tower
+from tests.support.models import tower
 
 CPU = torch.device("cpu")
 FLOAT = 4  # bytes

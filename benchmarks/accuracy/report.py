@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from scipy import stats
-
 from benchmarks.accuracy.tasks import Metric
 from replfx.measure import saving_kept
 
@@ -43,6 +41,8 @@ class Difference:
         if count < 2:
             return cls(middle, None, None, count)
         error = stdev(differences) / math.sqrt(count)
+        from scipy import stats  # takes a second
+
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
         return cls(middle, error, (middle - half, middle + half), count)
 

@@ -13,8 +13,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn import functional as F
 
 import replfx
-from tests.models import CausalBlock, ConvNet, Tower
-from tests.strategies import randomize
+from tests.support.models import CausalBlock, ConvNet, Tower
+from tests.support.strategies import randomize
 
 STAGES, BATCH, MICROBATCHES, STEPS = 2, 8, 4, 3
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import replfx
-from tests.models import tower
+from tests.support.models import tower
 
 
 def work() -> dict[str, str | None]:

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map
 
 import replfx
 from tests.distributed.layouts import by_block
-from tests.distributed.processes import on_ranks
 from tests.distributed.ranks import BATCH, whole_tensor
 from tests.reference import Options
-from tests.strategies import Case, Policy
+from tests.support.processes import on_ranks
+from tests.support.strategies import Case, Policy
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),

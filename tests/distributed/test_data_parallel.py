@@ -1,4 +1,4 @@
-"""Property 5: DDP and FSDP2 on 2 and on 4 processes give the gradients and 5 steps of one process."""
+"""Property 5: DDP and FSDP2 on 2 and on 4 processes give the gradients and the steps of one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.distributed.layouts import MODES, MORE_MODES
-from tests.distributed.processes import on_ranks
 from tests.distributed.ranks import Job, work
 from tests.reference import FAMILIES, Options
 from tests.reference.heterogeneous import Step
-from tests.strategies import FUSIONS, Case, Policy, fits
-from tests.test_property_functional import Regions, spec_of
-from tests.test_property_heterogeneous import Drawn
+from tests.support.processes import on_ranks
+from tests.support.regions import Regions, spec_of
+from tests.support.stacks import Drawn
+from tests.support.strategies import FUSIONS, Case, Policy, fits
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
@@ -59,19 +59,32 @@ def _jobs_of_two() -> list[Job]:
         Job("unlike_tokens", Drawn("tokens", tokens, fusion="scalar", training=False), ("fsdp_by_block",)),
     ]
     for name, case, number in (*_uniform(("block", "light", "identity")), *_uniform(("mixer",))):
-        some = tuple(sorted({"fsdp_by_block", modes[number % len(modes)]}))
-        found.append(Job(name, case, modes if case.family in BOTH else some, ("sgd", "adamw")[number % 2]))
+        if case.family not in BOTH:
+            some = tuple(sorted({"fsdp_by_block", modes[number % len(modes)]}))
+            found.append(Job(name, case, some, ("sgd", "adamw")[number % 2]))
+    for operator, each in (("block", 2), ("light", 1), ("identity", 1), ("mixer", 1)):
+        found += _by_turns(operator, modes, each)
+    return found
+
+
+def _by_turns(operator: str, modes: tuple[str, ...], each: int = 1) -> list[Job]:
+    """A transformer and a convolution network with an operator in all modes, each mode with `each` of the fusions."""
+    found = []
+    for family in BOTH:
+        cases = _uniform((operator,), (family,))
+        some: dict[int, list[str]] = {}
+        for turn, mode in enumerate(modes):
+            for number in {(turn + step) % len(cases) for step in range(each)} if cases else ():
+                some.setdefault(number, []).append(mode)
+        for number, ways in some.items():
+            name, case, _ = cases[number]
+            found.append(Job(name, case, tuple(ways), ("sgd", "adamw")[number % 2]))
     return found
 
 
 def _jobs_of_four() -> list[Job]:
-    """A transformer and a convolution network in every fusion and operator; each in one of the modes."""
-    modes = (*MODES, *MORE_MODES)
-    found = []
-    for name, case, number in _uniform(("block", "light", "identity"), BOTH):
-        some = {modes[(3 * number + 1) % len(modes)]}
-        found.append(Job(name, case, tuple(sorted(some)), ("sgd", "adamw")[number % 2]))
-    return found
+    every = (*MODES, *MORE_MODES)
+    return [*_by_turns("block", every), *_by_turns("light", every), *_by_turns("identity", ("ddp", "hsdp_by_block"))]
 
 
 def _unrolled() -> list[Job]:
@@ -82,14 +95,13 @@ def _unrolled() -> list[Job]:
     modes = {"transformer-block-channel": every, "basic-block-scalar": some, "transformer-identity-scalar": ("ddp",)}
     mixer = next(name for name in drawn if "mixer" in name)
     found = [
-        Job(f"unrolled-{name}", drawn[name], ways, "adamw", unrolled=3) for name, ways in {**modes, mixer: some}.items()
+        Job(f"unrolled-{name}", drawn[name], ways, "adamw", unrolled=1) for name, ways in {**modes, mixer: some}.items()
     ]
     regions = Job("unrolled-functional", Regions(spec_of("mlp", dropout=False), training=False), ("ddp", "fsdp_whole"))
-    return [*found, replace(regions, optimizer="adamw", unrolled=3)]
+    return [*found, replace(regions, optimizer="adamw", unrolled=1)]
 
 
 TWO, FOUR = _jobs_of_two(), _jobs_of_four()
-ALL_OF_FOUR = [replace(job, modes=(*MODES, *MORE_MODES)) for job in FOUR]
 
 
 def _family(job: Job) -> str:
@@ -119,11 +131,6 @@ def test_two_processes_unroll_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one(tmp_path: Path) -> None:
-    check(4, FOUR, tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BOTH)
-def test_four_processes_train_as_one_in_every_mode(tmp_path: Path, family: str) -> None:
-    check(4, [job for job in ALL_OF_FOUR if _family(job) == family], tmp_path)
+def test_four_processes_train_as_one(tmp_path: Path, family: str) -> None:
+    check(4, [job for job in FOUR if _family(job) == family], tmp_path)

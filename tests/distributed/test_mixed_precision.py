@@ -18,10 +18,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from replfx.live import Synthesis, fusion_layers
 from tests.distributed.layouts import by_block
-from tests.distributed.processes import on_ranks
 from tests.distributed.ranks import BATCH, STEPS, whole_tensor
 from tests.reference import Options, Stack
-from tests.strategies import FUSIONS, Case, Policy, fits
+from tests.support.processes import on_ranks
+from tests.support.strategies import FUSIONS, Case, Policy, fits
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),

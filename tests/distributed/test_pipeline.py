@@ -13,8 +13,8 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 
 import replfx
 from tests.distributed.pipelines import STAGES, Case, work
-from tests.distributed.processes import on_ranks
-from tests.models import ConvNet, Tower, tower
+from tests.support.models import ConvNet, Tower, tower
+from tests.support.processes import on_ranks
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),

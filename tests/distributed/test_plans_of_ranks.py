@@ -7,8 +7,8 @@ import torch
 
 import replfx
 from tests.distributed.plans import without_the_check, work
-from tests.distributed.processes import on_ranks
-from tests.models import tower
+from tests.support.models import tower
+from tests.support.processes import on_ranks
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.processes import on_ranks
 from tests.distributed.tensor_parallel import Case, Jobs, refusals, work
-from tests.strategies import FUSIONS
+from tests.support.processes import on_ranks
+from tests.support.strategies import FUSIONS
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
@@ -15,25 +15,35 @@ pytestmark = [
 ]
 
 
-def _jobs(block: str, modes: tuple[str, ...], fusions: tuple[str, ...] = FUSIONS) -> Jobs:
-    """Every operator that the block has with these fusions, in these modes."""
-    found: Jobs = []
-    for operator in ("block", "light", "identity", *(["mixer"] if block == "transformer" else [])):
-        for fusion in fusions if operator != "identity" else fusions[-1:]:
-            case = Case(block, operator, fusion, (1.0, 0.5, 0.0)[FUSIONS.index(fusion)])
-            found.append((f"{block}-{operator}-{fusion}", case, modes))
-    return found
+OPERATORS = ("block", "light", "identity", "mixer")
+
+
+def _jobs(block: str, modes: tuple[str, ...], operators: tuple[str, ...] = OPERATORS, each: int = 1) -> Jobs:
+    """These operators in these modes, in `each` fusions: by turns, so that all fusions meet all modes."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row, operator in enumerate(operators):
+        for column, mode in enumerate(modes):
+            for step in range(1 if operator == "identity" else each):  # it reads no weights
+                found.setdefault((operator, FUSIONS[(row + column + step) % len(FUSIONS)]), []).append(mode)
+    return [
+        (
+            f"{block}-{operator}-{fusion}",
+            Case(block, operator, fusion, (1.0, 0.5, 0.0)[FUSIONS.index(fusion)]),
+            tuple(some),
+        )
+        for (operator, fusion), some in found.items()
+    ]
 
 
 ON_TWO = [
-    *_jobs("transformer", ("tensor", "sequence")),
-    *_jobs("transformer", ("by_block", "prepared", "distributed"), ("scalar",)),
-    *_jobs("fused", ("matrices",), ("scalar",)),
-    *_jobs("cnn", ("distributed",)),
+    *_jobs("transformer", ("tensor", "sequence"), each=2),
+    *_jobs("transformer", ("by_block", "prepared", "distributed"), ("light", "block")),
+    *_jobs("fused", ("matrices",), ("block", "light")),
+    *_jobs("cnn", ("distributed",), ("block", "light"), each=2),
 ]
 ON_FOUR = [
-    *_jobs("transformer", ("tensor", "sharded_tensor", "sharded_sequence", "sharded_evaluated")),
-    *_jobs("cnn", ("distributed",)),
+    *_jobs("transformer", ("tensor", "sharded_tensor", "sharded_sequence", "sharded_evaluated"), each=2),
+    *_jobs("cnn", ("distributed",), ("block", "light", "identity"), each=3),
 ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import replfx
-from tests.models import CausalBlock, ConvBlock, Mlp, Plain, Tower
+from tests.support.models import CausalBlock, ConvBlock, Mlp, Plain, Tower
 
 KINDS = {
     "convolutions": (lambda: ConvBlock(8), torch.rand(2, 8, 4, 4)),
@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_auto_is_the_plan_that_names_what_it_chose(data: st.DataObject) -> None:
     make, x = KINDS[data.draw(st.sampled_from(sorted(KINDS)))]

@@ -66,7 +66,7 @@ class Grouped(nn.Module):
         return x + F.linear(mixed, self.back)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     groups=st.integers(1, 3),
     shared=st.integers(1, 3),

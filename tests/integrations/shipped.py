@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.models import GPT, ConvNet
+from tests.support.models import GPT, ConvNet
 
 STAGES = ("transformed", "materialized")
 OPERATORS = ("block", "light")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
-from tests.digits import Digits, accuracy, cnn, train, vit
-from tests.digits import digits as handwritten
 from tests.integrations.shipped import OPERATORS, scattered
-from tests.models import GPT, ConvNet
+from tests.support.digits import Digits, accuracy, cnn, train, vit
+from tests.support.digits import digits as handwritten
+from tests.support.models import GPT, ConvNet
 
 pytest.importorskip("torchao")
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.live import Synthesis
-from tests.models import Tower, tower
-from tests.strategies import randomize
+from tests.support.models import Tower, tower
+from tests.support.strategies import randomize
 
 pytestmark = pytest.mark.integrations
 

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import replfx
-from tests.models import Tower, tower
-from tests.strategies import randomize
+from tests.support.models import Tower, tower
+from tests.support.strategies import randomize
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 2, 1, 2])

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import replfx
-from tests.digits import ResidualCNN
-from tests.digits import digits as handwritten
+from tests.support.digits import ResidualCNN
+from tests.support.digits import digits as handwritten
 
 pytestmark = pytest.mark.integrations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.models import Mlp
+from tests.support.models import Mlp
 
 WIDTH = 8
 
@@ -125,9 +125,9 @@ def inputs() -> Tensor:
     return torch.randn(4, WIDTH, dtype=torch.float64)
 
 
-def chain(name: str) -> nn.Sequential:
+def chain(name: str, length: int = 5) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*(BLOCKS[name]() for _ in range(5))).double()
+    return nn.Sequential(*(BLOCKS[name]() for _ in range(length))).double()
 
 
 def by_hand(model: nn.Module, made: nn.Module) -> nn.Module:

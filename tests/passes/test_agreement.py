@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.rewrite import carry_out
-from tests.models import Mlp, Plain, tower
+from tests.support.models import Mlp, Plain, tower
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 

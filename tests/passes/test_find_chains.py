@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import replfx
-from tests.models import GPT, ConvBlock, ConvNet, Mlp, Plain, Tower, tower
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import GPT, ConvBlock, ConvNet, Mlp, Plain, Tower, WithExtras, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 
@@ -187,29 +187,6 @@ def test_a_chain_may_be_read_between_its_blocks() -> None:
     one = model.blocks[0](X)
     two = model.blocks[2](one)
     torch.testing.assert_close(made(X), one + one + two + model.blocks[3](two))
-
-
-class WithExtras(nn.Module):
-    """Blocks that share a mask and a keyword, and give a tuple."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, mask: Tensor, *, scale: Tensor, flag: bool = False) -> tuple[Tensor, Tensor]:
-            return x + self.linear(x) * mask * scale, mask
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(self.Block() for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = x.sigmoid()
-        scale = torch.full((1,), 0.5)
-        for block in self.blocks:
-            x, mask = block(x, mask, scale=scale, flag=True)
-        return x * mask
 
 
 @pytest.mark.parametrize("operator", ["block", "identity"])

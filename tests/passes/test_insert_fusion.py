@@ -16,9 +16,7 @@ from replfx.live import Synthesis, fusion_layers
 from replfx.modules.copying import structural_copy
 from replfx.passes.pipeline import run_passes
 from replfx.rewrite.build import build, insertion, install
-from tests.models import GPT, ConvNet, tower
-from tests.passes.test_find_chains import WithExtras
-from tests.tracing.test_ladder import Stop
+from tests.support.models import GPT, ConvNet, Stop, WithExtras, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 IDS = torch.randint(0, 31, (2, 8))

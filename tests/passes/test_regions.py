@@ -22,8 +22,8 @@ from replfx.regions.find import find_regions
 from replfx.regions.graph_module import without_regions
 from replfx.regions.region import Region, Regions, region_module, replace_regions, root_of
 from replfx.tracing import capture, info_of
-from tests.functional import Functional, Spec, specs, values_of
-from tests.models import GPT
+from tests.support.functional import Functional, Spec, specs, values_of
+from tests.support.models import GPT
 
 
 def captured(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:

@@ -17,8 +17,8 @@ from replfx.chains.chain import Chains
 from replfx.chains.find import find_chains
 from replfx.chains.policy import Policy
 from replfx.chains.select import select
-from tests.models import Plain, Tower, tower
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import Plain, Tower, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 LENGTHS = st.integers(3, 13)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import replfx
-from tests.models import ConvNet, Plain, Tower, tower
-from tests.snapshots import assert_unchanged, snapshot
-from tests.strategies import policies
+from tests.support.models import ConvNet, Plain, Tower, tower
+from tests.support.snapshots import assert_unchanged, snapshot
+from tests.support.strategies import policies
 
 
 def replaced(model: nn.Module, **options: object) -> list[int]:

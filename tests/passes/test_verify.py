@@ -19,8 +19,8 @@ from replfx.passes.pipeline import run_passes
 from replfx.rewrite.build import build, install
 from replfx.rewrite.verify import verify
 from replfx.tracing import Inputs, info_of
-from tests.models import ConvNet, tower
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import ConvNet, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 

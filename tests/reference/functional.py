@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from tests.functional import Functional, Spec
 from tests.reference.alignment import align, split_gains
 from tests.reference.blocks import ALL, Tensors
 from tests.reference.heterogeneous import Spot, parts_of
 from tests.reference.model import _fuse, _scaled
+from tests.support.functional import Functional, Spec
 
 __all__ = ["reference_run", "spots_of"]
 

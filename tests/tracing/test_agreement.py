@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from hypothesis import given
+from hypothesis import given, settings
 from torch import nn
 
 from replfx.chains.find import find_chains
@@ -18,7 +18,7 @@ from replfx.modules.copying import structural_copy
 from replfx.tracing import info_of
 from replfx.tracing.capturing import record_on_fakes, record_on_values, symbolic_on_fakes
 from replfx.tracing.inputs import Inputs
-from tests.strategies import Case, cases
+from tests.support.strategies import Case, cases
 
 RUNGS = {"symbolic": symbolic_on_fakes, "fakes": record_on_fakes, "values": record_on_values}
 
@@ -44,6 +44,7 @@ def findings(model: nn.Module, inputs: Inputs, rung: str) -> tuple[Any, ...]:
     )
 
 
+@settings(max_examples=10)
 @given(cases())
 def test_the_rungs_agree_on_drawn_stacks(case: Case) -> None:
     model = case.model()
@@ -60,18 +61,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (lambda: TV.resnet18(), 64),
     "densenet": (lambda: TV.DenseNet(8, (3, 3), 8), 32),
     "mobilenet_v3": (lambda: TV.mobilenet_v3_small(), 64),
-    "convnext": (lambda: TV.convnext_tiny(), 32),
     "vit": (lambda: TV.VisionTransformer(32, 8, 4, 2, 16, 32), 32),
     "regnet": (lambda: TV.regnet_y_400mf(), 32),
     "timm-vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=24), 32),
     "timm-mixer": (lambda: timm.create_model("mixer_s32_224", img_size=64), 64),
-    "timm-resnet": (lambda: timm.create_model("resnet26", drop_path_rate=0.1), 64),
     "timm-convnext": (lambda: timm.create_model("convnext_atto", drop_path_rate=0.1), 32),
     "timm-poolformer": (lambda: timm.create_model("poolformer_s12"), 32),
-    "timm-deit3": (lambda: timm.create_model("deit3_small_patch16_224", img_size=32, depth=4, embed_dim=24), 32),
     "timm-ghostnet": (lambda: timm.create_model("ghostnet_050"), 32),
-    "timm-efficientnet": (lambda: timm.create_model("efficientnet_b0"), 32),
-    "timm-regnety": (lambda: timm.create_model("regnety_002"), 32),
 }
 
 

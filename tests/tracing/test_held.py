@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.tracing.test_chance import Block
+from tests.support.models import Layer
 
 REGISTRY: dict[int, Any] = {}
 
@@ -38,7 +38,7 @@ HELD: dict[str, Callable[[Any], list[Any]]] = {
 class Steps(nn.Module):
     def __init__(self, hold: Callable[[Any], list[Any]]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(5))
+        self.blocks = nn.ModuleList(Layer() for _ in range(5))
         self.steps = hold(self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def test_a_parameter_that_a_closure_reads() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList(Block() for _ in range(5))
+            self.blocks = nn.ModuleList(Layer() for _ in range(5))
             self.weight = nn.Parameter(torch.randn(8, 8))
             self.last = lambda x: x @ self.weight
 

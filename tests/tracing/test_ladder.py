@@ -9,22 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
 from replfx.tracing import info_of
-from tests.models import GPT, ConvNet, tower
-from tests.snapshots import assert_unchanged, snapshot
-
-
-class Stop(nn.Module):
-    """Runs a model, and stops symbolic tracing."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] < 0:
-            raise AssertionError
-        y: Tensor = self.model(x)
-        return y
+from tests.support.models import GPT, ConvNet, Stop, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 def ids() -> Tensor:

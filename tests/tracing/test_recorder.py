@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 import replfx
 from replfx.tracing import info_of
-from tests.models import Mlp
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import Mlp
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 class Recorded(nn.Module):

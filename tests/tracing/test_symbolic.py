@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import replfx
 from replfx.tracing import info_of
-from tests.models import GPT, ConvNet, tower
-from tests.snapshots import assert_unchanged, snapshot
+from tests.support.models import GPT, ConvNet, tower
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 class FunctionalDropout(nn.Module):

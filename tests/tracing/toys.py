@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from tests.models import Mlp
+from tests.support.models import Mlp
 
 __all__ = ["TOYS", "Toy"]
 

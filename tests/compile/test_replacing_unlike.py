@@ -1,0 +1,211 @@
+"""replfx.backend(every=2) on models whose blocks are not alike: what it makes of them is what `transform` makes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import replfx
+from tests.reference.heterogeneous import Step
+from tests.support.compare import assert_close, loss_of, run
+from tests.support.compiled import paths, replacing
+from tests.support.models import ConvNet, Mlp, Tower
+from tests.support.stacks import Drawn, drawn_stacks
+from tests.support.strategies import randomize
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def in_graph(name: str, blocks: list[str]) -> str:
+    """A name of the transformed model's, as the plain model or its backend has it."""
+    for block in blocks:
+        window = re.fullmatch(r"(.*)\[(\d+):\d+\]", block)
+        head = block if window is None else f"{window[1]}.{window[2]}".strip(".")
+        if name.startswith(f"{head}.replfx."):
+            return block + name.removeprefix(head)
+    return name
+
+
+def assert_is_what_transform_makes(drawn: Drawn) -> None:
+    """Outputs, buffers and all gradients. `transform` itself is held against a reference elsewhere."""
+    policy: dict[str, Any] = {"every": 2, **drawn.policy()}
+    model = drawn.model()
+    transformed = replfx.transform(copy.deepcopy(model), drawn.inputs(), **policy)
+    compiled, backend = replacing(model, "eager", **policy)
+    state = copy.deepcopy(model.state_dict())  # the first call is there for the coefficients alone
+    compiled(*drawn.inputs())
+    model.load_state_dict(state)
+    replaced = list(replfx.report(transformed).replaced)
+    assert [path[1:] for path in paths(backend)] == replaced
+    randomize(transformed, drawn.seed + 2)
+    names = {name: in_graph(name, replaced) for name in transformed.state_dict()}
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(backend.named_parameters())}
+    with torch.no_grad():
+        for name, tensor in transformed.state_dict().items():
+            mine[names[name]].copy_(tensor)
+    expected, wanted = run(transformed, drawn.inputs())
+    inputs = drawn.inputs()
+    result = compiled(*inputs)
+    assert_close(result, expected[0], "output")
+    loss_of([result]).backward()
+    for name, gradient in wanted.items():
+        found = inputs[0].grad if name == "input" else mine[names[name]].grad
+        assert (found is None) == (gradient is None), name
+        if found is not None and gradient is not None:
+            assert_close(found, gradient, f"gradient of {name}")
+    for name, buffer in transformed.named_buffers():
+        torch.testing.assert_close(mine[in_graph(name, replaced)], buffer)
+
+
+@given(drawn=drawn_stacks())
+@settings(max_examples=20)
+@pytest.mark.slow
+def test_it_is_what_transform_makes(drawn: Drawn) -> None:
+    assert_is_what_transform_makes(drawn)
+
+
+@pytest.mark.parametrize("kind", ["units", "windows", "flat_conv_norm"])
+def test_every_kind_of_stack(kind: str) -> None:
+    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
+    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
+    grouped = replace(narrow, before=6, kernel=5, groups=2, window=7)
+    steps = (Step(4, 4), wide, same, narrow, grouped)
+    assert_is_what_transform_makes(Drawn(kind, steps, "channel", "block", 0.5))
+
+
+def flat(*widths: int, kernels: tuple[int, ...] = (3, 5, 7, 3)) -> nn.Sequential:
+    """[Conv, BN, ReLU] of these widths, one after the other."""
+    layers: list[nn.Module] = []
+    for before, width, kernel in zip((3, *widths), widths, kernels, strict=False):
+        layers += [nn.Conv2d(before, width, kernel, padding=kernel // 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def units() -> nn.Module:
+    """A small ResNet: two blocks a stage, of which every second is made from blocks of other widths."""
+    return ConvNet(depth=2, widths=(4, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks"), [(units, ["stages.0.1", "stages.1.1"]), (lambda: flat(4, 8, 6, 6), ["[3:6]"])]
+)
+def test_bit_for_bit(build: Any, blocks: list[str]) -> None:
+    """In eager mode both run the same operations in the same order."""
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(2, 3, 8, 8)
+    transformed = replfx.transform(copy.deepcopy(model), x, every=2)
+    compiled, backend = replacing(copy.deepcopy(model), "eager", every=2)
+    assert torch.equal(compiled(x), transformed(x))
+    assert list(replfx.report(transformed).replaced) == blocks
+    assert paths(backend) == [f"@{block}" for block in blocks]
+    assert any("gains" in name for name, _ in backend.named_parameters())
+    expected = {in_graph(name, blocks): p for name, p in transformed.named_parameters() if ".fusion." in name}
+    for name, parameter in backend.named_parameters():
+        assert torch.equal(parameter, expected.pop(name)), name
+    assert not expected
+
+
+def test_other_values_at_each_call() -> None:
+    """`functional_call` puts other tensors in the parameters' places: neighbours' are read anew, and get gradients."""
+    model, x = units().eval(), torch.randn(2, 3, 8, 8)
+    compiled, _ = replacing(model, "eager", every=2)
+    compiled(x)
+    for factor in (2.0, 3.0):
+        values = {name: (factor * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        found = functional_call(compiled, {f"_orig_mod.{name}": value for name, value in values.items()}, (x,))
+        reference = replfx.transform(copy.deepcopy(model), x, every=2)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                if ".fusion." not in name:
+                    parameter.copy_(values[name])
+        expected = reference(x)
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for name in ("stages.0.0.conv1.weight", "stages.1.0.conv1.weight", "stages.2.0.conv2.weight"):
+            torch.testing.assert_close(values[name].grad, reference.get_parameter(name).grad)
+
+
+def test_a_window_is_selected_by_its_path() -> None:
+    model, x = nn.ModuleDict({"features": flat(4, 8, 6, 6)}), torch.randn(2, 3, 8, 8)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = model["features"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.features(x)
+            return y
+
+    compiled, backend = replacing(Model(), "eager", select="features[6:9]")
+    transformed = replfx.transform(Model(), x, select="features[6:9]")
+    assert torch.equal(compiled(x), transformed(x))
+    assert paths(backend) == ["@features[6:9]"]
+
+
+@pytest.mark.parametrize("position", [1, 2])  # one that would be replaced, and a neighbour
+def test_a_frozen_block_stays_and_lends_its_weights(position: int) -> None:
+    model = Tower(*(Mlp(8, hidden) for hidden in (8, 6, 7, 5, 7)))
+    model.blocks[position].requires_grad_(False)
+    compiled, backend = replacing(model, "eager", every=2)
+    x = torch.randn(2, 4)
+    transformed = replfx.transform(copy.deepcopy(model), x, every=2)
+    assert torch.equal(compiled(x), transformed(x))
+    assert [path[1:] for path in paths(backend)] == list(replfx.report(transformed).replaced)
+
+
+def test_a_light_operator_is_refused() -> None:
+    """It would have to leave out the norm, and has no convolution to call."""
+    compiled, backend = replacing(units(), "eager", every=2, operator="light")
+    compiled(torch.randn(2, 3, 8, 8))
+    with pytest.raises(replfx.CompileError, match=r"operator 'light' does not fit it: its layers are functions in Dyn"):
+        list(backend.parameters())
+
+
+class Twice(nn.Module):
+    """Calls its second block twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Mlp(4, hidden) for hidden in (8, 6, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in (0, 1, 1, 2):
+            x = self.blocks[index](x)
+        return x
+
+
+def test_a_block_that_is_called_twice_is_refused() -> None:
+    compiled, backend = replacing(Twice(), "eager", every=2)
+    compiled(torch.randn(2, 4))
+    with pytest.raises(replfx.CompileError, match=r"`@blocks\.1`: it is called 2 times in one forward pass"):
+        list(backend.parameters())
+
+
+class Reads(nn.Module):
+    """Reads a weight of a block's itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Mlp(4, hidden) for hidden in (8, 6, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x + self.blocks[1].fc1.weight.sum()
+
+
+def test_a_block_whose_weight_is_read_outside_stays() -> None:
+    compiled, backend = replacing(Reads(), "eager", every=2)
+    compiled(torch.randn(2, 4))
+    with pytest.raises(replfx.CompileError, match=r"`@blocks\.1`: its parameter `fc1\.weight` is read outside"):
+        list(backend.parameters())

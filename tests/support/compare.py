@@ -1,0 +1,142 @@
+"""How models are run and compared: outputs, losses, gradients, references, optimizers."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import replfx
+from tests.reference import reference_forward
+from tests.support.strategies import Case
+
+# Of the largest entry of what is compared. Both sides do the same few thousand float64 operations in another
+# order; at a rounding of 1.1e-16 each, through at most six blocks whose normalisations divide by standard
+# deviations down to sqrt(eps) = 3e-3, that is under 1e-10. A wrong formula is off by 1e-3 and more.
+EXACT = 1e-10
+
+
+def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    result = model(*inputs)
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def loss_of(results: list[Tensor]) -> Tensor:
+    """Weighs every element by a number of its own, so that no gradient cancels."""
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    return torch.stack([(r * w).sum() for r, w in zip(results, weights, strict=True)]).sum()
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Outputs, and the gradient of every parameter and of the input."""
+    model.zero_grad()
+    inputs[0].grad = None
+    results = outputs(model, inputs)
+    loss_of(results).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return [r.detach() for r in results], {**gradients, "input": inputs[0].grad}
+
+
+def assert_close(one: Tensor, other: Tensor, what: str, tolerance: float = EXACT) -> None:
+    assert one.shape == other.shape, what
+    scale = max(other.abs().max().item(), 1e-3) if other.numel() else 1.0
+    error = (one - other).abs().max().item() if other.numel() else 0.0
+    assert error <= tolerance * scale, f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+
+
+def replaced_by(model: nn.Module) -> list[int]:
+    return [int(path.split(".")[1]) for path in replfx.report(model).replaced]
+
+
+_RENAMED = (
+    (r"^(blocks\.\d+\.)replfx\.fusion\.previous$", r"\1a"),
+    (r"^(blocks\.\d+\.)replfx\.fusion\.next$", r"\1b"),
+    (r"^(blocks\.\d+\.)replfx\.operator\.bias$", r"\1shift"),
+    (r"^(blocks\.\d+\.)replfx\.operator\.", r"\1"),
+)
+
+
+def reference_name(name: str) -> str:
+    """The reference's name of a tensor in the state_dict of a transformed model."""
+    for pattern, replacement in _RENAMED:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def reference_run(
+    case: Case, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], dict[str, Tensor | None], dict[str, Tensor]]:
+    """Outputs, gradients (by the library's names) and running statistics of the reference, with the same weights."""
+    dtype = dtype or case.dtype
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        own = tensor.detach().clone()
+        own = own.to(dtype) if own.is_floating_point() else own
+        tensors[reference_name(name)] = own
+    names = [name for name, _ in model.named_parameters()]
+    for name in names:
+        tensors[reference_name(name)].requires_grad_()
+    x = inputs[0].detach().clone().to(dtype).requires_grad_()
+    result = reference_forward(
+        case.family,
+        case.options,
+        case.depth,
+        replaced_by(model),
+        tensors,
+        (x, *inputs[1:]),
+        fusion=case.policy.fusion,
+        operator=case.policy.operator,
+        neighbour_gradient=case.policy.neighbour_gradient,
+        training=case.training,
+    )
+    results = list(result) if isinstance(result, tuple) else [result]
+    loss_of(results).backward()
+    gradients = {name: tensors[reference_name(name)].grad for name in names}
+    buffers = {name: tensors[reference_name(name)] for name, _ in model.named_buffers()}
+    return [r.detach() for r in results], {**gradients, "input": x.grad}, buffers
+
+
+def of_replfx(model: nn.Module) -> Iterator[str]:
+    """Whatever of replfx is left in a model."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("replfx"):
+            yield f"module {path}"
+        for name, value in vars(module).items():
+            if name.startswith("_replfx"):
+                yield f"{path}.{name}"
+            if "hooks" in name and isinstance(value, dict) and value:
+                yield f"{path}.{name}"
+
+
+def optimizer_for(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    groups: list[dict[str, Any]] = [{"params": matrices, "lr": 1e-3}, {"params": vectors, "lr": 2e-3}]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.AdamW(groups)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...], count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(outputs(model, inputs)).backward()
+        optimizer.step()
+
+
+def assert_same_run(model: nn.Module, other: nn.Module, case: Case, tolerance: float = EXACT) -> None:
+    """Outputs and all gradients; `other` runs `model`'s computation with parameters of the same names."""
+    results, gradients = run(model, case.inputs())
+    again, gradients_again = run(other, case.inputs())
+    assert gradients.keys() == gradients_again.keys()
+    for one, two in zip(again, results, strict=True):
+        assert_close(one, two, "output", tolerance)
+    for name, wanted in gradients.items():
+        got = gradients_again[name]
+        assert (got is None) == (wanted is None), name
+        if got is not None and wanted is not None:
+            assert_close(got, wanted, f"gradient of {name}", tolerance)

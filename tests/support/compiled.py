@@ -1,0 +1,125 @@
+"""Models that the backend compiled, with a look at what it made of their graphs."""
+
+from __future__ import annotations
+
+import operator
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
+
+import replfx
+from tests.support.models import tower
+
+OPERATION = "synthesize"
+
+
+class Compiled:
+    """`model` compiled in one graph by the backend; `graphs` are those that reached the inner compiler, `calls` how
+    often each was called since, and `batches` how many syntheses each batched one in them made."""
+
+    def __init__(self, model: nn.Module, inner: str = "eager", *, dynamic: bool | None = None, **options: Any) -> None:
+        torch.compiler.reset()
+        self.model, self.inner = model, inner
+        self.graphs: list[fx.GraphModule] = []
+        self.calls: list[int] = []
+        self.batches: list[list[int]] = []
+        backend = replfx.backend(inner=self._compile, **options)
+        self.compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+
+    def _compile(self, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        index = len(self.graphs)
+        self.graphs.append(graph_module)
+        self.calls.append(0)
+        self.batches.append(batches(graph_module))  # now: Inductor rewrites the graph
+        made: Any = lookup_backend(self.inner)(graph_module, list(inputs))
+
+        def run(*args: Any) -> Any:
+            self.calls[index] += 1
+            return made(*args)
+
+        return run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args)
+
+    def named_parameters(self) -> Any:
+        return self.model.named_parameters()
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+
+def batches(graph_module: fx.GraphModule) -> list[int]:
+    """How many syntheses each batched one in the graph makes."""
+    found = [node for node in graph_module.graph.nodes if OPERATION in str(node.target)]
+    return [len(node.args[0]) for node in found if node.op == "call_function"]
+
+
+def products(graph_module: fx.GraphModule) -> int:
+    """Multiplications left in the graph: two of each synthesis that is not batched, and the model's own."""
+    return sum(node.target is operator.mul for node in graph_module.graph.nodes)
+
+
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def captured(model: nn.Module, x: Tensor = X) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Dynamo's graph, as a backend gets it, and what it is called with."""
+    found: list[tuple[fx.GraphModule, list[Tensor]]] = []
+
+    def keep(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        found.append((graph_module, list(inputs)))
+        return graph_module.forward
+
+    torch.compile(model, backend=keep, fullgraph=True)(x)
+    (only,) = found
+    return only
+
+
+def graph_of(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
+    """Dynamo's graph, as a backend gets it."""
+    return captured(model, x)[0]
+
+
+def small(length: int = 7, **options: Any) -> nn.Module:
+    """Three replaced blocks of seven, each with two synthesised weights of 16×8 floats: 512 bytes."""
+    return replfx.transform(tower(length), **options)
+
+
+def forward_and_backward(model: nn.Module, x: Tensor, **options: Any) -> dict[str, fx.GraphModule]:
+    """The graphs that AOTAutograd makes of a forward, and of its backward pass, after the backend's passes."""
+    found: dict[str, fx.GraphModule] = {}
+
+    def compiler(name: str) -> Any:
+        def keep(graph_module: fx.GraphModule, inputs: Any) -> Any:
+            found[name] = graph_module
+            return make_boxed_func(graph_module.forward)
+
+        return keep
+
+    inner = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    torch.compile(model, backend=replfx.backend(inner=inner, **options))(x).sum().backward()
+    return found
+
+
+def replacing(model: nn.Module, inner: Any = "aot_eager", **options: Any) -> tuple[Any, Any]:
+    """The compiled model and its backend, afresh."""
+    torch.compiler.reset()
+    backend = replfx.backend(inner=inner, **options)
+    return torch.compile(model, backend=backend, fullgraph=True), backend
+
+
+def paths(backend: Any) -> list[str]:
+    return [replacement.path for replacement in backend.plan.replacements]
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler"
+)
