@@ -1,6 +1,6 @@
 """select_blocks: from chains and a policy to a plan."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,7 @@ from replfx.fusion import Choice, Match, Site, fusions, operators
 from replfx.fusion.fusions import LinearFusion
 from replfx.fusion.pairing import too_unlike
 from replfx.fusion.residual import is_residual
+from replfx.fusion.twins import twin_key
 from replfx.passes.chains import SHORTEST, Chain, Chains, chains_of
 from replfx.passes.stages import cut_chains
 from replfx.plans import Plan, Replacement
@@ -20,6 +21,9 @@ from replfx.structure import block_digest
 from replfx.tracing import info_of
 
 __all__ = ["SelectBlocks", "plan_of"]
+
+_MEASURING = frozenset(("identity", "light", "mixer"))
+"""Operators that run a block alone to see whether they fit it, and look at no weight's value."""
 
 
 def plan_of(graph_module: fx.GraphModule) -> Plan:
@@ -119,13 +123,13 @@ class SelectBlocks(PassBase):
 
     def _replace(self, chain: Chain, positions: Sequence[int], found: Chains) -> list[Replacement]:
         """Replace those of the blocks that the operator fits; one that it does not fit stays, and others read it."""
-        chosen, matches = set(positions), dict[int, Match]()
+        chosen, matches, twins = set(positions), dict[int, Match](), dict[Hashable, Match]()
         for i in positions:
             if operators[self.operator.name].needs_neighbours:
                 _check_neighbours(chain, i, chosen)
         while unjudged := sorted(chosen - matches.keys()):
             i = unjudged[0]
-            match = self._match(chain, i, chosen)
+            match = self._match(chain, i, chosen, twins)
             if match:
                 matches[i] = match
                 continue
@@ -137,17 +141,22 @@ class SelectBlocks(PassBase):
             chosen = left
         return [self._replacement(chain, i, chosen, matches[i]) for i in sorted(chosen)]
 
-    def _match(self, chain: Chain, position: int, chosen: Set[int]) -> Match:
-        """Whether the operator fits a block beside those that stay."""
+    def _match(self, chain: Chain, position: int, chosen: Set[int], twins: dict[Hashable, Match]) -> Match:
+        """Whether the operator fits a block beside those that stay; of twins one is measured (`twins`)."""
         block, site = chain.blocks[position], _site(chain, position, chosen)
         operator = operators[self.operator.name]
         if operator.needs_neighbours:
             sides = [chain.blocks[side] for side in _sides(chain, position, chosen)]
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
+        key = twin_key(site) if self.operator.name in _MEASURING else None
+        if key is not None and key in twins:
+            return twins[key]
         match = operator.match(site) if site.shape or self.operator.name != "identity" else _unmeasured(site)
         if match and self.operator.name == "identity" and block.turn is not None:
             return Match(reason=f"it changes the shape of its activation: {block.turn}")
+        if match and key is not None:  # a refusal names nodes of its own
+            twins[key] = match
         return match
 
     # ---- why the others stay
