@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -47,6 +48,8 @@ class OwnParameters(PassBase):
         for node in graph_module.graph.nodes:
             path = _put(root, node, next(values)) if node.op == "placeholder" else None
             copied[node] = graph.node_copy(node, copied.__getitem__) if path is None else graph.get_attr(path)
+            if node.target is torch.sym_sum:  # which Dynamo writes down but does not read
+                copied[node].target = _added
             copied[node].meta = {**node.meta, **_shape_of(node)}
             if node.op == "placeholder":
                 owned.append(path)
@@ -54,6 +57,11 @@ class OwnParameters(PassBase):
         made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
         made.meta[_KEY] = tuple(owned)
         return PassResult(made, True)
+
+
+def _added(sizes: Sequence[int]) -> int:
+    """`torch.sym_sum` as plain Python."""
+    return sum(sizes)
 
 
 def _put(root: nn.Module, node: fx.Node, value: object) -> str | None:

@@ -233,7 +233,9 @@ class ReplacingBackend:
         try:
             run_passes(owned, [policy])
         except NoChainError as error:
-            self._note(f"in a graph of {len(owned.graph.nodes)} nodes, {error}")
+            regions = [block.region for chain in found.chains for block in chain.blocks]
+            hint = _FILLED if any(region is not None and region.aside for region in regions) else ""
+            self._note(f"in a graph of {len(owned.graph.nodes)} nodes, {error}{hint}")
             return ()
         return plan_of(owned).replacements
 
@@ -312,6 +314,10 @@ _numbers = count()
 _FAST_PATH = (
     "(torch.nn.TransformerEncoderLayer is another function in evaluation, unless "
     "torch.backends.mha.set_fastpath_enabled(False) was called)"
+)
+_FILLED = (
+    "; in Dynamo's graph a block that fills a cache, or whose attention weights are asked for, gives these beside its "
+    "activation: use replfx.transform, which leaves the filling to the cache itself"
 )
 _OTHER = "this backend holds the coefficients of another model: make one with replfx.backend(…) for each model"
 

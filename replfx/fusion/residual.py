@@ -217,8 +217,11 @@ class Residual:
         self.branches = [Branch(self, end, _cone(site, end, self.main)) for end in ends]
         self.probe = Probe(site, shape)
         with torch.no_grad():
-            self.values = self.probe.run(watch=self.main)
+            self.values = self.probe.run(watch={*self.main, *ends})
         self.values[site.input] = self.probe.x
+        for end in ends:
+            if isinstance(made := self.values[end], Tensor) and end not in self.main and not made.any():
+                raise Unmeasured(f"what it adds at `{end.name}` is all zeros, on weights and inputs drawn at random")
 
     @classmethod
     def of(cls, site: Site) -> "Residual | str":

@@ -47,6 +47,8 @@ def _frozen(value: Any) -> Hashable:
         return type(value), value
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_frozen, value))
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_frozen, value))
     if isinstance(value, dict):
         return type(value), tuple((_frozen(key), _frozen(item)) for key, item in value.items())
     if isinstance(value, slice):
