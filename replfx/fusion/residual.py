@@ -56,7 +56,9 @@ def not_residual(site: Site) -> str:
         return (
             f"it is not seen to be residual: its output comes from `{site.inside(site.output)}`, which is called whole"
         )
-    return "it is not residual: its output is not a sum with its own input as a term"
+    slot = site.interface.main
+    which = "its own input" if slot == "0" else f"its input `{slot}`, which comes from the block before,"
+    return f"it is not residual: its output is not a sum with {which} as a term"
 
 
 def _is_sum_with_input(site: Site, *, layouts: bool) -> bool:
