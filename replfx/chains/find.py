@@ -81,10 +81,14 @@ class _Search:
 
     def _as_region(self, block: Block) -> Block:
         """A block of stand-ins as a piece of the graph."""
-        region = region_of_call(self.info, block.call, block.site.names)
+        region = region_of_call(self.info, block.call, block.site.output, block.site.names)
         module = region_module(region, self.root, block.site.block)
         path = region_path(region.name)
         site = replace(block.site, path=path, block=module, nodes=region.nodes, names={})
+        if region.aside:
+            aside: list[object] = [{"computed": True} for _ in region.aside]
+            output = {"tuple": [{"input": site.interface.main}, *aside]}
+            site = replace(site, interface=replace(site.interface, output=output))
         return replace(block, call=replace(block.call, path=path), site=site, region=region)
 
     def _search(self, candidates: list[Candidate], dropped: dict[str, str]) -> list[Chain]:

@@ -1,6 +1,6 @@
 """select: from chains and a policy to a plan."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,7 @@ from replfx.modules.structure import block_digest
 from replfx.operators import Match, Site
 from replfx.operators.base import operators
 from replfx.operators.residual import is_residual
+from replfx.operators.twins import twin_key
 from replfx.plans import Plan, Replacement
 
 __all__ = ["Selection", "select"]
@@ -84,13 +85,13 @@ class _Chooser:
 
     def replace(self, chain: Chain, positions: Sequence[int]) -> list[Replacement]:
         """Replace those of the blocks that the operator fits; one that it does not fit stays, and others read it."""
-        chosen, matches = set(positions), dict[int, Match]()
+        chosen, matches, twins = set(positions), dict[int, Match](), dict[Hashable, Match]()
         for i in positions:
             if operators[self.policy.operator.name].needs_neighbours:
                 _check_neighbours(chain, i, chosen)
         while unjudged := sorted(chosen - matches.keys()):
             i = unjudged[0]
-            match = self._match(chain, i, chosen)
+            match = self._match(chain, i, chosen, twins)
             if match:
                 matches[i] = match
                 continue
@@ -104,17 +105,22 @@ class _Chooser:
             chosen = left
         return [self._replacement(chain, i, chosen, matches[i]) for i in sorted(chosen)]
 
-    def _match(self, chain: Chain, position: int, chosen: Set[int]) -> Match:
-        """Whether the operator fits a block beside those that stay."""
+    def _match(self, chain: Chain, position: int, chosen: Set[int], twins: dict[Hashable, Match]) -> Match:
+        """Whether the operator fits a block beside those that stay; of twins one is measured (`twins`)."""
         block, site = chain.blocks[position], _site(chain, position, chosen)
         operator = operators[self.policy.operator.name]
         if operator.needs_neighbours:
             sides = [chain.blocks[side] for side in _sides(chain, position, chosen)]
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
+        key = twin_key(site) if operator.matches_by_structure else None
+        if key is not None and key in twins:
+            return twins[key]
         match = operator.match(site) if site.shape or self.policy.operator.name != "identity" else _unmeasured(site)
         if match and self.policy.operator.name == "identity" and block.shape_change is not None:
             return Match(reason=f"it changes the shape of its activation: {block.shape_change}")
+        if match and key is not None:  # a refusal names nodes of its own
+            twins[key] = match
         return match
 
     # ---- why the others stay

@@ -1,7 +1,7 @@
 """traced_candidates: the calls in a graph by Dynamo that may be blocks, and blocks as regions of that graph.
 
-Such a graph has no modules to swap. So more is asked of a call than of one in a captured graph: it gives one value,
-changes none of others, and what it reads is its own.
+Such a graph has no modules to swap. So more is asked of a call than of one in a captured graph: it gives the rest of
+the graph one value, changes none of others, and what it reads is its own.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,11 @@ class TracedCandidates(Candidates):
 
     def _unfit_region(self, call: ModuleCall, module: nn.Module) -> str | None:
         """Why the call's nodes can't be a region of the graph."""
-        if not isinstance(call.output, fx.Node):
-            return f"{len(nodes_in(call.output))} of its results are used outside of it, and not one"
         nodes = [node for node in self.info.nodes[call.start : call.stop] if node.op != "get_attr"]
+        inside = set(nodes)
+        read = [n for n in nodes_in(call.output) if any(u not in inside and u.op != "output" for u in n.users)]
+        if len(read) > 1:
+            return f"{len(read)} of its results are used outside of it, and not one"
         if any(node.op == "call_module" for node in nodes):
             return "it calls a module that Dynamo did not look into"
         stream = self._stream
@@ -49,15 +51,15 @@ class TracedCandidates(Candidates):
         return None
 
 
-def region_of_call(info: CaptureInfo, call: ModuleCall, names: Mapping[str, str]) -> Region:
+def region_of_call(info: CaptureInfo, call: ModuleCall, output: fx.Node, names: Mapping[str, str]) -> Region:
     """The region of the graph that a call is.
 
     Args:
         info: of the graph.
         call: of a module or a window.
+        output: which of its results is the main activation; the others go to the graph's caller alone.
         names: for the paths of the modules that make up the block, the names that they have in it.
     """
-    assert isinstance(call.output, fx.Node)
     inside = [node for node in info.nodes[call.start : call.stop] if node.op != "get_attr"]
     read = {node for each in inside for node in each.all_input_nodes if node.op == "get_attr"} - set(call.args)
     own = {str(node.target) for node in read}
@@ -70,9 +72,10 @@ def region_of_call(info: CaptureInfo, call: ModuleCall, names: Mapping[str, str]
     return Region(
         nodes=(*(node for node in info.nodes if node in read), *inside),
         input=call.args[0],
-        output=call.output,
+        output=output,
         extras=call.args[1:],
         parameters=parameters,
         buffers=buffers,
         module=call.path,
+        aside=tuple(node for node in nodes_in(call.output) if node is not output),
     )

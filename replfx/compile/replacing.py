@@ -234,7 +234,9 @@ class ReplacingBackend:
             policy = replace(policy, select=named)
         selection = select(found, policy)
         if selection.nothing is not None:
-            self._note(f"in a graph of {len(found.capture.nodes)} nodes, {selection.nothing}")
+            regions = [block.region for block in found.blocks.values()]
+            hint = _FILLED if any(region is not None and region.aside for region in regions) else ""
+            self._note(f"in a graph of {len(found.capture.nodes)} nodes, {selection.nothing}{hint}")
         return selection.plan.replacements
 
     def _remember(self, found: Chains, replacements: Sequence[Replacement], real: Set[int]) -> None:
@@ -316,6 +318,10 @@ _numbers = count()
 _FAST_PATH = (
     "(torch.nn.TransformerEncoderLayer is another function in evaluation, unless "
     "torch.backends.mha.set_fastpath_enabled(False) was called)"
+)
+_FILLED = (
+    "; in Dynamo's graph a block that fills a cache, or whose attention weights are asked for, gives these beside its "
+    "activation: use replfx.transform, which leaves the filling to the cache itself"
 )
 _OTHER = "this backend holds the coefficients of another model: make one with replfx.backend(…) for each model"
 

@@ -185,8 +185,19 @@ def _narrowest(residual: Residual) -> tuple[Branch, MapPair]:
         if pair is not None:
             found.append((branch, pair))
     if not found:
-        raise Unmeasured(f"it has no map from its {residual.width} channels and back to them")
+        raise Unmeasured(_no_pair(residual))
     return min(found, key=lambda each: (not each[1].proven, each[1].hidden))
+
+
+def _no_pair(residual: Residual) -> str:
+    """Why there is no pair of maps: what is last in each branch, and that nothing is seen to be its first."""
+    lasts = [last.name for branch in reversed(residual.branches) if branch.entries and (last := _Maps(branch)._last())]
+    if not lasts:
+        return f"none of its weights is seen to be a map that gives its {residual.width} channels"
+    names = " and ".join(f"`{name}`" for name in lasts)
+    return (
+        f"{names} gives its {residual.width} channels, but no weight is seen to be the one map that makes what it takes"
+    )
 
 
 @dataclass(frozen=True)

@@ -116,14 +116,22 @@ class Operator(nn.Module):
     Attributes:
         sources: which parameters are synthesised, by the names that `forward` gets them under.
         needs_neighbours: whether a replaced block needs a kept block on each side.
+        matches_by_structure: `match` reads no weight's value, so that what it finds holds for all equal blocks. False
+            for a subclass that has a `match` of its own, unless it says otherwise.
         keeps_block: whether the block runs its own computation.
         unrolls: whether the block, with weights of its own, is the full block.
     """
 
     needs_neighbours: ClassVar[bool] = True
+    matches_by_structure: ClassVar[bool] = False
     keeps_block: ClassVar[bool] = False
     unrolls: ClassVar[bool] = False
     sources: dict[str, Source]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "match" in cls.__dict__ and "matches_by_structure" not in cls.__dict__:
+            cls.matches_by_structure = False
 
     def __init__(self, block: nn.Module, interface: Interface) -> None:
         super().__init__()

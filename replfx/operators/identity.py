@@ -25,6 +25,7 @@ class IdentityOperator(Operator):
     """
 
     needs_neighbours = False
+    matches_by_structure = True
 
     def __init__(
         self, block: nn.Module, interface: Interface, *, fold: Mapping[str, Any] | str = "its plan does not say how"

@@ -55,6 +55,8 @@ class LightOperator(Operator):
         **options: the fields of `LightRecipe`, found by `match`.
     """
 
+    matches_by_structure = True
+
     def __init__(self, block: nn.Module, interface: Interface, *, initial_gain: float = 0.1, **options: Any) -> None:
         super().__init__(block, interface)
         self.recipe = recipe = LightRecipe.read(options)

@@ -71,6 +71,7 @@ class MixerOperator(BlockOperator):
     """
 
     unrolls = False
+    matches_by_structure = True
 
     def __init__(
         self,
@@ -175,6 +176,17 @@ def _in_place_of(left_out: nn.Module, nothing: fx.GraphModule) -> nn.Module:
 # ---- finding the MLP
 
 
+def _mixing(branch: Branch) -> str:
+    """What to say of a branch of which a change of one token is seen to reach others."""
+    root = branch.end.graph.owning_module
+    if root is not None and "values of tensors" in info_of(root).frozen:
+        return (
+            f"whether its branch at `{branch.end.name}` mixes tokens cannot be told, for the model's code asks for "
+            "values of tensors, and its graph goes on as these were"
+        )
+    return f"its branch at `{branch.end.name}` mixes tokens"
+
+
 def _mlp(site: Site) -> Dropped | str:
     """The branch of a block that sees each token alone, or why there is none to leave out."""
     residual = Residual.of(site)
@@ -187,7 +199,7 @@ def _mlp(site: Site) -> Dropped | str:
         if not branch.entries:
             continue
         try:
-            dropped = f"its branch at `{branch.end.name}` mixes tokens" if branch.mixes_tokens else _dropped(branch)
+            dropped = _mixing(branch) if branch.mixes_tokens else _dropped(branch)
         except Unmeasured as error:
             return str(error)
         if not isinstance(dropped, str):

@@ -7,6 +7,7 @@ precision where the block has operations that know no other (grouped matrix prod
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
+from itertools import product
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Probe:
         self._draw = torch.Generator().manual_seed(_SEED)
         self._given: dict[fx.Node, Any] = {}
         self._masked: bool | None = None
+        self._whole = 1
         self.block = self._with_numbers(self.site.block)
         fitting = self._fitting_input()
         if isinstance(fitting, str):
@@ -99,7 +101,7 @@ class Probe:
         if dtype == torch.bool:
             return self._mask(tuple(shape))
         if not (dtype.is_floating_point or dtype.is_complex):
-            return torch.zeros(tuple(shape), dtype=dtype)
+            return torch.full(tuple(shape), self._whole, dtype=dtype)
         return torch.randn(tuple(shape), generator=self._draw, dtype=self._precise(dtype))
 
     def _precise(self, dtype: torch.dtype) -> torch.dtype:
@@ -143,8 +145,8 @@ class Probe:
         """An activation on which the block runs, or why there is none."""
         failure: Exception | None = None
         for shape in self._shapes():
-            for masked in (None, True, False):
-                self._masked = masked
+            # Whole numbers are masks, of which 1 is the value that lets pass, or indices, of which 0 is always one.
+            for self._whole, self._masked in product((1, 0), (None, True, False)):
                 self._given.clear()
                 try:
                     self.x = self._drawn_input(shape)
@@ -156,7 +158,7 @@ class Probe:
                     raise
                 except Exception as error:  # whatever a model's code raises
                     failure = error
-                if not any(isinstance(v, Tensor) and v.dtype == torch.bool for v in self._given.values()):
+                if not any(isinstance(v, Tensor) and not v.dtype.is_floating_point for v in self._given.values()):
                     break
         text = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
         return text if self.site.input.meta.get("shape") else f"{text}; give example_inputs"

@@ -56,7 +56,9 @@ def not_residual(site: Site) -> str:
         return (
             f"it is not seen to be residual: its output comes from `{site.inside(site.output)}`, which is called whole"
         )
-    return "it is not residual: its output is not a sum with its own input as a term"
+    slot = site.interface.main
+    which = "its own input" if slot == "0" else f"its input `{slot}`, which comes from the block before,"
+    return f"it is not residual: its output is not a sum with {which} as a term"
 
 
 def _is_sum_with_input(site: Site, *, layouts: bool) -> bool:
@@ -217,8 +219,11 @@ class Residual:
         self.branches = [Branch(self, end, _cone(site, end, self.main)) for end in ends]
         self.probe = Probe(site, shape)
         with torch.no_grad():
-            self.values = self.probe.run(watch=self.main)
+            self.values = self.probe.run(watch={*self.main, *ends})
         self.values[site.input] = self.probe.x
+        for end in ends:
+            if isinstance(made := self.values[end], Tensor) and end not in self.main and not made.any():
+                raise Unmeasured(f"what it adds at `{end.name}` is all zeros, on weights and inputs drawn at random")
 
     @classmethod
     def of(cls, site: Site) -> "Residual | str":

@@ -1,5 +1,6 @@
 """Regions: pieces of a graph that are like blocks but are no modules; as modules of their own, and replaced."""
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ class Region:
     Attributes:
         nodes: in the graph's order, without gaps but for `get_attr` nodes of others; its own are among them.
         input: the main activation that comes in: the output of the region before, or what feeds the first.
-        output: the node of the region that gives its result; the only one that is read outside of it.
+        output: the node of the region that gives its result; the only one that the rest of the graph reads.
         extras: what else it reads from outside, such as a mask; in the same order in all regions of a chain.
         parameters: canonical name → path in the root, of the parameters that it alone reads: "p0", "p1", … in the
             order in which they are read, "m0.weight" for one of a called module. The names are the same in every
@@ -26,6 +27,7 @@ class Region:
         buffers: the same for the buffers that it alone reads through `get_attr`: "b0", ….
         modules: the same for the leaf modules that it calls, one name a call: "m0", ….
         module: the module whose every node it is, if there is one and the tracer noted it.
+        aside: what else it gives, to the graph's caller alone: the keys and values that it puts into a cache.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -36,6 +38,7 @@ class Region:
     buffers: dict[str, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     module: str | None = None
+    aside: tuple[fx.Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,6 +79,8 @@ def root_of(graph_module: fx.GraphModule) -> nn.Module:
 def region_module(region: Region, root: nn.Module, like: nn.Module | None = None) -> fx.GraphModule:
     """Make a module that computes what the region does: `module(activation, *extras)` gives its output.
 
+    Of a region that gives something aside it is a tuple, the output first.
+
     Its parameters, buffers and called modules are the very objects of `root`, under their canonical names, so
     that the parameters of all regions of a chain have the same names. It is in training mode if `root` is.
 
@@ -106,7 +111,7 @@ def region_module(region: Region, root: nn.Module, like: nn.Module | None = None
             made[node].target = names[str(node.target)]
         elif node.op == "call_module":
             made[node].target = next(calls)
-    graph.output(made[region.output])
+    graph.output((made[region.output], *(made[node] for node in region.aside)) if region.aside else made[region.output])
     if like is None:
         return fx.GraphModule(holder, graph, "Region")
     module = fx.GraphModule(like, graph, "Region").train(root.training)
@@ -145,12 +150,25 @@ def replace_regions(graph_module: fx.GraphModule, replacements: Iterable[tuple[R
         members = set(region.nodes)
         with graph.inserting_after(region.nodes[-1]):
             made = graph.call_module(path, tuple(renamed.get(node, node) for node in (region.input, *region.extras)))
-        made.meta.update(region.output.meta)
-        region.output.replace_all_uses_with(made, delete_user_cb=_outside(members))
-        renamed[region.output] = made
+        given = _given(region, made)
+        for node, value in given.items():
+            value.meta.update(node.meta)
+            node.replace_all_uses_with(value, delete_user_cb=_outside(members))
+        renamed[region.output] = given[region.output]
         for node in reversed(region.nodes):
             graph.erase_node(node)
     graph_module.recompile()
+
+
+def _given(region: Region, made: fx.Node) -> dict[fx.Node, fx.Node]:
+    """For each value that a region gives, the one that a call in its place gives."""
+    if not region.aside:
+        return {region.output: made}
+    with made.graph.inserting_before(made.next):
+        return {
+            node: made.graph.call_function(operator.getitem, (made, index))
+            for index, node in enumerate((region.output, *region.aside))
+        }
 
 
 def _outside(members: set[fx.Node]) -> Callable[[fx.Node], bool]:

@@ -74,6 +74,7 @@ class Recorder(TorchFunctionMode):
         self.flags: dict[str, bool] = {}  # targets of the `training_flag` submodules that the graph needs
         self.frozen: set[Frozen] = set()
         self._node_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._cast: list[tuple[Tensor, fx.Node | None]] = []  # what calls gave back as it was, with its node before
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         own = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
@@ -218,6 +219,8 @@ class Recorder(TorchFunctionMode):
             op, name, extra = target
             if op == "call_method" and not isinstance(args[0], Tensor):
                 op, name = "call_function", func  # `1 / x` as a method of x
+            if not self._mutated and isinstance(result, Tensor) and any(result is given for given in args):
+                self._cast.append((result, self._node_of.get(result)))
             self.bind(self.node(op, name, (*self.to_arguments(args), *extra), self.to_arguments(kwargs)), result)
         return result
 
@@ -308,7 +311,7 @@ class Recorder(TorchFunctionMode):
         record = ModuleCall(path, self.to_nodes(args), self.to_nodes(kwargs), len(self.nodes))
         record.held = self._held((args, kwargs))
         key = path if path not in self._stack else f"{path}@{len(self._stack)}"
-        self._stack[key] = (path, type(module))
+        self._stack[key], casts = (path, type(module)), len(self._cast)
         try:
             if self._is_whole(path, module, (args, kwargs)):
                 result = self._whole_call(path, module, call, args, kwargs)
@@ -316,10 +319,19 @@ class Recorder(TorchFunctionMode):
                 result = call(module, *args, **kwargs)
         finally:
             self._stack.pop(key)
+        self._uncast(casts, result)
         record.stop, record.output = len(self.nodes), self.to_nodes(result)
         record.fill(self._held((args, kwargs)))
         self.calls.append(record)
         return result
+
+    def _uncast(self, start: int, result: object) -> None:
+        """After a call: what a cast in it gave back as it was is for others what it was before, and no part of it."""
+        given = {id(tensor) for tensor in tensors_in(result)}
+        for tensor, before in reversed(self._cast[start:]):
+            if before is not None and id(tensor) not in given:
+                self._node_of[tensor] = before
+        del self._cast[start:]
 
     def _held(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Place, fx.Node]:
         """What the objects among a call's arguments hold, as far as nodes made it."""

@@ -494,3 +494,36 @@ def test_an_encoder_layer_of_torch_takes_the_way_without_its_fused_operator() ->
     for one in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)), replfx.materialize(made)):
         with torch.no_grad():
             torch.testing.assert_close(one.eval()(x), expected)
+
+
+class Masked(nn.Module):
+    """An MLP, and then what mixes tokens, of which a mask of whole numbers lets none pass where it is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.mixing = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.mlp(self.norm1(x))
+        shown = self.norm2(x) * mask.unsqueeze(-1)
+        y: Tensor = x + self.mixing(shown.transpose(1, 2)).transpose(1, 2) * mask.unsqueeze(-1)
+        return y
+
+
+class MaskedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(5))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+def test_a_mask_of_whole_numbers_does_not_hide_what_mixes_tokens() -> None:
+    x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.long)
+    plan = replfx.plan(MaskedNet(), (x, mask), operator="mixer")
+    assert [r.operator.options["dropped"] for r in plan.replacements] == [["mlp"], ["mlp"]]

@@ -133,6 +133,33 @@ def test_what_is_filled_is_known_by_its_place() -> None:
         assert not block.site.interface.effects
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_the_backend_replaces_what_transform_replaces() -> None:
+    """In Dynamo's graph keys and values are results of a block beside its activation, for the caller alone."""
+    backend = replfx.backend(every=2, inner="eager")
+    compiled = torch.compile(decoder(), backend=backend)
+    first, cache = compiled(X[:, :4])
+    made = replfx.transform(decoder(), X, every=2)
+    for number, (name, value) in enumerate(backend.state_dict().items()):
+        value += torch.linspace(-0.3, 0.3, value.numel()) + 0.1 * number
+        made.state_dict()[name].copy_(value)
+    first, cache = compiled(X[:, :4])
+    second, cache = compiled(X[:, 4:5], cache)
+    third, cache = compiled(X[:, 5:], cache)
+    assert [r.path for r in backend.plan.replacements] == ["@blocks.1", "@blocks.3"]
+    torch.testing.assert_close(torch.cat([first, second, third], 1), made(X)[0])
+    assert [cache.get_seq_length(index) for index in range(5)] == [6] * 5
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_the_backend_says_who_keeps_a_cache_without_the_block() -> None:
+    backend = replfx.backend(every=2, inner="eager", operator="identity")
+    torch.compile(decoder(), backend=backend)(X)
+    assert backend.plan.replacements == ()
+    assert "use replfx.transform, which leaves the filling" in backend.notes[0]
+
+
 class Notes(nn.Module):
     """A block that notes what it has seen in a container of any kind."""
 

@@ -1,0 +1,69 @@
+"""What a block takes beside its activation and hands on as it was: neither made by it nor an activation of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import replfx
+
+X = torch.linspace(-1, 1, 2 * 6 * 8).view(2, 6, 8)
+
+
+class Block(nn.Module):
+    def __init__(self, makes: bool = False) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.makes = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8), makes
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.makes:
+            bias = self.down.bias * 2
+        assert bias is not None
+        return x + self.down(self.up(self.norm(x)).relu()), bias
+
+
+class Handing(nn.Module):
+    """As T5: the first block makes a bias, and all others hand it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(makes=index == 0) for index in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+def test_a_bias_that_is_handed_on_is_no_second_activation() -> None:
+    model = replfx.transform(Handing(), X, operator="light")
+    assert replfx.report(model).replaced == ["blocks.1", "blocks.3"]
+    model(X).sum().backward()
+
+
+class Casting(nn.Module):
+    """A block that casts what all get to the type that it has already, which gives the very same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return self.linear(x + position.type(self.linear.weight.dtype)).relu() if x.shape[0] > 0 else x
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Casting() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = x.mean(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, position)
+        return x
+
+
+def test_a_cast_that_changes_nothing_is_no_result_of_a_block() -> None:
+    assert replfx.report(replfx.transform(Positions(), X)).replaced == ["blocks.1", "blocks.3"]
