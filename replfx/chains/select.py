@@ -73,6 +73,7 @@ class _Chooser:
 
     def __init__(self, policy: Policy, refused: dict[str, str]) -> None:
         self.policy, self.refused = policy, refused
+        self._twins: dict[Hashable, Match] = {}
 
     def positions(self, chain: Chain) -> list[int]:
         """Which blocks of the chain, counted from 0, the policy asks for."""
@@ -85,13 +86,13 @@ class _Chooser:
 
     def replace(self, chain: Chain, positions: Sequence[int]) -> list[Replacement]:
         """Replace those of the blocks that the operator fits; one that it does not fit stays, and others read it."""
-        chosen, matches, twins = set(positions), dict[int, Match](), dict[Hashable, Match]()
+        chosen, matches = set(positions), dict[int, Match]()
         for i in positions:
             if operators[self.policy.operator.name].needs_neighbours:
                 _check_neighbours(chain, i, chosen)
         while unjudged := sorted(chosen - matches.keys()):
             i = unjudged[0]
-            match = self._match(chain, i, chosen, twins)
+            match = self._match(chain, i, chosen)
             if match:
                 matches[i] = match
                 continue
@@ -105,8 +106,8 @@ class _Chooser:
             chosen = left
         return [self._replacement(chain, i, chosen, matches[i]) for i in sorted(chosen)]
 
-    def _match(self, chain: Chain, position: int, chosen: Set[int], twins: dict[Hashable, Match]) -> Match:
-        """Whether the operator fits a block beside those that stay; of twins one is measured (`twins`)."""
+    def _match(self, chain: Chain, position: int, chosen: Set[int]) -> Match:
+        """Whether the operator fits a block beside those that stay; of twins one is measured."""
         block, site = chain.blocks[position], _site(chain, position, chosen)
         operator = operators[self.policy.operator.name]
         if operator.needs_neighbours:
@@ -114,13 +115,13 @@ class _Chooser:
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
         key = twin_key(site) if operator.matches_by_structure else None
-        if key is not None and key in twins:
-            return twins[key]
+        if key is not None and key in self._twins:
+            return self._twins[key]
         match = operator.match(site) if site.shape or self.policy.operator.name != "identity" else _unmeasured(site)
         if match and self.policy.operator.name == "identity" and block.shape_change is not None:
             return Match(reason=f"it changes the shape of its activation: {block.shape_change}")
         if match and key is not None:  # a refusal names nodes of its own
-            twins[key] = match
+            self._twins[key] = match
         return match
 
     # ---- why the others stay
