@@ -1,6 +1,6 @@
 """Train an image classifier of timm's with shared weights first and at full depth later, in Accelerate's loop.
 
-    python examples/train_images.py --data-root DIR --model vit_tiny_patch16_224 --unroll-at 0.2
+    python examples/train_images.py --data-root DIR --model vit_tiny_patch16_224 --unroll-at 0.8
     accelerate launch examples/train_images.py --data-root DIR --model resnet50 --operator light --epochs 90
 
 DIR has train/CLASS/*.png and val/CLASS/*.png (or .jpg, …). The folder of --output gets a checkpoint an epoch, a log for

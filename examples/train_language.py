@@ -1,6 +1,6 @@
 """Train a small language model on the bytes of a text: transformers' Trainer, weights shared first, full depth later.
 
-    python examples/train_language.py --text wikitext.txt --model gpt2 --unroll-at 0.2
+    python examples/train_language.py --text wikitext.txt --model gpt2 --unroll-at 0.8
     torchrun --nproc-per-node=2 examples/train_language.py --text wikitext.txt --model llama --no-replace
 
 The last tenth of the text is for validation. The folder of --output gets checkpoints, a log for TensorBoard, and at the

@@ -29,13 +29,13 @@ class Unroll(Callback):
 
     Example:
         >>> module.model = replfx.transform(module.model)
-        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.2)])
+        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.8)])
         >>> trainer.fit(module, loader)
     """
 
     def __init__(
         self,
-        unroll_at: UnrollAt = 0.2,
+        unroll_at: UnrollAt = 0.8,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
         self.unroll_at, self.example_inputs = unroll_at, example_inputs

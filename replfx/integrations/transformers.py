@@ -27,13 +27,13 @@ class Unroll(TrainerCallback):
 
     Example:
         >>> model = replfx.transform(model, example_inputs)
-        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Unroll(unroll_at=0.2)])
+        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Unroll(unroll_at=0.8)])
         >>> trainer.train()
     """
 
     def __init__(
         self,
-        unroll_at: UnrollAt = 0.2,
+        unroll_at: UnrollAt = 0.8,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
         self.unroll_at, self.example_inputs = unroll_at, example_inputs

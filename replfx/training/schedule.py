@@ -30,7 +30,8 @@ class Schedule:
         optimizer: gets the new parameters, as `replfx.unroll` has it.
         unroll_at: a number of optimizer steps (an int), or a share of `total_steps` (a float between 0 and 1). Several
             of them, in a sequence, unroll as many equal parts of the blocks, each spread over the depth; a mapping
-            from them to paths or globs says which. When it pays is open (docs/findings.md).
+            from them to paths or globs says which. As the learning
+            rate begins to fall is what we found best (docs/findings.md).
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
         example_inputs: as for `replfx.unroll`.
@@ -48,7 +49,7 @@ class Schedule:
     Example:
         >>> model = replfx.transform(model)
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.2, total_steps=10_000)
+        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.8, total_steps=10_000)
         >>> for batch in batches:
         ...     loss(model, batch).backward()
         ...     optimizer.step()
