@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
+from tests.support.processes import PRELOADED
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 ACTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.examples.warm"])
+context.set_forkserver_preload([*PRELOADED, "tests.examples.warm"])  # there is one such server for all tests
 
 
 @dataclass
