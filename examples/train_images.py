@@ -20,7 +20,8 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -53,9 +54,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def model_and_loaders(args: argparse.Namespace) -> tuple[nn.Module, DataLoader[Any], DataLoader[Any]]:
     """Make timm's model, and the images as it wants them."""
     folders = [args.data_root / name for name in ("train", "val")]
-    options = {}
-    if args.image_size is not None and timm.get_pretrained_cfg(args.model).fixed_input_size:  # as ViTs have it
-        options = {"img_size": args.image_size}
+    known = timm.get_pretrained_cfg(args.model)
+    fixed = known is not None and known.fixed_input_size and args.image_size is not None  # ViTs are made for one size
+    options = {"img_size": args.image_size} if fixed else {}
     classes = sum(path.is_dir() for path in folders[0].iterdir())
     model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=classes, **options)
     config = resolve_model_data_config(model, {"img_size": args.image_size})

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node=2 examples/train_language.py --text wikitext.txt --model llama --no-replace
 
 The last tenth of the text is for validation. The folder of --output gets checkpoints, a log for TensorBoard, and at the
-end `final`: a plain model that `AutoModelForCausalLM.from_pretrained` reads. Started again with the same command, a run
-goes on from its newest checkpoint. Needs `pip install transformers accelerate tensorboard`.
+end `final`. `AutoModelForCausalLM.from_pretrained` reads it if the model is at full depth, and `replfx.from_pretrained` if
+it is shared. Started again with the same command, a run goes on from its newest checkpoint. Needs `pip install transformers accelerate tensorboard`.
 """
 
 from __future__ import annotations
@@ -82,13 +82,11 @@ def train(args: argparse.Namespace) -> float:
         use_cache=False,
     )
     model = AutoModelForCausalLM.from_config(config)
-    callbacks = []
+    unroll = None if args.no_replace or args.unroll_at is None else Unroll(args.unroll_at)
     if not args.no_replace:
         example = {"input_ids": torch.zeros(2, args.context, dtype=torch.long)}
         model = replfx.transform(model, example, operator=args.operator)
         print(replfx.report(model))
-        if args.unroll_at is not None:
-            callbacks.append(Unroll(args.unroll_at))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(args.output / "log")
     arguments = TrainingArguments(
         str(args.output),
@@ -112,7 +110,7 @@ def train(args: argparse.Namespace) -> float:
         arguments,
         train_dataset=Windows(text[:cut], args.context),
         eval_dataset=Windows(text[cut:], args.context),
-        callbacks=callbacks,
+        callbacks=None if unroll is None else [unroll],
         optimizers=(optimizer, None),  # coefficients without weight decay; the schedule is the arguments'
     )
     newest = get_last_checkpoint(str(args.output)) if args.output.is_dir() else None
@@ -120,10 +118,8 @@ def train(args: argparse.Namespace) -> float:
     bits = trainer.evaluate()["eval_loss"] / math.log(2)
     print(f"validation: {bits:.3f} bits a byte")
 
-    unrolled = bool(callbacks) and callbacks[0].schedule is not None and callbacks[0].schedule.is_done
-    plain = model if args.no_replace or unrolled else replfx.materialize(model)
     if trainer.is_world_process_zero():
-        plain.save_pretrained(args.output / "final")
+        model.save_pretrained(args.output / "final")
     return float(bits)
 
 
