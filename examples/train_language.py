@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=2 examples/train_language.py --text wikitext.txt --model llama --no-replace
 
 The last tenth of the text is for validation. The folder of --output gets checkpoints, a log for TensorBoard, and at the
-end `final`. `AutoModelForCausalLM.from_pretrained` reads it if the model is at full depth, `replfx.from_pretrained` if it
+end `final`. `AutoModelForCausalLM.from_pretrained` reads it at full depth, and `replfx.from_pretrained` if it
 is shared. Started again with the same command, a run goes on from its newest checkpoint. It needs
 `pip install transformers accelerate tensorboard`.
 """
