@@ -16,9 +16,8 @@ import torch.multiprocessing as mp
 
 # What the processes import: once in a server that they are forked from, where a fresh interpreter for each of them
 # took longer to import torch than most cases to train.
-multiprocessing.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "replfx"]
-)
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "replfx"]
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
