@@ -15,7 +15,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 import replfx
 from replfx.cli import main
-from tests.models import tower
+from tests.support.models import tower
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {"language.md": "integrations", "unrolling.md": "integrations", "compile.md": "slow"}
