@@ -43,7 +43,7 @@ def affines(graph_module: fx.GraphModule) -> int:
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
-@pytest.mark.parametrize("tokens", [1, 26, 27, 60])
+@pytest.mark.parametrize("tokens", [26, 27])
 def test_an_affine_is_folded_where_that_takes_fewer_flops(kind: type[nn.Module], tokens: int) -> None:
     """3·T > 5·16: from 27 tokens on, where the product of 16 rows is formed."""
     model, x = normed(kind), torch.randn(tokens, 16, dtype=torch.float64)

@@ -27,7 +27,7 @@ def formed(graph_module: fx.GraphModule) -> int:
     return sum(node.target is operator.matmul for node in graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize("tokens", [1, 10, 11, 40])
+@pytest.mark.parametrize("tokens", [1, 9, 10])
 def test_a_product_is_formed_where_that_takes_fewer_flops(tokens: int) -> None:
     """16·40·16 + T·16·16 against T·40·32 multiplications: level at T = 10."""
     graph_module, inputs = captured(light(), torch.randn(tokens, 4))
