@@ -63,3 +63,10 @@ def test_architecture_names_every_room_once_and_from_the_top_down() -> None:
     graph = imports()
     assert sorted(floors) == sorted(graph.nodes)
     assert [(a, b) for a, b in graph.edges if floors[a] > floors[b]] == []
+
+
+def test_what_tests_share_is_in_no_test_module() -> None:
+    found = [
+        path for path in (ROOT / "tests").rglob("*.py") if re.search(r"^from tests\.\S*test_", path.read_text(), re.M)
+    ]
+    assert found == []

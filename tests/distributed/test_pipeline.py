@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -92,12 +91,6 @@ def test_a_stage_put_together_by_hand_is_checked() -> None:
     with pytest.raises(replfx.FusionError, match=PARTED.format(layer="0", neighbour="blocks.2")):
         replfx.check_stage(part)
     replfx.check_stage(nn.Sequential(*model.blocks[2:]))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import replfx
-from tests.strategies import randomize
+from tests.support.strategies import randomize
 
 pytestmark = pytest.mark.integrations
 

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from replfx.kernels import synthesize
-from replfx.kernels.synthesis import INSTALLED
 from tests.kernels.cases import DEVICES, only_plain
-
-needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 
 
 def leaf(*shape: int, device: str = "cpu") -> Tensor:

@@ -123,3 +123,25 @@ def paths(backend: Any) -> list[str]:
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler"
 )
+
+
+def by_block(blocks: list[nn.Module], x: Tensor) -> nn.Module:
+    """Every second one replaced by its own computation."""
+    model = nn.Sequential(*blocks)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.1, 0.1)
+    return replfx.transform(model.double(), x, operator="block")
+
+
+def as_in_eager_mode(model: nn.Module, x: Tensor) -> Compiled:
+    """Outputs and gradients, and outputs without gradients."""
+    compiled = Compiled(model, "aot_eager")
+    found = []
+    for run in (compiled, model):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            found.append((y, run(x), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
+    return compiled

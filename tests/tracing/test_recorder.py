@@ -61,13 +61,6 @@ class Listed(Recorded):
         return {"outs": outs, "scaled": outs[0] * options["scale"], "bias": items[1] + options["shift"]}
 
 
-class Variadic(Recorded):
-    """Inputs through *args and **kwargs."""
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.run(args[0]) * kwargs["scale"], args[1] + 1
-
-
 class PartlyWithoutGrad(Recorded):
     """A part that runs under no_grad, and an assignment in place."""
 

@@ -28,12 +28,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import replfx
+from tests.support.processes import PRELOADED
 
 STEPS, EVERY, SWITCH = 24, 5, 12  # the switch comes between two checkpoints
 ACTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__])
+context.set_forkserver_preload([*PRELOADED, __name__])  # there is one such server for all tests
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,6 @@ def train(
             after()
 
 
-def blocks_of(model: nn.Module) -> nn.Sequential:
-    blocks = model.get_submodule("blocks")
-    assert isinstance(blocks, nn.Sequential)
-    return blocks
-
-
 # ---- the optimizer
 
 

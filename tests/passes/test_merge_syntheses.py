@@ -1,0 +1,58 @@
+"""Equal syntheses of one graph are one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import replfx
+from replfx.dynamo.syntheses import syntheses_in
+from replfx.passes.merge_syntheses import MergeSyntheses
+from tests.support.compiled import Compiled, X, graph_of, small
+from tests.support.models import tower
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Twice(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner.blocks(self.inner.blocks(self.inner.stem(x)))
+        return y
+
+
+@pytest.mark.parametrize("options", [{"operator": "light"}, {"neighbour_gradient": 0.5}])
+def test_a_layer_that_is_called_twice_synthesises_once(options: dict[str, Any]) -> None:
+    model = Twice(replfx.transform(tower(), **options))
+    graph_module = graph_of(model)
+    count = len(syntheses_in(graph_module.graph))
+    formed = sum(node.target is torch.matmul for node in graph_module.graph.nodes) + len(
+        [node for node in graph_module.graph.nodes if "matmul" in str(node.target)]
+    )
+    assert MergeSyntheses()(graph_module).modified
+    assert 2 * len(syntheses_in(graph_module.graph)) == count == 8
+    left = [node for node in graph_module.graph.nodes if "matmul" in str(node.target)]
+    assert 2 * len(left) <= formed
+    compiled = Compiled(model, "aot_eager")
+    for run in (compiled, model):
+        model.zero_grad()
+        run(X).square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if run is compiled:
+            kept = gradients
+    assert compiled.batches[0] == [2, 2]
+    torch.testing.assert_close(kept, gradients)  # sums in another order, single precision
+
+
+def test_shared_readings_scale_their_gradient_once() -> None:
+    graph_module = graph_of(small(neighbour_gradient=0.5))
+    lerps = [node for node in graph_module.graph.nodes if node.target is torch.lerp]
+    MergeSyntheses()(graph_module)
+    left = [node for node in graph_module.graph.nodes if node.target is torch.lerp]
+    assert (len(lerps), len(left)) == (12, 8), "four kept neighbours with two weights each"
