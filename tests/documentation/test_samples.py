@@ -18,8 +18,10 @@ from replfx.cli import main
 from tests.support.models import tower
 
 ROOT = Path(__file__).parents[2]
-NEEDS = {"language.md": "integrations", "unrolling.md": "integrations", "compile.md": "slow"}
-"""Pages that need more than the others: packages, or Inductor's compilation."""
+NEEDS = {"language.md": "integrations", "unrolling.md": "integrations", "compile.md": "slow"} | dict.fromkeys(
+    ("inspect.md", "vision.md"), "slow"
+)
+"""Pages that need more than the others: packages, Inductor's compilation, or models of real size."""
 
 
 def run_commands(example: Example) -> None:
