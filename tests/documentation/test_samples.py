@@ -15,7 +15,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 import replfx
 from replfx.cli import main
-from tests.support.models import tower
+from tests.support.models import GPT
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {"language.md": "integrations", "unrolling.md": "integrations", "compile.md": "slow"} | dict.fromkeys(
@@ -67,9 +67,9 @@ def test_a_page(path: Path) -> None:
 
 
 def what_a_reader_has() -> dict[str, Any]:
-    """A model, data, an optimizer: what the README speaks of."""
-    inputs = torch.linspace(-1, 1, 8).view(2, 4)
-    model = tower(6)
+    """A model and data: what the README speaks of."""
+    inputs = torch.arange(16).view(2, 8)
+    model = GPT()
     return {
         "replfx": replfx,
         "torch": torch,
@@ -77,7 +77,6 @@ def what_a_reader_has() -> dict[str, Any]:
         "example_inputs": inputs,
         "batches": [inputs] * 10,
         "steps": 10,
-        "optimizer": torch.optim.AdamW(model.parameters()),
     }
 
 
