@@ -7,7 +7,9 @@ import sys
 
 from benchmarks import redraw, step
 from benchmarks.accuracy import command as accuracy
+from benchmarks.budget import command as budget
 from benchmarks.compiling import command as compiling
+from benchmarks.gpu import command as gpu
 from benchmarks.inference import command as inference
 from benchmarks.scale import command as scale
 from benchmarks.transfer import command as transfer
@@ -23,6 +25,8 @@ COMMANDS = {
     "transfer": transfer,
     "zoo": zoo,
     "redraw": redraw,
+    "budget": budget,
+    "gpu": gpu,
 }
 
 

@@ -12,6 +12,7 @@ from benchmarks import output
 from benchmarks.accuracy import output as accuracy
 from benchmarks.accuracy.report import rows_of
 from benchmarks.accuracy.tasks import Metric
+from benchmarks.budget import output as budget
 from benchmarks.compiling import output as compiling
 from benchmarks.inference import output as inference
 from benchmarks.scale import output as scale
@@ -60,6 +61,7 @@ def _transfer(record: Record, path: Path) -> None:
 KINDS: tuple[tuple[Callable[[str, Record], bool], Callable[[Record, Path], None]], ...] = (
     (lambda stem, record: "subject" in record, _accuracy),
     (lambda stem, record: stem == "step", output.plot),
+    (lambda stem, record: stem == "budget", budget.plot),
     (lambda stem, record: stem == "inference", inference.plot),
     (lambda stem, record: stem == "compile", compiling.plot),
     (lambda stem, record: stem == scale.NAME, _scale),

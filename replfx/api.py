@@ -1,7 +1,8 @@
 """The public face: transform, inspect, report, plan, apply."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,11 +15,17 @@ from replfx.fusion.registry import AUTO
 from replfx.modules.copying import faithful_copy, structural_copy
 from replfx.plans import Plan, has_regions
 from replfx.reports.describe import describe_chains, describe_plan, with_costs, with_layers
-from replfx.reports.report import Report
+from replfx.reports.report import Report, expecting
 from replfx.rewrite.build import build, install, refuse_transformed
 from replfx.rewrite.carry_out import carry_out, prepare, prepare_plan
 from replfx.rewrite.state import mark, state_of
 from replfx.tracing import ExampleInputs, HeldElsewhereError, Inputs, capture_lazily, check_is_whole
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from replfx.budget import Chosen
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -35,6 +42,7 @@ def transform(
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
     neighbour_gradient: float = 1.0,
+    budget: Mapping[str, object] | None = None,
     plan: Plan | None = None,
     calibrate: Iterable[object] | None = None,
     inplace: bool = False,
@@ -66,6 +74,10 @@ def transform(
             is "block".
         neighbour_gradient: factor λ, 0 to 1, on the gradient through replaced blocks into their neighbours; 0 lets none
             through.
+        budget: what training may cost, and blocks and operator are chosen for it: {"memory": "12GiB"} (peak of a step),
+            {"time": 0.75} (of the full model's step), {"parameters": 0.6} (of its trainable ones), or several. Steps
+            and blocks are measured on `example_inputs`, the batch that you train with, where the model is; the report
+            says what to expect (docs/budget.md). Instead of every=, fraction=, keep= and select=.
         plan: a plan made before, instead of a policy.
         calibrate: batches for a pretrained model: each replaced block starts where it best imitates the block that it
             was, as `replfx.calibrate` has it.
@@ -79,7 +91,8 @@ def transform(
     Raises:
         NoChainError: there is nothing to replace; the message says why.
         CaptureError: the model cannot be captured, or needs `example_inputs`.
-        PlanError: an impossible selection or split, a plan for another model, a model that is transformed already.
+        PlanError: an impossible selection or split, a plan for another model, a model that is transformed already, a
+            budget that no plan is within.
         FusionError: an unknown fusion or operator, one that does not fit, or weights that are not finite.
         CalibrationError: as `replfx.calibrate` raises it; or `calibrate=` with `inplace=True`.
 
@@ -89,15 +102,20 @@ def transform(
         ['blocks.1', 'blocks.3', 'blocks.5', 'blocks.7', 'blocks.9']
         >>> optimizer = torch.optim.AdamW(model.parameters())
     """
-    given = {"every": every, "fraction": fraction, "keep": keep, "select": select, "split_at": split_at}
+    given: dict[str, object] = {"every": every, "fraction": fraction, "keep": keep, "select": select}
     if calibrate is not None and inplace:
         raise CalibrationError(
             "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
         )
     if plan is not None:
-        named = [name for name, value in given.items() if value is not None]
-        if named:
-            raise PlanError(f"give plan= or {named[0]}=, not both")
+        _refuse_both("plan", {**given, "split_at": split_at, "budget": budget})
+    expected = None
+    if budget is not None:
+        _refuse_both("budget", given)
+        chosen = _within(model, example_inputs, budget, fusion, operator, split_at)
+        select, operator, expected = chosen.paths, chosen.operator, chosen.expected
+        plan = None if select else Plan(type(model).__name__)  # the model is within it as it is
+    if plan is not None:
         made = apply(model, plan, example_inputs, inplace=inplace)
     else:
         policy = policy_of(
@@ -112,6 +130,8 @@ def transform(
         )
         _refuse_transformed(model)
         made = carry_out(prepare(model, model if inplace else faithful_copy(model), example_inputs, policy))
+    if expected is not None:
+        state_of(made).report = expecting(state_of(made).report, expected)
     if calibrate is not None:
         fit(made, model, calibrate)
     return made
@@ -193,6 +213,7 @@ def plan(
     fusion: Choosable = AUTO,
     operator: Choosable = AUTO,
     neighbour_gradient: float = 1.0,
+    budget: Mapping[str, object] | None = None,
 ) -> Plan:
     """The plan that `transform` with the same options would carry out. Changes nothing.
 
@@ -203,6 +224,12 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
+    if budget is not None:
+        _refuse_both("budget", {"every": every, "fraction": fraction, "keep": keep, "select": select})
+        chosen = _within(model, example_inputs, budget, fusion, operator, split_at)
+        select, operator = chosen.paths, chosen.operator
+        if not select:
+            return Plan(type(model).__name__)  # the model is within it as it is
     policy = policy_of(
         every=every,
         fraction=fraction,
@@ -254,6 +281,26 @@ def apply(
     install(target, built)
     mark(target, plan, with_costs(with_layers(draft, plan, target), original, target, inputs))
     return target
+
+
+def _refuse_both(one: str, others: Mapping[str, object]) -> None:
+    """Two ways of saying which blocks are replaced are one too many."""
+    if named := [name for name, value in others.items() if value is not None]:
+        raise PlanError(f"give {one}= or {named[0]}=, not both")
+
+
+def _within(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None,
+    budget: Mapping[str, object],
+    fusion: Choosable,
+    operator: Choosable,
+    split_at: str | Sequence[str] | None,
+) -> "Chosen":
+    from replfx.budget import choose  # which transforms models itself, and is slow to import
+
+    _refuse_transformed(model)
+    return choose(model, example_inputs, budget, fusion=fusion, operator=operator, split_at=split_at)
 
 
 def _not_copied(model: nn.Module, example_inputs: ExampleInputs | None, error: Exception) -> Report:

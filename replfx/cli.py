@@ -1,4 +1,4 @@
-"""The command line: `python -m replfx {inspect, demo}`."""
+"""The command line: `python -m replfx {inspect, plan, demo}`."""
 
 import argparse
 import json
@@ -72,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_inspect_arguments(inspecting)
     inspecting.set_defaults(run=_inspect)
+    planning = commands.add_parser(
+        "plan",
+        help="choose operator and blocks for a budget of memory, time or parameters, and say what to expect",
+        description="Choose operator and blocks for a budget, from costs that are measured here; say what to expect.",
+        epilog="Examples: replfx plan timm:vit_small_patch16_224 --input 16,3,224,224 --budget time=0.75; "
+        "replfx plan transformers:gpt2 --budget memory=2GiB --budget parameters=0.8 --save plan.json",
+    )
+    _add_plan_arguments(planning)
+    planning.set_defaults(run=_plan)
     showing = commands.add_parser(
         "demo",
         help="train a small language model whole, and in the ways that replfx offers",
@@ -82,17 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         help=f"{named_models.FORMS}; all have random weights. NAME of transformers is a configuration's type (gpt2) "
         "or a model class; FACTORY is called without arguments",
     )
-    policy = parser.add_mutually_exclusive_group()
-    policy.add_argument("--every", type=int, metavar="K", help="replace blocks K, 2K, … of each chain (default: 2)")
-    policy.add_argument("--fraction", type=float, metavar="F", help="replace this part of each chain")
-    policy.add_argument("--keep", type=_number, metavar="N", help="keep this number or share of a chain's blocks")
-    policy.add_argument("--select", action="append", metavar="GLOB", help="replace these blocks (may be repeated)")
     parser.add_argument(
         "--split-at", action="append", metavar="PATH", help="a pipeline stage begins with this module (may be repeated)"
     )
@@ -116,6 +120,31 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the input of --input is integers below N, such as a vocabulary's size, rather than floats",
     )
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        action="append",
+        required=True,
+        type=_limit,
+        metavar="NAME=LIMIT",
+        help="memory=12GiB (peak of a training step, AdamW's state included) or its share of the full model's, "
+        "time=0.75 (of the full model's step), parameters=0.6 (may be repeated: all have to be met)",
+    )
+    parser.add_argument("--operator", default=AUTO, metavar="NAME", help="default: %(default)s, which tries all")
+    parser.add_argument("--save", metavar="FILE.json", help="write the plan, for replfx.Plan.from_json")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    policy = parser.add_mutually_exclusive_group()
+    policy.add_argument("--every", type=int, metavar="K", help="replace blocks K, 2K, … of each chain (default: 2)")
+    policy.add_argument("--fraction", type=float, metavar="F", help="replace this part of each chain")
+    policy.add_argument("--keep", type=_number, metavar="N", help="keep this number or share of a chain's blocks")
+    policy.add_argument("--select", action="append", metavar="GLOB", help="replace these blocks (may be repeated)")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--operator", default=AUTO, metavar="NAME", help="default: %(default)s")
     one.add_argument(
@@ -158,6 +187,36 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return number
+
+
+def _limit(text: str) -> tuple[str, object]:
+    name, given, value = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit; write it as memory=12GiB or time=0.75")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+def _plan(args: argparse.Namespace) -> int:
+    named = named_models.build(args.model, args.config)
+    made = replfx.transform(
+        named.model,
+        named_models.inputs_of(named, args.input, args.tokens),
+        budget=dict(args.budget),
+        operator=args.operator,
+        fusion=args.fusion,
+        split_at=args.split_at,
+    )
+    if args.save is not None:
+        try:
+            Path(args.save).write_text(replfx.plan_of(made).to_json())
+        except OSError as error:
+            raise ReplfxError(f"the plan cannot be written: {error}") from error
+    found = replfx.report(made)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -21,17 +21,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from replfx.errors import CaptureError
 from replfx.modules.structure import trainable_parameters
+from replfx.modules.tree import tensors_in
 from replfx.training.accumulation import synthesize_once
 from replfx.version import __version__
 
 __all__ = [
     "MIB",
+    "Rise",
     "Sample",
     "StepCost",
     "Training",
     "environment",
     "interleaved_times",
+    "mean_of_outputs",
+    "memory_rises",
     "pairwise_ratios",
     "peak_training_bytes",
     "saved_activation_bytes",
@@ -144,6 +149,18 @@ def training_costs(
     }
 
 
+def mean_of_outputs(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+    """A loss for models of which no other is known: the sum of the means of all outputs that have a gradient.
+
+    Raises:
+        CaptureError: there is no such output.
+    """
+    outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad]
+    if not outputs:
+        raise CaptureError(f"{type(model).__name__} gives nothing that has a gradient, so there is no step to time")
+    return torch.stack([(torch.view_as_real(t) if t.is_complex() else t).float().mean() for t in outputs]).sum()
+
+
 def unique_storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Add up the bytes of the storages behind the tensors; views of one storage count it once, in full."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
@@ -210,40 +227,61 @@ def peak_training_bytes(
     """
     # The profiler cannot tell the size of blocks that are older than itself: let the step free none of them.
     optimizer.zero_grad()
-    peak_rise = _peak_rise_cuda if device.type == "cuda" else _peak_rise_cpu
     base = 0
 
-    def settled() -> None:
+    def first() -> None:
         nonlocal base
+        step()
         base = unique_storage_bytes(t for t in training_tensors(model, optimizer) if t.device.type == device.type)
 
-    return peak_rise(step, settled) + base
+    _, second = memory_rises([first, step], device)
+    return base + second.peak
 
 
-def _peak_rise_cuda(step: Callable[[], object], settled: Callable[[], object]) -> int:
-    step()
-    settled()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+@dataclass(frozen=True)
+class Rise:
+    """Bytes of tensors that a piece of work allocated and not freed: at most, and at its end."""
+
+    peak: int
+    end: int
 
 
-def _peak_rise_cpu(step: Callable[[], object], settled: Callable[[], object]) -> int:
+def memory_rises(phases: Sequence[Callable[[], object]], device: torch.device) -> list[Rise]:
+    """Run pieces of work one after the other; of each, how the bytes allocated on `device` rise from its start on.
+
+    See `peak_training_bytes` for what is counted. On the CPU no phase may free what is older than the first of them.
+    """
+    return (_rises_cuda if device.type == "cuda" else _rises_cpu)(phases)
+
+
+def _rises_cuda(phases: Sequence[Callable[[], object]]) -> list[Rise]:
+    rises = []
+    for phase in phases:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        phase()
+        torch.cuda.synchronize()
+        rises.append(Rise(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before))
+    return rises
+
+
+def _rises_cpu(phases: Sequence[Callable[[], object]]) -> list[Rise]:
     # The profiler, not a TorchDispatchMode: it also sees temporaries inside operators, and compiled code.
     with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-        settled()
-        with record_function(_MEASURED):
-            step()
+        for phase in phases:
+            with record_function(_MEASURED):
+                phase()
     results = recorded.profiler.kineto_results if recorded.profiler else None
     assert results is not None, "the profiler was entered, so it has results"
-    events = sorted(results.events(), key=lambda e: e.start_ns())
-    start = next(e.start_ns() for e in events if e.name() == _MEASURED)
-    changes = (int(e.nbytes()) for e in events if e.name() == "[memory]" and e.start_ns() >= start)
-    return max(accumulate(changes, initial=0))
+    changes: list[list[int]] = []
+    for event in sorted(results.events(), key=lambda e: e.start_ns()):
+        if event.name() == _MEASURED:
+            changes.append([])
+        elif event.name() == "[memory]" and changes:
+            changes[-1].append(int(event.nbytes()))
+    levels = [list(accumulate(found, initial=0)) for found in changes]
+    return [Rise(max(level), level[-1]) for level in levels]
 
 
 @contextmanager

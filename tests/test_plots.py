@@ -51,7 +51,7 @@ def test_no_committed_name_is_left_in_the_syntax_of_commands() -> None:
     ]
 
 
-@pytest.mark.parametrize("stem", ["fashion-mnist-small", "step", "inference", "compile", "scale", "transfer"])
+@pytest.mark.parametrize("stem", ["fashion-mnist-small", "step", "budget", "inference", "compile", "scale", "transfer"])
 def test_every_kind_of_result_is_drawn_again(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = Path(shutil.copy(RESULTS / f"{stem}.json", tmp_path))
     assert main(["redraw", str(file)]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -81,6 +82,30 @@ def scale_rates(optimizer: Optimizer, schedule: LRScheduler, factor: float) -> N
     schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What makes a run fast, and rounds otherwise.
+
+    Attributes:
+        bf16: run forward under bfloat16 autocast.
+        compiler: a backend of torch.compile for the steps, or None for eager; evaluations are eager.
+    """
+
+    bf16: bool = False
+    compiler: str | None = None
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """What forward runs under."""
+        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """What is called in the model's place; its code is compiled as it is called first."""
+        if self.compiler is None:
+            return model
+        compiled: nn.Module = torch.compile(model, backend=self.compiler, dynamic=False)  # type: ignore[assignment]
+        return compiled
+
+
 class Run:
     """A training run, from its beginning or from its checkpoint.
 
@@ -91,6 +116,7 @@ class Run:
         device: where.
         folder: where the checkpoint is kept; None keeps none.
         steps: instead of the recipe's.
+        speed: how its steps run.
 
     Raises:
         ReplfxError: the variant does not fit the model, or the checkpoint is of another run.
@@ -105,24 +131,35 @@ class Run:
         device: torch.device,
         folder: Path | None = None,
         steps: int | None = None,
+        speed: Speed = Speed(),
     ) -> None:
-        self.subject, self.variant, self.seed, self.device = subject, variant, seed, device
+        self.subject, self.variant, self.seed, self.device, self.speed = subject, variant, seed, device, speed
         recipe = variant.recipe_of(subject.recipe)
         self.recipe = replace(recipe, steps=steps or recipe.steps)
         self.name = f"{subject.name}/{variant.name}/{seed}"
         self.path = None if folder is None else folder / f"{hashlib.sha256(self.name.encode()).hexdigest()[:16]}.pt"
         self.model = prepared(subject, variant, seed, device)
+        self.called = speed.compiled(self.model)
         self.parameters = trainable_parameters(self.model)
+        self.clock_name, self.clock = clock_for(device)
+        self._begin()
+        if self.path is not None and self.path.exists():
+            self._load(self.path)
+
+    def _begin(self) -> None:
         self.optimizer = self.recipe.optimizer_for(self.model)
         self.schedule = self.recipe.schedule_for(self.optimizer)
         self.progress = Progress()
-        self.clock_name, self.clock = clock_for(device)
-        self._grows_at = None if variant.grow is None else int(variant.grows_at * self.recipe.steps)
+        self._grows_at = None if self.variant.grow is None else int(self.variant.grows_at * self.recipe.steps)
         points = range(1, self.recipe.evaluations + 1)
         self._evaluations = {max(1, self.recipe.steps * k // self.recipe.evaluations) for k in points}
         self._random = self._get_random()
-        if self.path is not None and self.path.exists():
-            self._load(self.path)
+
+    def restart(self, steps: int) -> None:
+        """Begin anew, with so many steps; what is compiled stays compiled. Not for a model that has grown."""
+        self.recipe = replace(self.recipe, steps=steps)
+        self.model.load_state_dict(prepared(self.subject, self.variant, self.seed, self.device).state_dict())
+        self._begin()
 
     # ---- training
 
@@ -157,7 +194,7 @@ class Run:
             self._grow()
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
         while True:
-            losses += self._step()
+            losses += self.step()
             at = self.progress.step
             if at % SPAN == 0 or at in self._evaluations or at == self._grows_at or stop(at):
                 break
@@ -166,10 +203,12 @@ class Run:
         self.progress.seconds += seconds
         self.progress.spans.append(seconds / (self.progress.step - first))
 
-    def _step(self) -> Tensor:
+    def step(self) -> Tensor:
+        """Take one step; gives its loss."""
         batch = self.subject.data.batch(self.seed, self.progress.step, self.recipe.batch)
         self.optimizer.zero_grad()
-        loss = self.subject.data.loss(self.model, batch)
+        with self.speed.autocast(self.device):
+            loss = self.subject.data.loss(self.called, batch)
         loss.backward()
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -186,10 +225,12 @@ class Run:
         scale_rates(self.optimizer, self.schedule, self.variant.after)
         if data.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.called = self.speed.compiled(self.model)
 
     def _evaluate(self) -> None:
         self.model.eval()
-        metric = self.subject.data.metric(self.model, final=self.progress.step == self.recipe.steps)
+        with self.speed.autocast(self.device):
+            metric = self.subject.data.metric(self.model, final=self.progress.step == self.recipe.steps)
         self.model.train()
         progress = self.progress
         since = progress.step - int(progress.curve[-1]["step"] if progress.curve else 0)

@@ -19,7 +19,10 @@ from replfx.operators.residual import is_residual
 from replfx.operators.twins import twin_key
 from replfx.plans import Plan, Replacement
 
-__all__ = ["Selection", "select"]
+__all__ = ["NOT_SELECTED", "Selection", "select"]
+
+NOT_SELECTED = "select does not name it"
+"""Why a block stays where others were selected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +146,7 @@ class _Chooser:
         if end is not None and (self.policy.select is None or operators[self.policy.operator.name].needs_neighbours):
             return end
         if self.policy.select is not None:
-            return "select does not name it"
+            return NOT_SELECTED
         if block.shape_change is not None:
             return f"it changes the shape of its activation: {block.shape_change}"
         if self.policy.fraction is not None:

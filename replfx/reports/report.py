@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from replfx.chains.select import NOT_SELECTED
+from replfx.reports.expectation import Expectation
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["BlockReport", "Report", "Role", "Totals", "without"]
+__all__ = ["BlockReport", "Report", "Role", "Totals", "expecting", "without"]
 
 Role: TypeAlias = Literal["replaced", "neighbour", "kept", "refused"]
 
@@ -72,6 +75,7 @@ class Report:
         before, after: FLOPs of a forward pass and bytes that it saves for backward; None without example inputs.
         example: the batch that `before` and `after`, and the costs of blocks, are of ("2×3×224×224"); None without.
         notes: what else a reader should know, such as a branch on `training` that the capture froze.
+        expected: what the plan was chosen for, and is expected to cost, where there was a `budget=`.
 
     Example:
         >>> report = replfx.report(model)
@@ -91,6 +95,7 @@ class Report:
     after: Totals | None = None
     example: str | None = None
     notes: list[str] = field(default_factory=list)
+    expected: Expectation | None = None
 
     @property
     def replaced(self) -> list[str]:
@@ -146,6 +151,12 @@ class Report:
         from replfx.reports.text import ReportText
 
         return ReportText(self).__rich_console__(console, options)
+
+
+def expecting(report: Report, expected: Expectation) -> Report:
+    """The report of a model whose blocks were chosen for a budget."""
+    blocks = [replace(b, kept="the budget leaves it") if b.kept == NOT_SELECTED else b for b in report.blocks]
+    return replace(report, blocks=blocks, expected=expected)
 
 
 def without(report: Report, paths: Collection[str], parameters: int) -> Report:

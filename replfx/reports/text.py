@@ -89,6 +89,8 @@ class ReportText:
         yield f"{count} block{'s' * (count != 1)} replaced{f' by {kinds}' * bool(kinds)}"
         before, after = report.parameters_before, report.parameters_after
         yield f"trainable parameters: {before:,} → {after:,} ({change(before, after)})"
+        if report.expected is not None:
+            yield from report.expected.lines()
         if report.before is None:
             return
         now = report.after or report.before

@@ -5,14 +5,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from replfx.api import report, transform
 from replfx.chains.policy import Options, policy_of
 from replfx.errors import CaptureError, FusionError, NoChainError, VerifyError
-from replfx.measure import Sample, Training, interleaved_times, pairwise_ratios, trainable_parameters
+from replfx.measure import (
+    Sample,
+    Training,
+    interleaved_times,
+    mean_of_outputs,
+    pairwise_ratios,
+    trainable_parameters,
+)
 from replfx.modules.copying import faithful_copy
-from replfx.modules.tree import tensors_in
 from replfx.operators.base import operators
 from replfx.reports.labels import amount, mebibytes
 from replfx.reports.report import Totals
@@ -178,14 +184,12 @@ def _timed(
 def _training(model: nn.Module, inputs: Inputs) -> Training:
     """A step that leaves the weights where they are: its costs do not depend on them, and they cannot diverge."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Training(model, torch.optim.SGD(trained, lr=0.0), lambda: _loss(model, inputs), trained[0].device)
-
-
-def _loss(model: nn.Module, inputs: Inputs) -> Tensor:
-    outputs = [t for t in tensors_in(model(*inputs.args, **inputs.kwargs)) if t.requires_grad]
-    if not outputs:
-        raise CaptureError(f"{type(model).__name__} gives nothing that has a gradient, so there is no step to time")
-    return torch.stack([(torch.view_as_real(t) if t.is_complex() else t).float().mean() for t in outputs]).sum()
+    return Training(
+        model,
+        torch.optim.SGD(trained, lr=0.0),
+        lambda: mean_of_outputs(model, inputs.args, inputs.kwargs),
+        trained[0].device,
+    )
 
 
 def _device_of(model: nn.Module) -> str:

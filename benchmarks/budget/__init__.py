@@ -1,0 +1,1 @@
+"""What a budget's plan is expected to cost, beside what it costs."""

@@ -1,0 +1,281 @@
+"""The cost model: a whole step of the untouched model, and what single blocks cost with and without each operator."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from replfx.budget.blocks import BlockCost, Work, calls_of, clock_for, interleaved, rises_of
+from replfx.errors import ReplfxError
+from replfx.measure import Training, interleaved_times, mean_of_outputs, pairwise_ratios, peak_training_bytes
+from replfx.modules.paths import block_at, is_region, parameters_of
+from replfx.modules.structure import block_digest
+from replfx.reports.expectation import Figures
+from replfx.reports.report import Report
+from replfx.tracing import Inputs, costs_of
+
+__all__ = ["Costs", "Twin", "counted", "measured", "measured_whole"]
+
+Key: TypeAlias = tuple[str, object]
+"""An operator, or "" for the untouched block, and a kind of block."""
+
+_STEP: Key = ("", "step")
+_UPDATE: Key = ("", "update")
+_ROUNDS = (7, 41)  # timed: at least, and as many as take two seconds of whole steps
+_STATES = 2  # tensors that AdamW holds for each parameter
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The model with one operator in the place of every block that it can replace.
+
+    Attributes:
+        operator: its name.
+        model: shares its tensors with the model that was measured whole.
+        paths: of the blocks that it has replaced, as they run.
+        first: those of them that are to be replaced first, of which no two are neighbours.
+    """
+
+    operator: str
+    model: nn.Module
+    paths: Sequence[str]
+    first: Set[str]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is known of a model's costs.
+
+    Attributes:
+        full: the untouched model's; without peak and time where a step of it was not measured.
+        order: the paths of all blocks of chains, as they run.
+        bytes: of the trainable parameters of the model.
+        saved: what is kept for backward outside of the blocks, in bytes.
+        steps: seconds of a whole step, one value a round; none where it does not fit the device.
+        updates: of them, those of the optimizer.
+        kinds: path → blocks of one kind have the same costs.
+        blocks: (operator, kind) → cost; the untouched block's under the operator "".
+        sizes: (operator, path) → trainable parameters, and their bytes; the untouched block's under "".
+        errors: operator → bytes of the peak, and share of the step's time, that a replaced block costs beyond what
+            its parts say, as a whole plan has shown.
+    """
+
+    full: Figures
+    order: tuple[str, ...]
+    bytes: int
+    saved: int = 0
+    steps: tuple[float, ...] = ()
+    updates: tuple[float, ...] = ()
+    kinds: Mapping[str, object] = field(default_factory=dict)
+    blocks: Mapping[Key, BlockCost] = field(default_factory=dict)
+    sizes: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def planned(self, operator: str, replaced: Set[str]) -> Figures:
+        """What the model is expected to cost with `operator` in the place of these blocks."""
+        peak, seconds = None, None
+        more_bytes, more_time = (len(replaced) * error for error in self.errors.get(operator, (0.0, 0.0)))
+        if self.blocks:
+            peak = self._raw_peak(operator, replaced) + round(more_bytes)
+            if self.full.peak_bytes is not None:
+                peak += self.full.peak_bytes - self._raw_peak("", frozenset())
+        if self.full.step_seconds is not None:
+            seconds = self.full.step_seconds * (self._time_ratio(operator, replaced) + more_time)
+        return Figures(self.full.parameters - self._less(operator, replaced)[0], peak, seconds)
+
+    def corrected(self, operator: str, replaced: Set[str], peak: int, ratio: float) -> "Costs":
+        """The same, knowing what a whole plan costs: its peak, and its step's time as a share of full's."""
+        plain = replace(self, errors={}).planned(operator, replaced)
+        assert plain.peak_bytes is not None
+        assert plain.step_seconds is not None
+        assert self.full.step_seconds is not None
+        more = peak - plain.peak_bytes, ratio - plain.step_seconds / self.full.step_seconds
+        return replace(self, errors={**self.errors, operator: (more[0] / len(replaced), more[1] / len(replaced))})
+
+    def _less(self, operator: str, replaced: Set[str]) -> tuple[int, int]:
+        """How many trainable parameters are gone, and their bytes."""
+        pairs = [(self.sizes["", path], self.sizes[operator, path]) for path in replaced]
+        return sum(a[0] - b[0] for a, b in pairs), sum(a[1] - b[1] for a, b in pairs)
+
+    def _time_ratio(self, operator: str, replaced: Set[str]) -> float:
+        """The planned step over the full one's, round by round: noise that both share cancels."""
+        if not self.full.parameters:
+            return 1.0
+        gone = self._less(operator, replaced)[0] / self.full.parameters
+        kinds = [self.kinds[path] for path in replaced]
+        ratios = []
+        for index, step in enumerate(self.steps):
+            saved = gone * self.updates[index]
+            for kind in kinds:
+                saved += self.blocks["", kind].seconds[index] - self.blocks[operator, kind].seconds[index]
+            ratios.append(1 - saved / step)
+        return median(ratios)
+
+    def _raw_peak(self, operator: str, replaced: Set[str]) -> int:
+        """The highest point of a step, all that is outside of blocks taken to be kept from the beginning on."""
+        weights = self.bytes - self._less(operator, replaced)[1]
+        level = highest = (1 + _STATES) * weights + self.saved
+        costs = []
+        for path in self.order:
+            name = operator if path in replaced else ""
+            costs.append((self.blocks[name, self.kinds[path]], self.sizes[name, path][1]))
+        for cost, _ in costs:
+            highest = max(highest, level + cost.forward.peak)
+            level += cost.forward.end
+        highest = max(highest, level)
+        for cost, gradients in reversed(costs):
+            highest = max(highest, level + cost.backward.peak)
+            level += gradients - cost.forward.end
+        return max(highest, (2 + _STATES) * weights)
+
+
+def counted(base: nn.Module, report: Report, twins: Sequence[Twin]) -> Costs:
+    """What is known without running anything: parameters.
+
+    Args:
+        base: the user's model, or a copy of it.
+        report: of all chains of the model.
+        twins: the model with each operator.
+    """
+    trained = _trained(base.parameters())
+    # A region is no module yet; its parameters are taken to be floats.
+    sizes = {
+        ("", b.path): (b.parameters, 4 * b.parameters) if is_region(b.path) else _size(base, b.path)
+        for b in report.blocks
+    }
+    for twin in twins:
+        sizes |= {(twin.operator, path): _size(twin.model, path) for path in twin.paths}
+    return Costs(
+        Figures(sum(p.numel() for p in trained)),
+        tuple(block.path for block in report.blocks),
+        sum(p.nbytes for p in trained),
+        sizes=sizes,
+    )
+
+
+def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Twin]) -> Costs:
+    """The same, with time and memory.
+
+    Args:
+        base: a copy of the user's model, which trains in it.
+        inputs: a batch.
+        report: of all chains of the model.
+        twins: the model with each operator.
+
+    Raises:
+        ReplfxError: the blocks are no modules, or a block is never called.
+    """
+    known = counted(base, report, twins)
+    device = next(base.parameters()).device
+    kinds = _kinds(base, report)
+    works = _works(base, inputs, kinds, twins)
+    clock = clock_for(device)
+    for work in works.values():
+        work.warm_up(clock)
+    rises = {key: rises_of(work, device) for key, work in works.items()}
+    readings: dict[Key, Callable[[], float]] = {key: partial(work.seconds, clock) for key, work in works.items()}
+    training = _training(base, inputs, device)
+    peak = _peak(training)
+    if peak is not None:
+        readings[_STEP] = partial(_timed, training.step, clock)
+        readings[_UPDATE] = partial(_timed, training.optimizer.step, clock)
+    taken = interleaved(readings, _rounds(training, clock) if peak is not None else _ROUNDS[0])
+    outside = costs_of(base, inputs)[1] - sum(block.saved_bytes or 0 for block in report.blocks)
+    return replace(
+        known,
+        full=Figures(known.full.parameters, peak, None if peak is None else median(taken[_STEP])),
+        saved=max(0, outside),
+        steps=taken.get(_STEP, ()),
+        updates=taken.get(_UPDATE, ()),
+        kinds=kinds,
+        blocks={key: BlockCost(taken[key], *rises[key]) for key in works},
+    )
+
+
+def measured_whole(base: nn.Module, planned: nn.Module, inputs: Inputs) -> tuple[int, float] | None:
+    """What a plan costs: the peak of a step, and its time as a share of the full model's step.
+
+    Args:
+        base: the untouched model.
+        planned: the same with its blocks replaced; it may share tensors with `base`.
+        inputs: a batch.
+
+    Returns:
+        None where the two do not fit the device together.
+    """
+    device = next(base.parameters()).device
+    full, other = _training(base, inputs, device), _training(planned, inputs, device)
+    try:
+        peak = peak_training_bytes(other.step, planned, other.optimizer, device)
+        steps = {name: training.step for name, training in (("full", full), ("planned", other))}
+        clock = clock_for(device)
+        times = interleaved_times(steps, _rounds(full, clock), warmup=1, clock=clock)
+    except torch.OutOfMemoryError:
+        return None
+    return peak, pairwise_ratios(times, "full")["planned"].median
+
+
+def _kinds(base: nn.Module, report: Report) -> dict[str, object]:
+    """Path → what blocks of equal costs have in common."""
+    if regions := [block.path for block in report.blocks if is_region(block.path)]:
+        raise ReplfxError(
+            f"budget: the blocks of this {type(base).__name__} are no modules (`{regions[0]}`), so that none can be "
+            'timed alone: only {"parameters": …} can be met'
+        )
+    return {
+        b.path: b.path if b.flops is None else (block_digest(block_at(base, b.path)), b.flops, b.saved_bytes)
+        for b in report.blocks
+    }
+
+
+def _works(base: nn.Module, inputs: Inputs, kinds: Mapping[str, object], twins: Sequence[Twin]) -> dict[Key, Work]:
+    """A block of every kind, and what takes its place under every operator."""
+    first = {kind: path for path, kind in reversed(list(kinds.items()))}
+    calls = calls_of(base, inputs, list(first.values()))
+    if silent := [path for path in first.values() if path not in calls]:
+        raise ReplfxError(f"budget: `{silent[0]}` is not called on these inputs, so its costs cannot be measured")
+    works = {("", kind): Work(base, path, calls[path]) for kind, path in first.items()}
+    for twin in twins:
+        replaced = {kinds[path]: path for path in twin.paths}
+        works |= {(twin.operator, kind): Work(twin.model, path, calls[first[kind]]) for kind, path in replaced.items()}
+    return works
+
+
+def _training(base: nn.Module, inputs: Inputs, device: torch.device) -> Training:
+    """AdamW whose rate of 0 leaves the weights where they are: its costs do not depend on them."""
+    optimizer = torch.optim.AdamW(_trained(base.parameters()), lr=0.0, fused=True)
+    return Training(base, optimizer, lambda: mean_of_outputs(base, inputs.args, inputs.kwargs), device)
+
+
+def _peak(training: Training) -> int | None:
+    """The peak of a whole step; None where that does not fit the device."""
+    try:
+        return peak_training_bytes(training.step, training.model, training.optimizer, training.device)
+    except torch.OutOfMemoryError:
+        training.optimizer.zero_grad()
+        return None
+
+
+def _rounds(training: Training, clock: Callable[[], float]) -> int:
+    least, most = _ROUNDS
+    return min(most, max(least, int(2 / max(_timed(training.step, clock), 1e-6))))
+
+
+def _timed(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    step()
+    return clock() - start
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in dict.fromkeys(parameters) if p.requires_grad]
+
+
+def _size(model: nn.Module, path: str) -> tuple[int, int]:
+    """A block's trainable parameters and their bytes."""
+    trained = _trained(parameters_of(model, path).values())
+    return sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
