@@ -1,4 +1,4 @@
-"""Starts gloo processes on this machine, and brings back what each of them found."""
+"""Starts processes of a group on this machine, and brings back what each of them found."""
 
 import datetime
 import multiprocessing
@@ -20,7 +20,7 @@ PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "tor
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
-def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any, backend: str = "gloo") -> list[Any]:
     """Call `work(*args)` in `count` processes of one group; what each returned, by rank.
 
     A process that waits for one that raised fails after two minutes.
@@ -29,14 +29,22 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_join, args=(count, port, folder, work, args), nprocs=count, start_method="forkserver")
+    mp.start_processes(_join, args=(count, port, folder, work, args, backend), nprocs=count, start_method="forkserver")
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
-def _join(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _join(
+    rank: int,
+    count: int,
+    port: int,
+    folder: Path,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+    backend: str,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=count,
