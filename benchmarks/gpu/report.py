@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import names
 from benchmarks.compiling.output import KERNEL_HEADS, KernelRow
 from benchmarks.drawing import markdown
 from benchmarks.gpu.jobs import VARIANTS
@@ -173,7 +174,7 @@ def _plot(runs: dict[str, dict[str, Record]], path: Path) -> None:
             for colour, (name, record) in zip(COLOURS, variants.items(), strict=False):
                 points = [point for point in record["curve"] if point[key] is not None]
                 x, y = [p[key] for p in points], [p["metric"] for p in points]
-                ax.plot(x, y, "o-", color=colour, markersize=3, label=name)
+                ax.plot(x, y, "o-", color=colour, markersize=3, label=names.variant(name))
                 grows = _grows_at(name)
                 if grows is not None and key == "step":
                     ax.axvline(grows * record["steps"], color=colour, linestyle=":", linewidth=1)
