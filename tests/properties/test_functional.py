@@ -19,7 +19,7 @@ from tests.support.regions import Regions, spec_of
 from tests.support.snapshots import assert_unchanged, snapshot
 from tests.support.strategies import FUSIONS, randomize
 
-FEW = settings(max_examples=8)
+FEW = settings(max_examples=4)
 
 
 @st.composite
@@ -92,7 +92,7 @@ def assert_is_the_reference(drawn: Regions, model: fx.GraphModule) -> None:
             assert_close(gradient, wanted, f"gradient of {name}")
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(drawn=regions())
 def test_a_transformed_model_is_the_reference(drawn: Regions) -> None:
     model = drawn.model()
