@@ -83,7 +83,7 @@ class Case:
         model = Model(BLOCKS[self.block]).double()
         made = replfx.transform(
             model,
-            self.inputs(0),
+            self.inputs(0) if self.block == "fused" else None,  # it unpacks what it computes
             every=2,
             operator=self.operator,
             fusion=self.fusion,

@@ -19,7 +19,7 @@ from tests.support.regions import Regions, spec_of
 from tests.support.snapshots import assert_unchanged, snapshot
 from tests.support.strategies import FUSIONS, randomize
 
-FEW = settings(max_examples=8)
+FEW = settings(max_examples=6)
 
 
 @st.composite
@@ -92,14 +92,15 @@ def assert_is_the_reference(drawn: Regions, model: fx.GraphModule) -> None:
             assert_close(gradient, wanted, f"gradient of {name}")
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(drawn=regions())
 def test_a_transformed_model_is_the_reference(drawn: Regions) -> None:
-    model = drawn.model()
+    model, inputs = drawn.model(), drawn.given()  # which seeds
     before = snapshot(model)
-    made = drawn.transformed(model)
+    made = replfx.transform(model, inputs, **drawn.policy())
     assert_unchanged(model, before)
-    assert_is_the_reference(drawn, made)
+    randomize(made, drawn.seed + 2)
+    assert_is_the_reference(drawn, made)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "number"), [(kind, i) for i, kind in enumerate(KINDS)])

@@ -17,7 +17,7 @@ from tests.support.models import Checkpointed
 from tests.support.stacks import LIGHT, Drawn, drawn_stacks, needs_shapes, steps_of
 from tests.support.strategies import FUSIONS, randomize
 
-FEW = settings(max_examples=8)
+FEW = settings(max_examples=6)
 
 
 def expected_run(drawn: Drawn, model: nn.Module) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]:
@@ -62,7 +62,7 @@ def assert_is_the_reference(drawn: Drawn) -> None:
 BOTH = ("block", "block", "light")
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(drawn=drawn_stacks(operators=BOTH))
 def test_a_transformed_stack_is_the_reference(drawn: Drawn) -> None:
     assert_is_the_reference(drawn)

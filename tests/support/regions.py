@@ -42,8 +42,8 @@ class Regions:
     def policy(self) -> dict[str, Any]:
         return {"fusion": self.fusion, "neighbour_gradient": self.neighbour_gradient}
 
-    def transformed(self, model: Functional | None = None) -> fx.GraphModule:
-        made = replfx.transform(model or self.model(), self.given(), **self.policy())
+    def transformed(self) -> fx.GraphModule:
+        made = replfx.transform(self.model(), self.given(), **self.policy())
         assert isinstance(made, fx.GraphModule)
         randomize(made, self.seed + 2)
         return made
