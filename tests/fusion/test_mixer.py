@@ -526,4 +526,4 @@ class MaskedNet(nn.Module):
 def test_a_mask_of_whole_numbers_does_not_hide_what_mixes_tokens() -> None:
     x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.long)
     plan = replfx.plan(MaskedNet(), (x, mask), operator="mixer")
-    assert [r.operator.options["dropped"] for r in plan.replacements] == [["mlp"], ["mlp"]]
+    assert [r.operator.options["dropped"] for r in plan.replacements] == [["norm1", "mlp"]] * 2
