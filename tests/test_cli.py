@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,11 @@ def test_compare_has_a_row_for_each_operator(capsys):
     assert "leave --draw and --all out" in capsys.readouterr().err
 
 
+def interruptible() -> None:
+    """In the new process: a test run in the background ignores Ctrl-C, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize(
     "begin", [["-m", "replfx"], ["-c", "import sys; sys.argv[0] = 'bin/replfx'; import replfx.cli"]]
 )
@@ -239,14 +245,19 @@ def test_ctrl_c_while_torch_is_imported_ends_in_one_line(begin, tmp_path):
     )
     paths = os.pathsep.join([str(tmp_path), str(Path(replfx.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, *begin], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False
+        [sys.executable, *begin],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        preexec_fn=interruptible,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "replfx: stopped by Ctrl-C\n")
 
 
 def test_importing_replfx_leaves_ctrl_c_to_the_program():
     code = "import signal, replfx; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], preexec_fn=interruptible, check=True)
 
 
 @pytest.mark.slow
