@@ -111,8 +111,7 @@ def transform(
         _refuse_both("plan", {**given, "split_at": split_at, "budget": budget})
     expected = None
     if budget is not None:
-        _refuse_both("budget", given)
-        chosen = _within(model, example_inputs, budget, fusion, operator, split_at)
+        chosen = _within(model, example_inputs, budget, given, fusion, operator, split_at)
         select, operator, expected = chosen.paths, chosen.operator, chosen.expected
         plan = None if select else Plan(type(model).__name__)  # the model is within it as it is
     if plan is not None:
@@ -225,8 +224,8 @@ def plan(
         >>> replfx.apply(model, plan)
     """
     if budget is not None:
-        _refuse_both("budget", {"every": every, "fraction": fraction, "keep": keep, "select": select})
-        chosen = _within(model, example_inputs, budget, fusion, operator, split_at)
+        given = {"every": every, "fraction": fraction, "keep": keep, "select": select}
+        chosen = _within(model, example_inputs, budget, given, fusion, operator, split_at)
         select, operator = chosen.paths, chosen.operator
         if not select:
             return Plan(type(model).__name__)  # the model is within it as it is
@@ -293,10 +292,13 @@ def _within(
     model: nn.Module,
     example_inputs: ExampleInputs | None,
     budget: Mapping[str, object],
+    others: Mapping[str, object],
     fusion: Choosable,
     operator: Choosable,
     split_at: str | Sequence[str] | None,
 ) -> "Chosen":
+    """What is within a budget, where none of the other ways of choosing blocks is taken too."""
+    _refuse_both("budget", others)
     from replfx.budget import choose  # which transforms models itself, and is slow to import
 
     _refuse_transformed(model)

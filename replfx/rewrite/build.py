@@ -120,14 +120,15 @@ def insertion(model: nn.Module, found: Chains, plan: Plan) -> InsertFusion:
     Raises:
         As `build` does.
     """
-    blocks = [(block.region, block.site.block) for block in found.blocks.values() if block.region is not None]
-    built = build(model, plan, {path: block.site.block for path, block in found.blocks.items()})
+    blocks = found.blocks
+    built = build(model, plan, {path: block.site.block for path, block in blocks.items()})
     insertions = [
         Insertion(region, head_of(model, each.path), _stand_for_region(each), each.synthesis)
         for each in built
-        if (region := found.blocks[each.path].region) is not None
+        if (region := blocks[each.path].region) is not None
     ]
-    return InsertFusion(insertions, blocks)
+    regions = [(block.region, block.site.block) for block in blocks.values() if block.region is not None]
+    return InsertFusion(insertions, regions)
 
 
 def _stand_for_region(built: Built) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import replfx
 from replfx import Fusion, Match, Operator, Site
-from replfx.fusion import fusions
 from replfx.modules.copying import structural_copy
-from replfx.operators.base import operators
 from replfx.passes.pipeline import run_passes
 from replfx.rewrite.build import build, install
 from replfx.rewrite.verify import verify
@@ -23,16 +20,6 @@ from tests.support.models import ConvNet, tower
 from tests.support.snapshots import assert_unchanged, snapshot
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """Forget afterwards what a test registers."""
-    kept = [(registry, dict(registry._entries)) for registry in (fusions, operators)]
-    yield
-    for registry, entries in kept:
-        registry._entries.clear()
-        registry._entries.update(entries)  # type: ignore[arg-type]
 
 
 class Bare(Operator):
