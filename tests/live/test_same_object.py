@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +14,7 @@ from torch.nn.utils import parametrizations
 import replfx
 from replfx.live.classes import live_class
 from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, inputs
+from tests.support.copies import copied
 from tests.support.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
@@ -139,20 +137,12 @@ def test_who_goes_through_a_block_meets_what_was_there(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [*((name, how) for name in BLOCKS for how in ("deepcopy", "pickle")), ("mlp", "save")]
+    ("name", "how"), [*((name, how) for name in BLOCKS for how in ("deepcopy", "pickle")), ("mlp", "torch.save")]
 )
 def test_copies_read_their_own_neighbours(name: str, how: str) -> None:
     _, made = transformed(name)
     x = inputs()
-    if how == "deepcopy":
-        twin = copy.deepcopy(made)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(made))
-    else:
-        file = io.BytesIO()
-        torch.save(made, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(made, how)
     assert torch.equal(twin(x), made(x))
     assert type(twin[1]) is type(made.get_submodule("1"))
     with torch.no_grad():

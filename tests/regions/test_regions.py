@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import cProfile
-import io
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +19,7 @@ from replfx.regions.find import find_regions
 from replfx.regions.graph_module import without_regions
 from replfx.regions.region import Region, Regions, region_module, replace_regions, root_of
 from replfx.tracing import capture, info_of
+from tests.support.copies import copied
 from tests.support.functional import Functional, Spec, specs, values_of
 from tests.support.models import GPT
 
@@ -465,15 +463,7 @@ def test_what_is_left_has_the_models_own_names() -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_compute_the_same(how: str) -> None:
     _, made = rewritten()
-    if how == "deepcopy":
-        twin = copy.deepcopy(made)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(made))
-    else:
-        file = io.BytesIO()
-        torch.save(made, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(made, how)
     assert twin.state_dict().keys() == made.state_dict().keys()
     assert torch.equal(twin.eval()(X), made.eval()(X))
     torch.manual_seed(0)
