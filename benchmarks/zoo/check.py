@@ -61,8 +61,10 @@ class CheckError(Exception):
     """The library's result is not what it should be."""
 
 
-def check(subject: Subject, on_stage: Callable[[Outcome], object] = lambda draft: None) -> Outcome:
-    """Try the library on a model; whatever it raises becomes part of the outcome. Each stage begins with a draft."""
+def check(
+    subject: Subject, operator: str = "block", on_stage: Callable[[Outcome], object] = lambda draft: None
+) -> Outcome:
+    """Try an operator on a model; whatever it raises becomes part of the outcome. Each stage begins with a draft."""
     outcome = Outcome()
     started = time.perf_counter()
 
@@ -71,7 +73,7 @@ def check(subject: Subject, on_stage: Callable[[Outcome], object] = lambda draft
         on_stage(outcome)
 
     try:
-        _check(subject, outcome, enter)
+        _check(subject, operator, outcome, enter)
         outcome.stage = None
     except Exception as error:
         outcome.status, outcome.error = FAILURE, first_line(error)
@@ -90,7 +92,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
 
 
-def _check(subject: Subject, outcome: Outcome, enter: Callable[[str], None]) -> None:
+def _check(subject: Subject, operator: str, outcome: Outcome, enter: Callable[[str], None]) -> None:
     enter("original")
     model, variant, without = _original(subject, outcome)
     inputs = fed(variant)
@@ -98,10 +100,10 @@ def _check(subject: Subject, outcome: Outcome, enter: Callable[[str], None]) -> 
     enter("transform")
     before = time.perf_counter()
     try:
-        new = replfx.transform(model, inputs)
+        new = replfx.transform(model, inputs, operator=operator)
     except replfx.NoChainError as error:
         enter("inspect")
-        _refused(model, inputs, error, outcome)
+        _refused(replfx.inspect(model, inputs, operator=operator), error, outcome)
         return
     outcome.transform_seconds = round(time.perf_counter() - before, 2)
     enter("report")
@@ -165,9 +167,8 @@ def _copy(model: nn.Module, variant: Variant) -> nn.Module:
         return built(variant)
 
 
-def _refused(model: nn.Module, inputs: Inputs, error: Exception, outcome: Outcome) -> None:
+def _refused(report: replfx.Report, error: Exception, outcome: Outcome) -> None:
     """Refused is not failed where the library can say why."""
-    report = replfx.inspect(model, inputs)
     outcome.capture, outcome.notes = report.capture, report.notes
     paths: dict[str, list[str]] = {}
     for path, reason in report.refused.items():

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", type=_sources, default=list(SOURCES), metavar="NAME,…", help=f"of {', '.join(SOURCES)} (all)")
     add("--only", action="append", metavar="GLOB", help="only models like this, as in timm:vit_*; may be repeated")
     add("--rerun", action="append", choices=STATUSES, default=[], help="try those again that came out so")
+    add("--operator", default="block", metavar="NAME", help="our operator (%(default)s); --out of its own")
     add("--no-peers", action="store_true", help="leave the other tools out")
     add("--workers", type=int, default=1, metavar="N", help="models at a time, each with one thread (1)")
     add("--timeout", type=float, default=limits.check_seconds, metavar="S", help="seconds a model (%(default)g)")
@@ -96,7 +97,7 @@ def _try(names: Sequence[str], args: argparse.Namespace, lines: Path, console: C
 
     limits = Limits(args.timeout, args.peer_timeout, int(args.memory * 2**30), args.peer_parameters)
     peers = [] if args.no_peers else list(PEERS)
-    jobs = [Job(module_of(name.partition(":")[0]).__name__, name, peers, limits) for name in names]
+    jobs = [Job(module_of(name.partition(":")[0]).__name__, name, peers, limits, args.operator) for name in names]
     stamps, lock = versions(), threading.Lock()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -128,4 +129,5 @@ def _config(args: argparse.Namespace) -> dict[str, object]:
         "peer_parameters": args.peer_parameters if math.isfinite(args.peer_parameters) else None,
         "memory_gib": args.memory,
         "peers": not args.no_peers,
+        "operator": args.operator,
     }

@@ -44,12 +44,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """A model to try: the module that knows it by its name, and the peers to let try it as well."""
+    """A model to try: the module that knows it by its name, the peers to let try it as well, and our operator."""
 
     module: str
     name: str
     peers: list[str] = field(default_factory=list)
     limits: Limits = Limits()
+    operator: str = "block"
 
     @classmethod
     def from_json(cls, line: str) -> Job:
@@ -194,7 +195,7 @@ def _work(job: Job, tasks: list[str], checked: Mapping[str, Any], send: Send) ->
         if task == CHECK:
             result = {
                 **family,
-                **check(subject, lambda draft: send({"draft": {**family, **draft.to_dict()}})).to_dict(),
+                **check(subject, job.operator, lambda draft: send({"draft": family | draft.to_dict()})).to_dict(),
             }
             trial, checked = Trial(subject.variants[result["variant"] or 0]), result
         elif (size := checked.get("parameters_before") or 0) > job.limits.peer_parameters:

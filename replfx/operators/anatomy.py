@@ -202,11 +202,19 @@ def _no_pair(residual: Residual) -> str:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A parameter that multiplies channels: its name, the node that reads it, and whether it has outputs in columns."""
+    """A parameter that multiplies channels.
+
+    Attributes:
+        name: its own.
+        node: what reads it.
+        column: it has an output's weights in a column.
+        axis: the dimension of what the node gives that holds the outputs, of the last map.
+    """
 
     name: str
     node: fx.Node
     column: bool
+    axis: int = -1
 
 
 class _Maps:
@@ -264,7 +272,7 @@ class _Maps:
     def _row_gradients(
         self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor], along: Tensor, weights: dict[str, Tensor]
     ) -> Tensor:
-        gradient = self._gradient(first.name, last.node, start, along, weights)
+        gradient = self._gradient(first.name, last.node, last.axis, start, along, weights)
         assert gradient is not None
         return (gradient.T if first.column else gradient) @ self._normalised(start)
 
@@ -272,7 +280,7 @@ class _Maps:
         self, firsts: Sequence[_Reading], last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
     ) -> MapPair | None:
         """The pair where the branch is no attention: layers with something between that is no matter of order."""
-        if self.residual.linear and firsts and self.branch.mixes_tokens:
+        if self._has_channels_last() and firsts and self.branch.mixes_tokens:
             names = " or ".join(f"`{first.name}`" for first in firsts)
             raise Unmeasured(
                 f"which weights of {names} make the values that `{last.name}` takes cannot be told: of tokens that are "
@@ -312,21 +320,23 @@ class _Maps:
         start = {}
         for entry in self.branch.entries:
             value = self.residual.values[entry]
-            axis = self.residual.axis if value.dim() == self.probe.x.dim() else value.dim() - 1
             shape = [1] * value.dim()
-            shape[axis] = -1
+            shape[self.residual.axis_of(entry)] = -1
             start[entry] = token.view(shape).expand_as(value).clone()
         return start
 
     def _normalised(self, start: dict[fx.Node, Tensor]) -> Tensor:
         """What the maps get of such a token."""
-        value = start[self.branch.entries[0]]
-        axis = self.residual.axis if value.dim() == self.probe.x.dim() else value.dim() - 1
+        value, axis = start[self.branch.entries[0]], self.residual.axis_of(self.branch.entries[0])
         if self.norm is not None:
             module = self.probe.block.get_submodule(self.norm.path).eval()
             with torch.no_grad():
                 value = module(value.movedim(axis, -1)).movedim(-1, axis) if self.norm.last_dim else module(value)
         return value.movedim(axis, -1).flatten(0, -2)[0]
+
+    def _has_channels_last(self) -> bool:
+        start: Tensor = self.residual.values[self.branch.entries[0]]
+        return self.residual.axis_of(self.branch.entries[0]) == start.dim() - 1
 
     def _rows_of(self, reading: _Reading) -> Tensor:
         """A map with a row for each output; of a kernel with the sum of its taps."""
@@ -338,18 +348,18 @@ class _Maps:
         self,
         name: str,
         node: fx.Node,
+        axis: int,
         start: dict[fx.Node, Tensor],
         along: Tensor,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor | None:
-        """Of what a node gives for one token along one direction of channels, for a parameter.
+        """Of what a node gives for one token along one direction of its channels at `axis`, for a parameter.
 
         It is a token in the middle: what a block pads its activation with is another one than all the others.
         """
         parameter = self.probe.block.get_parameter(name)
         with torch.enable_grad():
             made = self.branch.gives(start, watch=[node], weights=weights)[node]
-            axis = self.residual.axis if made.dim() == self.probe.x.dim() else made.dim() - 1
             tokens = made.movedim(axis, -1)
             token = tokens[tuple(size // 2 for size in tokens.shape[:-1])]
             (gradient,) = torch.autograd.grad((token * along).sum(), [parameter], allow_unused=True)
@@ -361,25 +371,20 @@ class _Maps:
         values = self.branch.gives(start, watch=self.branch.nodes)
         for name, reader in reversed(self.readers.items()):
             for node in (reader, *reader.users):  # a module that is called whole may give more than one result
-                if not self._has_channels(values.get(node)):
+                made = values.get(node)
+                if not isinstance(made, Tensor) or made.numel() != self.probe.x.numel():
                     continue
-                gradient = self._gradient(name, node, start, along)
-                column = None if gradient is None else _column(gradient, along, self.close, outward=True)
-                if column is not None:
-                    return _Reading(name, node, column)
+                for axis in self.residual.axes_of(made):
+                    gradient = self._gradient(name, node, axis, start, along)
+                    column = None if gradient is None else _column(gradient, along, self.close, outward=True)
+                    if column is not None:
+                        return _Reading(name, node, column, axis)
         return None
-
-    def _has_channels(self, made: object) -> bool:
-        """Whether a value has the activation's tokens and channels."""
-        if not isinstance(made, Tensor) or made.numel() != self.probe.x.numel():
-            return False
-        axis = self.residual.axis if made.dim() == self.probe.x.dim() else made.dim() - 1
-        return made.shape[axis] == self.residual.width
 
     def _what_goes_in(self, last: _Reading, start: dict[fx.Node, Tensor]) -> Tensor:
         """What the last map gets: its gradient is that, times the direction."""
         along = self.probe.draw((self.residual.width,))
-        gradient = self._gradient(last.name, last.node, start, along)
+        gradient = self._gradient(last.name, last.node, last.axis, start, along)
         assert gradient is not None
         return (gradient if last.column else gradient.T) @ along / (along @ along)
 
@@ -387,7 +392,7 @@ class _Maps:
         """The parameter as a map that is applied to the normalised activation and changes what the last one gets."""
         if name == last.name:
             return None
-        gradient = self._gradient(name, last.node, start, self.probe.draw((self.residual.width,)))
+        gradient = self._gradient(name, last.node, last.axis, start, self.probe.draw((self.residual.width,)))
         if gradient is None or gradient.abs().max() < self.close:
             return None
         column = _column(gradient, self._normalised(start), self.close, outward=False)

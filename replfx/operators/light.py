@@ -63,7 +63,8 @@ class LightOperator(Operator):
         first, *rest = recipe.maps
         self.sources = {first: Source(first, recipe.rows), **{name: Source(name) for name in rest}}
         weight = block.get_parameter(recipe.maps[-1])
-        self.linear = weight.dim() == 2
+        self.dims = weight.dim() if recipe.dims is None else recipe.dims
+        self.linear = self.dims == 2  # the activation has its channels last
         if recipe.rows and recipe.rows[1] > len(block.get_parameter(first)):
             raise FusionError(f"`{first}` has {len(block.get_parameter(first))} rows, rows={list(recipe.rows)}")
         self.norm = None if recipe.norm is None else structural_copy(block.get_submodule(recipe.norm))
@@ -163,8 +164,7 @@ class LightOperator(Operator):
             maps: list[nn.Module] = [self.map]
         else:
             *before, last = self.matrices(theta)
-            dims = theta[self.recipe.maps[-1]].dim()
-            maps = [*(_plain_map(matrix, None, dims) for matrix in before), _plain_map(last, self.bias, dims)]
+            maps = [*(_plain_map(matrix, None, self.dims) for matrix in before), _plain_map(last, self.bias, self.dims)]
         body = _Body(self.recipe, self.norm, nn.Sequential(*maps), self.activation)
         graph = fx.Graph()  # a fresh one: the traced one would carry our tracer's class into every pickle
         graph.output(graph.graph_copy(_LeafTracer().trace(body), {}))

@@ -20,6 +20,7 @@ _FIELDS = {
     "norm_first": bool,
     "norm_last_dim": bool,
     "activation": str | None,
+    "dims": int | None,
 }
 
 
@@ -33,6 +34,8 @@ class LightRecipe:
         rows: rows of W_in that are synthesised: the value part of a fused query-key-value projection.
         taken: of these rows, the ranges that W_out takes, in its order; None for all as they are.
         columns: those of the maps that have an output's weights in a column.
+        dims: of a product, dimensions of the activation if it has its channels second, or 2 if it has them last;
+            None in older plans, where it is as many as the last map has.
         norm: path of the normalisation N in the block, or None.
         norm_first: N comes before the map.
         norm_last_dim: N wants channels last although the activation has them second.
@@ -49,6 +52,7 @@ class LightRecipe:
     activation: str | None
     taken: tuple[tuple[int, int], ...] | None = None
     columns: tuple[str, ...] = ()
+    dims: int | None = None
     fold: Fold | str = "its plan was made before light operators could be unrolled"
 
     @classmethod
@@ -97,10 +101,14 @@ class LightRecipe:
             return cls("depthwise", (anatomy.depthwise,), None, *rest)
         pair, width = anatomy.pair, anatomy.residual.width
         assert pair is not None  # dissect gives one or the other
+        residual = anatomy.residual
+        if residual.axis != 1 and (_taps(block, pair.last) > 1 or not residual.linear):
+            return f"its activation has its channels in dimension {residual.axis}, and `{pair.last}` takes them elsewhere"
         if _taps(block, pair.last) > 1:
             square = block.get_parameter(pair.last).shape[:2] == (width, width)
             return cls("conv", (pair.last,), None, *rest) if square else f"its map `{pair.last}` is grouped"
-        return cls("product", (pair.first, pair.last), pair.rows, *rest, pair.taken, pair.columns)
+        dims = 2 if residual.linear else residual.probe.x.dim()
+        return cls("product", (pair.first, pair.last), pair.rows, *rest, pair.taken, pair.columns, dims)
 
     def matrix(self, name: str, weight: Tensor) -> Tensor:
         """A map with a row for each output: of W_in those that W_out takes, in its order."""

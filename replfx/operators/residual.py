@@ -160,9 +160,12 @@ class Branch:
             Unmeasured: its input has one token alone.
         """
         start = {entry: self.residual.values[entry] for entry in self.entries}
+        axes = {entry: self.residual.axis_of(entry) for entry in self.entries}
         with torch.no_grad():
-            base = self._tokens(self.gives(start)[self.end])
-            count = len(self._tokens(start[self.entries[0]]))
+            made = self.gives(start)[self.end]
+            ending = self.residual.likely_axis(made, axes[self.entries[-1]])
+            base = self._tokens(made, ending)
+            count = len(self._tokens(start[self.entries[0]], axes[self.entries[0]]))
             if count < 2:
                 raise Unmeasured(
                     "of one token alone nothing tells whether it reaches others; give example_inputs of more"
@@ -170,23 +173,21 @@ class Branch:
             if len(base) != count:
                 return True
             for position in sorted({0, count // 2, count - 1}):
-                changed = {entry: self._changed(value, position) for entry, value in start.items()}
+                changed = {entry: self._changed(value, axes[entry], position) for entry, value in start.items()}
                 # Experts get other numbers of tokens then, and what sums these up rounds in another way.
-                moved = (self._tokens(self.gives(changed)[self.end]) - base).abs()
+                moved = (self._tokens(self.gives(changed)[self.end], ending) - base).abs()
                 apart = (moved > self.residual.probe.rounding * base.abs().max()).any(1)
                 apart[position] = False
                 if bool(apart.any()):
                     return True
         return False
 
-    def _tokens(self, value: Tensor) -> Tensor:
+    def _tokens(self, value: Tensor, axis: int) -> Tensor:
         """The tokens of an activation as rows."""
-        axis = self.residual.axis if value.dim() == self.residual.probe.x.dim() else -1
         moved = value.movedim(axis, -1)
         return moved.reshape(-1, moved.shape[-1])
 
-    def _changed(self, value: Tensor, position: int) -> Tensor:
-        axis = self.residual.axis if value.dim() == self.residual.probe.x.dim() else -1
+    def _changed(self, value: Tensor, axis: int, position: int) -> Tensor:
         moved = value.movedim(axis, -1).clone(memory_format=torch.contiguous_format)
         rows = moved.view(-1, moved.shape[-1])
         rows[position] = self.residual.probe.draw((rows.shape[1],), rows.dtype)
@@ -221,6 +222,7 @@ class Residual:
         with torch.no_grad():
             self.values = self.probe.run(watch={*self.main, *ends})
         self.values[site.input] = self.probe.x
+        self._axes: dict[fx.Node, int] = {}
         for end in ends:
             if isinstance(made := self.values[end], Tensor) and end not in self.main and not made.any():
                 raise Unmeasured(f"what it adds at `{end.name}` is all zeros, on weights and inputs drawn at random")
@@ -254,28 +256,77 @@ class Residual:
         Raises:
             Unmeasured: no parameter tells.
         """
-        x = self.probe.x
         read = [(node, *pair) for node in self.site.nodes for pair in self.probe.parameters_at(node)]
         for vectors in (True, False):
             for node, name, parameter in read:
-                fitting = [axis for axis, size in enumerate(x.shape) if axis and size == len(parameter)]
-                wanted = fitting and (parameter.dim() == 1) is vectors
-                if wanted and (found := self._axis_at(node, name, parameter)) in fitting:
+                if (parameter.dim() == 1) is vectors and (found := self._axis_by(node, name, parameter)) is not None:
                     return found
         raise Unmeasured("none of its parameters tells which dimension of its activation holds the channels")
 
-    def _axis_at(self, node: fx.Node, name: str, parameter: Tensor) -> int | None:
+    def _axis_by(self, node: fx.Node, name: str, parameter: Tensor) -> int | None:
+        """The dimension of the block's activation along which a parameter's entries act where a node reads it."""
+        fitting = [axis for axis, size in enumerate(self.probe.x.shape) if axis and size == len(parameter)]
+        if not fitting:
+            return None
+        way = self.site.input
+        for branch in self.branches:
+            if node in branch.nodes and branch.entries:
+                way = branch.entries[0]
+        found = self._axis_at(node, name, parameter, self.values[way].shape)
+        leading = [axis for axis in fitting if found is not None and self._carried(way, axis) == found]
+        return leading[0] if len(leading) == 1 else None
+
+    def _axis_at(self, node: fx.Node, name: str, parameter: Tensor, shape: torch.Size) -> int | None:
         moved = parameter.detach().clone()
         moved[0] += 1.0
         with torch.no_grad():
             one, other = (self.probe.run(watch=(node,), weights=weights)[node] for weights in ({}, {name: moved}))
-        if not isinstance(one, Tensor) or one.shape != self.probe.x.shape:
+        if not isinstance(one, Tensor) or one.shape != shape:
             return None
         apart = (one != other).nonzero()
         constant = [
             axis for axis in range(one.dim()) if len(apart) and not apart[:, axis].any() and one.shape[axis] > 1
         ]
         return constant[0] if len(constant) == 1 else None
+
+    def axis_of(self, node: fx.Node) -> int:
+        """The dimension that holds channels in a value on the main path, which may lay its activation out anew.
+
+        Raises:
+            Unmeasured: after a layout no one dimension holds them.
+        """
+        if node not in self._axes:
+            axis = self._carried(node, self.axis)
+            if axis is None:
+                raise Unmeasured(f"`{node.name}` lays its activation out so that no one dimension holds the channels")
+            self._axes[node] = axis
+        return self._axes[node]
+
+    def _carried(self, node: fx.Node, axis: int) -> int | None:
+        """Where a dimension of the block's activation is in a value on the main path; None if it is not in one."""
+        if node is self.site.input:
+            return axis
+        before = next(term for term in node.all_input_nodes if term in self.main)
+        found = self._carried(before, axis)
+        return found if found is None or not is_layout(node) else self._axis_after(node, before, found)
+
+    def _axis_after(self, node: fx.Node, before: fx.Node, axis: int) -> int | None:
+        """Where a node puts a dimension: it gets an activation that differs along this one alone."""
+        value = self.values[before]
+        ramp = torch.arange(value.shape[axis], dtype=self.probe.dtype).view([-1, *[1] * (value.dim() - 1 - axis)])
+        with torch.no_grad():
+            made = self.probe.replay([node], {before: ramp.expand_as(value).clone()}, {node})[node]
+        varying = [d for d, size in enumerate(made.shape) if size > 1 and bool((made.diff(dim=d) != 0).any())]
+        return varying[0] if len(varying) == 1 else None
+
+    def likely_axis(self, value: Tensor, axis: int) -> int:
+        """The one dimension of a value that has as many channels; of several the likely one, if it has as many."""
+        fitting = self.axes_of(value)
+        return fitting[0] if len(fitting) == 1 else axis if axis in fitting or not fitting else fitting[-1]
+
+    def axes_of(self, value: Tensor) -> list[int]:
+        """The dimensions of a value that have as many channels as the activation."""
+        return [d for d, size in enumerate(value.shape) if d and size == self.width]
 
 
 def _way_through(site: Site) -> tuple[set[fx.Node], list[fx.Node]]:

@@ -109,3 +109,44 @@ def test_a_block_that_knows_no_double_precision_is_measured_in_single() -> None:
         made = replfx.transform(Listening(asks=False, single=single), x, operator="light")
         assert made.layers[1].replfx.operator.recipe.maps == ("v.weight", "out.weight")
         assert made.layers[1].replfx.operator.recipe.taken is None
+
+
+class Windows(nn.Module):
+    """Attention in windows of a picture (N, d, H, W), whose layers take channels last, as MaxViT's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        n, height, width, d = x.shape
+        tokens = self.norm1(x).view(n, height // 2, 2, width // 2, 2, d).transpose(2, 3).reshape(-1, 4, d)
+        q, k, v = self.qkv(tokens).view(-1, 4, 3, 2, d // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 4, d)
+        mixed = self.out(mixed).view(n, height // 2, width // 2, 2, 2, d).transpose(2, 3)
+        x = x + mixed.reshape(n, height, width, d)
+        return (x + self.fc2(self.fc1(self.norm2(x)).relu())).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (WIDTH, WIDTH), (4, WIDTH)])
+def test_channels_are_found_where_a_block_lays_its_activation_out_anew(sides: tuple[int, int]) -> None:
+    """Sides that are as long as there are channels tell nothing; the value and the output map are applied to channels."""
+    model, x = nn.Sequential(*(Windows() for _ in range(5))), torch.randn(2, WIDTH, *sides)
+    made = replfx.transform(model, x, operator="light")
+    operator = made[1].replfx.operator
+    with torch.no_grad():
+        operator.gain.normal_()
+        operator.bias.normal_()
+        value = 0.5 * (made[0].qkv.weight + made[2].qkv.weight)[2 * WIDTH :]
+        h = operator.norm(x.movedim(1, -1)) @ value.T @ (0.5 * (made[0].out.weight + made[2].out.weight)).T
+        expected = x + (operator.gain * h + operator.bias).movedim(-1, 1)
+        torch.testing.assert_close(made[1](x), expected)
+        torch.testing.assert_close(replfx.materialize(made)[1](x), expected)
+    mixing = replfx.transform(model, x, operator="mixer")[1]
+    first, second = x.clone(), x.clone()
+    second[:, :, 0, 0] = torch.randn(2, WIDTH)
+    reached = (mixing(first) != mixing(second)).any(1)[0].nonzero().tolist()
+    assert sorted(map(tuple, reached)) == [(0, 0), (0, 1), (1, 0), (1, 1)]

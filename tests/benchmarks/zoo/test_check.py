@@ -17,7 +17,7 @@ from tests.benchmarks.zoo.toys import subject
 
 def test_replaced() -> None:
     stages = []
-    outcome = check(subject("toys:tower"), lambda draft: stages.append(draft.stage))
+    outcome = check(subject("toys:tower"), on_stage=lambda draft: stages.append(draft.stage))
     assert (outcome.status, outcome.stage, outcome.error) == (REPLACED, None, None)
     assert (outcome.chains, outcome.blocks, outcome.replaced) == (1, 5, 2)
     assert outcome.capture == "symbolic"
