@@ -103,7 +103,7 @@ class LightRecipe:
         assert pair is not None  # dissect gives one or the other
         residual = anatomy.residual
         if residual.axis != 1 and (_taps(block, pair.last) > 1 or not residual.linear):
-            return f"its activation has its channels in dimension {residual.axis}, and `{pair.last}` takes them elsewhere"
+            return f"`{pair.last}` takes channels elsewhere than in dimension {residual.axis}, where the block has them"
         if _taps(block, pair.last) > 1:
             square = block.get_parameter(pair.last).shape[:2] == (width, width)
             return cls("conv", (pair.last,), None, *rest) if square else f"its map `{pair.last}` is grouped"

@@ -41,6 +41,7 @@ def describe_chains(found: Chains, model: nn.Module, selection: Selection | None
         parameters_before=count,
         parameters_after=count,
         notes=list(info.notes),
+        before=_totals(info.nodes),
     )
 
 
@@ -80,15 +81,30 @@ def _chains_of_plan(plan: Plan) -> list[list[str]]:
     return chains
 
 
-def with_costs(report: Report, before: nn.Module, after: nn.Module, inputs: Inputs | None) -> Report:
-    """The report with what the model cost before and costs after, where there are example inputs to run it on."""
+def with_costs(
+    report: Report,
+    before: nn.Module,
+    after: nn.Module,
+    inputs: Inputs | None,
+    measured: tuple[int, int] | None = None,
+) -> Report:
+    """The report with what the model cost before and costs after, where there are example inputs to run it on.
+
+    Args:
+        report: which may know the costs before.
+        before: the model as it was.
+        after: the model as it is.
+        inputs: the example inputs.
+        measured: the costs after, where they are known.
+    """
     if inputs is None:
         return report
     try:
-        totals = [Totals(*costs_of(model, inputs)) for model in (before, after)]
+        first = report.before or Totals(*costs_of(before, inputs))
+        last = Totals(*(measured or costs_of(after, inputs)))
     except CaptureError as error:
         return replace(report, notes=[*report.notes, f"the costs of the whole model are not known: {error}"])
-    return replace(report, before=totals[0], after=totals[1], example=_described(inputs))
+    return replace(report, before=first, after=last, example=_described(inputs))
 
 
 def _described(inputs: Inputs) -> str:
@@ -144,6 +160,11 @@ def _unrolling_notes(blocks: Iterable[BlockReport]) -> list[str]:
         if block.not_unrolled is not None:
             found.setdefault(block.not_unrolled, []).append(f"`{block.path}`")
     return [f"replfx.unroll cannot give {', '.join(paths)} back at full depth: {why}" for why, paths in found.items()]
+
+
+def _totals(nodes: Iterable[fx.Node]) -> Totals | None:
+    flops, saved = _sum_costs(nodes)
+    return None if flops is None or saved is None else Totals(flops, saved)
 
 
 def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:

@@ -19,7 +19,7 @@ from replfx.reports.describe import describe_chains, with_costs, with_layers
 from replfx.reports.report import Report
 from replfx.rewrite.build import build, insertion, install
 from replfx.rewrite.state import mark
-from replfx.rewrite.verify import reads_of_freed, verify
+from replfx.rewrite.verify import Verified, reads_of_freed, verify
 from replfx.tracing import CaptureInfo, ExampleInputs, Inputs, capture_lazily, limits_of
 
 __all__ = ["Prepared", "carry_out", "prepare", "prepare_plan"]
@@ -114,15 +114,15 @@ def carry_out(prepared: Prepared) -> nn.Module:
     target, inputs = prepared.target, prepared.inputs
     original = structural_copy(prepared.model) if target is prepared.model else prepared.model
     if prepared.graph is not None:
-        made, plan, notes = _on_graph(prepared, original)
+        made, plan, verified = _on_graph(prepared, original)
     else:
-        made, plan, notes = _on_modules(prepared, original)
-    draft = replace(prepared.draft, notes=[*prepared.draft.notes, *notes])
-    mark(made, plan, with_costs(with_layers(draft, plan, made), original, made, inputs))
+        made, plan, verified = _on_modules(prepared, original)
+    draft = replace(prepared.draft, notes=[*prepared.draft.notes, *verified.notes])
+    mark(made, plan, with_costs(with_layers(draft, plan, made), original, made, inputs, verified.costs))
     return made
 
 
-def _on_modules(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Plan, list[str]]:
+def _on_modules(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Plan, Verified]:
     """Replace blocks that are modules; the plan comes back with the weights that turn out to have to stay."""
     if prepared.unsound is not None:
         raise FusionError(prepared.unsound)
@@ -139,7 +139,7 @@ def _on_modules(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Pla
             raise
 
 
-def _on_graph(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Plan, list[str]]:
+def _on_graph(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Plan, Verified]:
     """Replace blocks that are regions of the graph, which takes the model's place."""
     assert prepared.graph is not None
     (graph, found), model, plan = prepared.graph, prepared.target, prepared.plan
@@ -160,6 +160,6 @@ def _on_graph(prepared: Prepared, original: nn.Module) -> tuple[nn.Module, Plan,
     recorded = "; it was recorded, and holds for inputs of these shapes" if prepared.seen.tracer == "recorded" else ""
     note = f"the blocks are no modules: {kind} has become a torch.fx.GraphModule{recorded}"
     assert isinstance(made, fx.GraphModule)
-    notes = verify(made, original, prepared.inputs, prepared.seen, plan)
+    verified = verify(made, original, prepared.inputs, prepared.seen, plan)
     limit(made, limits)
-    return made, plan, [note, *notes]
+    return made, plan, replace(verified, notes=(note, *verified.notes))

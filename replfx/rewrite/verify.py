@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -16,9 +16,21 @@ from replfx.modules.paths import ancestors, head_of, is_region, parameters_of
 from replfx.modules.tree import shapes_in, tensors_in
 from replfx.operators.base import operators
 from replfx.plans import Plan
-from replfx.tracing import CaptureInfo, Draws, Held, Inputs, Look, ghost_of, real_twin, restart, steered, undisturbed
+from replfx.tracing import (
+    CaptureInfo,
+    Draws,
+    Held,
+    Inputs,
+    Look,
+    Meter,
+    ghost_of,
+    real_twin,
+    restart,
+    steered,
+    undisturbed,
+)
 
-__all__ = ["reads_of_freed", "verify"]
+__all__ = ["Verified", "reads_of_freed", "verify"]
 
 
 def reads_of_freed(graph_module: fx.GraphModule, found: Chains, plan: Plan) -> str | None:
@@ -35,7 +47,20 @@ def reads_of_freed(graph_module: fx.GraphModule, found: Chains, plan: Plan) -> s
     return None
 
 
-def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: CaptureInfo, plan: Plan) -> list[str]:
+@dataclass(frozen=True)
+class Verified:
+    """What came of verifying a model.
+
+    Attributes:
+        notes: what could not be verified.
+        costs: FLOPs of a forward pass and the bytes that autograd keeps for backward, if it ran without compute.
+    """
+
+    notes: tuple[str, ...] = ()
+    costs: tuple[int, int] | None = None
+
+
+def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: CaptureInfo, plan: Plan) -> Verified:
     """Check a transformed model.
 
     Always: synthesised weights are finite. With inputs, under fake tensors, so at no compute: the output has
@@ -50,23 +75,21 @@ def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: C
         seen: what the capture of the original knows, with or without its graph.
         plan: what was carried out.
 
-    Returns:
-        Notes: what could not be verified.
-
     Raises:
         VerifyError: the model is not sound.
     """
     _check_synthesis(model)
     if inputs is None:
-        return []
+        return Verified()
     look = seen.look or Look(Draws.HIGH, model.training)
     check = _Check(model, original, inputs, plan)
     with undisturbed(model), steered(look.draws, model):
         rehearsal = _Rehearsal(model, inputs, list(original.parameters()))
-        notes = check.run(rehearsal.run(look.training, trained=True), look.training, seen.outputs)
+        after = rehearsal.run(look.training, trained=True)
+        notes = check.run(after, look.training, seen.outputs)
         training = not look.training
         check.other_mode(rehearsal.run(training, trained=training), training)
-    return notes
+    return Verified(tuple(notes), after.costs if isinstance(after, _Run) else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +159,11 @@ def _broken(error: Exception, when: str = "") -> VerifyError:
 
 @dataclass(frozen=True)
 class _Run:
-    """What came of a dry run: shapes of the output's tensors, and the trainable parameters without a gradient."""
+    """What came of a dry run: shapes of the output's tensors, trainable parameters without a gradient, and costs."""
 
     outputs: Sequence[tuple[int, ...]] | None
     without: frozenset[str]
+    costs: tuple[int, int] | None = field(default=None, compare=False)
 
 
 def _does_not_run(error: BaseException, when: str = "") -> str:
@@ -181,7 +205,9 @@ class _Rehearsal:
             restart()
             ghost.zero_grad()
             with mode, torch.set_grad_enabled(trained), written_weights() as written, self._untouched(ghost):
-                result = ghost(*fakes.args, **fakes.kwargs)
+                with Meter((*ghost.parameters(), *ghost.buffers())) as meter:
+                    result = ghost(*fakes.args, **fakes.kwargs)
+                    costs = meter.take()
                 losses = [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(result) if t.requires_grad]
                 if losses:
                     torch.stack([loss.sum().double() for loss in losses]).sum().backward()
@@ -193,7 +219,7 @@ class _Rehearsal:
             path, (name, *_) = next(iter(found.items()))
             return WrittenWeightsError(f"the model writes to the `{name}` of `{path}`, which is synthesised", found)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
-        return _Run(shapes_in(result), without)
+        return _Run(shapes_in(result), without, costs)
 
     @contextmanager
     def _untouched(self, ghost: nn.Module) -> Iterator[None]:

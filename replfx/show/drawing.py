@@ -269,7 +269,7 @@ def _totals(report: Report) -> Iterator[str]:
         flops = f"forward FLOPs {amount(was.flops)} → {amount(now.flops)} ({change(was.flops, now.flops)})"
         sizes = f"{mebibytes(was.saved_bytes)} → {mebibytes(now.saved_bytes)} MiB"
         saved = f"saved for backward {sizes} ({change(was.saved_bytes, now.saved_bytes)})"
-        yield f"for {report.example}: {flops}; {saved}"
+        yield f"for {report.example or 'the example inputs'}: {flops}; {saved}"
 
 
 def _some(paths: Iterable[str], most: int = 60) -> str:

@@ -2,6 +2,7 @@
 
 from replfx.tracing.capturing import capture, capture_lazily, ghost_of
 from replfx.tracing.chance import Draws, restart, steered
+from replfx.tracing.costs import Meter
 from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
@@ -19,6 +20,7 @@ __all__ = [
     "Inputs",
     "Limits",
     "Look",
+    "Meter",
     "ModuleCall",
     "Place",
     "capture",

@@ -133,7 +133,7 @@ class Windows(nn.Module):
 
 @pytest.mark.parametrize("sides", [(4, 6), (WIDTH, WIDTH), (4, WIDTH)])
 def test_channels_are_found_where_a_block_lays_its_activation_out_anew(sides: tuple[int, int]) -> None:
-    """Sides that are as long as there are channels tell nothing; the value and the output map are applied to channels."""
+    """Sides that are as long as there are channels tell nothing; both maps are applied to channels."""
     model, x = nn.Sequential(*(Windows() for _ in range(5))), torch.randn(2, WIDTH, *sides)
     made = replfx.transform(model, x, operator="light")
     operator = made[1].replfx.operator

@@ -15,7 +15,7 @@ from replfx.modules.copying import structural_copy
 from replfx.passes.pipeline import run_passes
 from replfx.rewrite.build import build, install
 from replfx.rewrite.verify import verify
-from replfx.tracing import Inputs, info_of
+from replfx.tracing import Inputs, costs_of, info_of
 from tests.support.models import ConvNet, tower
 from tests.support.snapshots import assert_unchanged, snapshot
 
@@ -127,7 +127,8 @@ def test_a_sound_model_passes_and_is_not_run() -> None:
     seen, plan, original = info_of(replfx.capture(model, x)), replfx.plan(model, x), structural_copy(model)
     install(model, build(model, plan))
     before = snapshot(model)
-    assert verify(model, original, Inputs.of(x, model), seen, plan) == []
+    verified = verify(model, original, Inputs.of(x, model), seen, plan)
+    assert (verified.notes, verified.costs) == ((), costs_of(model, Inputs.of(x, model)))
     assert_unchanged(model, before)
 
 
