@@ -328,6 +328,8 @@ class Probe:
         if node.op == "get_attr":
             return self._attribute(node, weights)
         args, kwargs = self._mapped((node.args, node.kwargs), values)
+        if not training and name_of(node) == "scaled_dot_product_attention":
+            args, kwargs = _without_dropout(args, kwargs)
         if node.op == "call_module":
             if target.endswith(_FLAG):
                 return training
@@ -365,6 +367,14 @@ class Probe:
         if self.site.holds(str(node.target)) or name in own:
             return own[name] if name in own else _at(self.block, name)
         return self._outside(node)
+
+
+def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `scaled_dot_product_attention`, to which Python code gives a rate as its own mode is."""
+    place = 4  # of `dropout_p`
+    return (*args[:place], *[0.0 for _ in args[place : place + 1]], *args[place + 1 :]), kwargs | (
+        {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
+    )
 
 
 def rounding_of(dtype: torch.dtype) -> float:

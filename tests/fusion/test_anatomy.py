@@ -150,3 +150,26 @@ def test_channels_are_found_where_a_block_lays_its_activation_out_anew(sides: tu
     second[:, :, 0, 0] = torch.randn(2, WIDTH)
     reached = (mixing(first) != mixing(second)).any(1)[0].nonzero().tolist()
     assert sorted(map(tuple, reached)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+class Dropping(nn.Module):
+    """Attention that drops half of its scores in training mode; the rate is given by place or by name."""
+
+    def __init__(self, by_place: bool) -> None:
+        super().__init__()
+        self.norm, self.by_place = nn.LayerNorm(WIDTH), by_place
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, rate = self.norm(x), 0.5 if self.training else 0.0
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        if self.by_place:
+            return x + self.out(F.scaled_dot_product_attention(q, k, v, None, rate, True))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True))
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_dropped_scores_do_not_hide_the_value_map(by_place: bool) -> None:
+    model = nn.Sequential(*(Dropping(by_place) for _ in range(3)))
+    made = replfx.transform(model, torch.randn(2, 5, WIDTH), operator="light")
+    assert made[1].replfx.operator.recipe.maps == ("v.weight", "out.weight")
