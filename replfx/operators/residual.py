@@ -52,13 +52,17 @@ def is_residual(site: Site) -> bool:
 def not_residual(site: Site) -> str:
     """What to say of a block that is not."""
     module = module_at(site, site.output) if site.output in site.nodes else None
-    if module is not None and number_of(module) and len(site.output.all_input_nodes) > 1:
-        return (
-            f"it is not seen to be residual: its output comes from `{site.inside(site.output)}`, which is called whole"
-        )
+    if module is not None and number_of(module) and (module._modules or len(site.output.all_input_nodes) > 1):
+        return f"it is not seen to be residual: {_called_whole(site.inside(site.output))}"
     slot = site.interface.main
     which = "its own input" if slot == "0" else f"its input `{slot}`, which comes from the block before,"
     return f"it is not residual: its output is not a sum with {which} as a term"
+
+
+def _called_whole(path: str) -> str:
+    if path:
+        return f"its output comes from `{path}`, which is called whole"
+    return "it is called whole, as its code branches on `training` or is compiled"
 
 
 def _is_sum_with_input(site: Site, *, layouts: bool) -> bool:

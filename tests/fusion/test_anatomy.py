@@ -152,6 +152,18 @@ def test_channels_are_found_where_a_block_lays_its_activation_out_anew(sides: tu
     assert sorted(map(tuple, reached)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
+class Deep(nn.Module):
+    """An MLP whose layers are parts of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layers = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(self.norm(x))
+        return y
+
+
 class Dropping(nn.Module):
     """Attention that drops half of its scores in training mode; the rate is given by place or by name."""
 
@@ -159,17 +171,37 @@ class Dropping(nn.Module):
         super().__init__()
         self.norm, self.by_place = nn.LayerNorm(WIDTH), by_place
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.mlp = Deep()
 
     def forward(self, x: Tensor) -> Tensor:
         h, rate = self.norm(x), 0.5 if self.training else 0.0
         q, k, v = self.q(h), self.k(h), self.v(h)
         if self.by_place:
-            return x + self.out(F.scaled_dot_product_attention(q, k, v, None, rate, True))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True))
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v, None, rate, True))
+        else:
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True))
+        return x + self.mlp(x)
 
 
 @pytest.mark.parametrize("by_place", [False, True])
 def test_dropped_scores_do_not_hide_the_value_map(by_place: bool) -> None:
+    """Where the block is looked into: whole is called what branches on `training` and has no parts of parts."""
     model = nn.Sequential(*(Dropping(by_place) for _ in range(3)))
     made = replfx.transform(model, torch.randn(2, 5, WIDTH), operator="light")
     assert made[1].replfx.operator.recipe.maps == ("v.weight", "out.weight")
+
+
+class Whole(nn.Module):
+    """A block whose own code asks for its mode, and that has no parts of parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (2 if self.training else 1) * self.fc(x)
+
+
+def test_a_block_that_is_called_whole_is_not_said_to_be_no_sum() -> None:
+    with pytest.raises(replfx.NoChainError, match="it is called whole, as its code branches on `training`"):
+        replfx.transform(nn.Sequential(*(Whole() for _ in range(3))), torch.randn(2, 3, WIDTH), operator="light")
