@@ -39,7 +39,7 @@ def from_pretrained(
     Raises:
         PlanError: the folder has no plan, since its model was not transformed; or the plan is for another model.
         StateDictError: the weights are not all there, or of another plan.
-        ReplfxError: there is no such folder, or its model's class is not known.
+        ReplfxError: there is no such folder, its model's class is not known, or an argument is not (`device_map=`).
 
     Example:
         >>> model = replfx.transform(GPT2LMHeadModel(GPT2Config(n_layer=6)), {"input_ids": tokens})
@@ -54,7 +54,12 @@ def from_pretrained(
         )
     plan = Plan.from_json(json.dumps(written[PLAN]))
     make: Any = model_class or _class_named(written.get("architectures") or ["none"])
-    config = make.config_class.from_pretrained(folder, **config_fields)
+    config, unknown = make.config_class.from_pretrained(folder, return_unused_kwargs=True, **config_fields)
+    if unknown:
+        raise ReplfxError(
+            f"from_pretrained does not know {', '.join(f'{name}=' for name in unknown)}, and {type(config).__name__} has "
+            "no such field. The model comes on the CPU: move it with model.to(device)"
+        )
     for field in (PLAN, *MARK):
         if hasattr(config, field):
             delattr(config, field)

@@ -143,6 +143,8 @@ def test_dtypes_are_kept_or_as_asked_for(tmp_path: Path) -> None:
     assert asked.model.rotary_emb.inv_freq.dtype is torch.float32
     with pytest.raises(replfx.ReplfxError, match="dtype must be"):
         replfx.from_pretrained(tmp_path, dtype="float33")
+    with pytest.raises(replfx.ReplfxError, match=r"does not know device_map=.*LlamaConfig has no such field"):
+        replfx.from_pretrained(tmp_path, device_map="auto")
 
 
 @pytest.mark.parametrize("plain", [replfx.materialize, lambda model: replfx.unroll(model) or model])
