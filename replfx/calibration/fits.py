@@ -10,7 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from replfx.calibration.grams import Gram, solve
 from replfx.calibration.sides import Sides
-from replfx.fusion.interface import read_slot
 from replfx.live import Synthesis
 from replfx.operators.base import BlockOperator
 from replfx.operators.light import LightOperator
@@ -130,7 +129,7 @@ class LightFit(Fit):
         return [self.block.register_forward_hook(self._add, with_kwargs=True)]
 
     def _add(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = read_slot(self.operator.interface.main, args, kwargs)
+        x = self.operator.interface.activation(args, kwargs)
         y = self.operator.interface.main_of(output)
         columns = [self._flat(column) for column in (*self._regressors(x), y - x)]
         weights = self._flat(y > 0) if self.cut else None

@@ -14,7 +14,7 @@ from replfx.chains.links import Path, paths_of
 from replfx.chains.slots import Joined, input_slots, interface_of, output_slots
 from replfx.chains.traced_candidates import TracedCandidates, region_of_call
 from replfx.chains.why_not import why_not
-from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired, too_unlike
 from replfx.modules.paths import ancestors, is_region, members_of, parameters_of, region_path
 from replfx.modules.structure import Signature, class_of, family, signature, unfit_to_replace
@@ -133,7 +133,7 @@ class _Search:
         call = candidate.call
         nodes = tuple(self.info.nodes[call.start : call.stop])
         interface = interface_of(call, nodes, entered, left)
-        given, gives = read_slot(interface.main, call.args, call.kwargs), output_slots(call)[left[0][0]]
+        given, gives = interface.activation(call.args, call.kwargs), output_slots(call)[left[0][0]]
         assert isinstance(given, fx.Node)
         members = members_of(self.root, call.path)
         names = {call.path: ""} if members == [call.path] else {path: str(i) for i, path in enumerate(members)}

@@ -43,6 +43,10 @@ class Interface:
         """The slot of the main activation."""
         return self.inputs[0]
 
+    def activation(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The main activation among the arguments of a call."""
+        return read_slot(self.main, args, kwargs)
+
     def computed(self) -> bool:
         """Whether the block gives something besides its activations that a light operator cannot know."""
         return self.effects or any(kind == "computed" for _, kind, _ in leaves(self.output))

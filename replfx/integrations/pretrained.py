@@ -57,8 +57,8 @@ def from_pretrained(
     config, unknown = make.config_class.from_pretrained(folder, return_unused_kwargs=True, **config_fields)
     if unknown:
         raise ReplfxError(
-            f"from_pretrained does not know {', '.join(f'{name}=' for name in unknown)}, and {type(config).__name__} has "
-            "no such field. The model comes on the CPU: move it with model.to(device)"
+            f"from_pretrained does not know {', '.join(f'{name}=' for name in unknown)}, and {type(config).__name__} "
+            "has no such field. The model comes on the CPU: move it with model.to(device)"
         )
     for field in (PLAN, *MARK):
         if hasattr(config, field):

@@ -63,7 +63,7 @@ class TensorParallel:
 
     def leave(self, interface: Interface, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the call gave, with its activation as the caller gave it: a plain part, or a DTensor."""
-        if self.sequence is None or is_dtensor(read_slot(interface.main, args, kwargs)):
+        if self.sequence is None or is_dtensor(interface.activation(args, kwargs)):
             return result
         from torch.distributed.tensor import Shard
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replfx.errors import FusionError
-from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.interface import Interface
 from replfx.operators.base import Match, Operator, Site, operators
 from replfx.operators.folding import Fold, identity_fold, silence
 from replfx.operators.plain import plain_module
@@ -41,7 +41,7 @@ class IdentityOperator(Operator):
         return Match({"fold": fold if isinstance(fold, str) else asdict(fold)})
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.interface.result(args, kwargs, read_slot(self.interface.main, args, kwargs))
+        return self.interface.result(args, kwargs, self.interface.activation(args, kwargs))
 
     def plain(self, theta: dict[str, Tensor]) -> nn.Module:
         return plain_module(nn.Identity(), self.interface)

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from replfx.errors import FusionError
-from replfx.fusion.interface import Interface, read_slot
+from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import pair
 from replfx.fusion.sharded import linear
 from replfx.modules.copying import structural_copy
@@ -103,7 +103,7 @@ class LightOperator(Operator):
         return Match(asdict(replace(recipe, fold=light_fold(anatomy.residual, recipe))))
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = read_slot(self.interface.main, args, kwargs)
+        x = self.interface.activation(args, kwargs)
         y = _residual(x, self.recipe, self.norm, lambda h: self._apply_maps(h, theta), self.activation)
         return self.interface.result(args, kwargs, y)
 

@@ -9,7 +9,6 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.optim import Optimizer
 
 from replfx.errors import FusionError, PlanError
-from replfx.fusion.interface import read_slot
 from replfx.live import SUBMODULE, Synthesis
 from replfx.live.blocks import settle_block
 from replfx.live.classes import settle_down
@@ -199,7 +198,7 @@ def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
     for path, placement in placed_blocks(twin)[1].items():
 
         def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, at: Placement = placement) -> None:
-            seen[path] = read_slot(at.synthesis.operator.interface.main, args, kwargs).detach()
+            seen[path] = at.synthesis.operator.interface.activation(args, kwargs).detach()
 
         placement.block.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
