@@ -17,9 +17,10 @@ SHOWN = 4
 """How many reasons of a refusal, or models of one failure, are written out."""
 
 INTRODUCTION = """\
-Which models can be transformed, and why not the others? `python -m benchmarks zoo` asks, and writes this page; what is
-asked of a model, and what the columns count, is said in [benchmarks/README.md](../benchmarks/README.md). A cell such as
-3/4 says that another tool works on 3 of the 4 models that it was given.
+Which models can replfx transform, and why not the others? `python -m benchmarks zoo` tries them and writes this page.
+A *replaced* model was transformed, trained for a step, saved, loaded and materialized. A *refused* one was left as it was, for
+a reason that is given below. *Failed* is everything else. [benchmarks/README.md](../benchmarks/README.md#zoo) has the details.
+The last four columns are other tools: 3/4 says that the tool was given 4 models, and works on 3 of them.
 """
 
 Records = Sequence[Mapping[str, Any]]
@@ -50,7 +51,7 @@ def _markdown(records: Records, config: Mapping[str, object]) -> Iterator[str]:
     yield "# Model zoo"
     yield from ("", *INTRODUCTION.splitlines())
     if config.get("peer_parameters"):
-        yield f"Models of over {config['peer_parameters']:,.0f} parameters were not given to the other tools."
+        yield f"The other tools were given models of at most {config['peer_parameters']:,.0f} parameters."
     yield from ("", *_table("source", _totals(records)))
     for source, group in _groups(records, _source):
         yield from ("", f"## {source}", "")

@@ -21,7 +21,6 @@ __all__ = [
     "attribute_at",
     "block_digest",
     "class_of",
-    "drop_hooks",
     "family",
     "is_container",
     "is_stand_in",
@@ -112,12 +111,6 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
         setattr(target, name, hooks)
     if source._is_full_backward_hook is not None:
         target._is_full_backward_hook = source._is_full_backward_hook
-
-
-def drop_hooks(module: nn.Module) -> None:
-    """Remove all forward and backward hooks of `module` itself."""
-    for name in MODULE_HOOKS:
-        getattr(module, name).clear()
 
 
 def signature(module: nn.Module) -> Signature:
