@@ -19,7 +19,7 @@ SHOWN = 4
 INTRODUCTION = """\
 Which models can replfx transform, and why not the others? `python -m benchmarks zoo` tries them and writes this page.
 A *replaced* model was transformed, trained for a step, saved, loaded and materialized. A *refused* one was left as it
-was, for a reason that is given below. *Failed* is everything else. [The benchmarks' README](../benchmarks/README.md#zoo)
+was, for a reason that is given below. *Failed* is everything else. [The benchmarks' page](../benchmarks/README.md#zoo)
 has the details. The last four columns are other tools: 3/4 says that the tool was given 4 models, and works on 3.
 """
 
