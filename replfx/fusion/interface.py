@@ -13,7 +13,7 @@ __all__ = ["Interface", "read_slot"]
 
 @dataclass(frozen=True)
 class Interface:
-    """Of a block in a chain.
+    """How a block of a chain is called.
 
     A *slot* names an input: "0" the first positional one, "hidden_states" one by keyword, "0.1" an item of
     a tuple in the first.

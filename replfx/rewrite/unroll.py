@@ -102,7 +102,7 @@ def unroll(
 
     Example:
         >>> model = replfx.transform(model)
-        >>> ...                                # the first fifth of the training
+        >>> ...                                # until the learning rate begins to fall
         >>> replfx.unroll(model, optimizer)
         >>> ...                                # the rest at full depth
     """

@@ -60,7 +60,7 @@ class Look:
 
 @dataclass
 class CaptureInfo:
-    """Kept at `graph_module.meta["replfx"]`.
+    """What a capture knows besides its graph, kept at `graph_module.meta["replfx"]`.
 
     Attributes:
         tracer: what made the graph: symbolic tracing, the recorder, or Dynamo.
@@ -98,7 +98,7 @@ class CaptureInfo:
 
 @dataclass(frozen=True)
 class Cost:
-    """Kept at `node.meta["replfx"]`.
+    """What a node of a captured graph costs, kept at `node.meta["replfx"]`.
 
     Attributes:
         path: path of the innermost module that the node was recorded in.
