@@ -133,6 +133,7 @@ def test_what_is_filled_is_known_by_its_place() -> None:
         assert not block.site.interface.effects
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_the_backend_replaces_what_transform_replaces() -> None:

@@ -40,6 +40,7 @@ def test_drawn_models_give_what_they_give_in_eager_mode(case: Case) -> None:
     assert_same(case.transformed(), case, "eager")
 
 
+@pytest.mark.slow
 @given(case=cases(families=("basic", "transformer", "mlp"), operators=("block", "light")))
 @settings(max_examples=3)
 def test_drawn_models_through_autograd_ahead_of_time(case: Case) -> None:

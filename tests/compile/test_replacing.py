@@ -66,6 +66,7 @@ def test_it_is_what_transform_makes(case: Case) -> None:
             assert_close(mine.grad, gradient, f"gradient of {name}")
 
 
+@pytest.mark.slow
 @given(spec=specs())
 @settings(max_examples=5)
 def test_layers_that_are_no_modules_are_found_by_structure(spec: Spec) -> None:
@@ -82,6 +83,7 @@ def test_layers_that_are_no_modules_are_found_by_structure(spec: Spec) -> None:
 # ---- one model, several graphs
 
 
+@pytest.mark.slow
 def test_train_and_eval_and_new_shapes_share_the_coefficients() -> None:
     model = ConvNet(depth=4).double()
     compiled, backend = replacing(model, "eager", every=2)
@@ -141,6 +143,7 @@ def test_sizes_that_change_do_not_compile_anew() -> None:
     assert paths(backend) == ["@blocks.1", "@blocks.3"]
 
 
+@pytest.mark.slow
 def test_many_graphs_of_one_model() -> None:
     """Dynamo compiles one code a few times at most; each of our graphs has its own."""
     torch.compiler.reset()

@@ -68,6 +68,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "convolutions": (lambda: ConvNet(depth=4), lambda n: torch.randn(n, 3, 8, 8)),
 }
 
+SLOW = {"convolutions"}
+
 
 def _direct(model: Any) -> nn.Module:
     model.direct = True
@@ -75,7 +77,7 @@ def _direct(model: Any) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])
 def test_past_the_limit_of_recompilations_a_call_is_an_error(name: str) -> None:
     make, given = MODELS[name]
     model = make().train(name not in ("attention", "windows"))

@@ -49,6 +49,7 @@ def test_a_linear_map_is_least_squares_over_all_places() -> None:
         torch.testing.assert_close(made[1](x).movedim(1, -1).reshape(-1, 4), expected.float())
 
 
+@pytest.mark.slow
 def test_the_command_compares_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "cifar10", lambda root: images())
     monkeypatch.setattr(command, "PRETRAIN", replace(command.PRETRAIN, batch=16))

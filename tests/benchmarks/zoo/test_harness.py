@@ -96,6 +96,7 @@ def test_a_line_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
     assert {name: record["status"] for name, record in store.read(path).items()} == {"c": "refused", "a": "failure"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("torch_pruning")
