@@ -116,7 +116,7 @@ def with_gradient(model: nn.Module, x: Tensor) -> set[str]:
     return set(found)
 
 
-SLOW = ("efficientnet_b0",)
+SLOW = ("efficientnet_b0", "xcit_nano_12")
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in CASES]
 )

@@ -161,6 +161,7 @@ def test_the_peak_is_as_expected(share: float) -> None:
     assert peak(made) <= share * peak(model) * 1.02
 
 
+@pytest.mark.slow
 def test_several_limits_and_what_is_possible() -> None:
     model, ids = gpt(5)
     with pytest.raises(replfx.PlanError, match=r"memory [\d.]+ MiB \(0\.\d\d of full\) \(`\w+` in the place of"):
@@ -184,6 +185,7 @@ def test_blocks_that_fill_a_cache_and_that_write_to_their_input() -> None:
     assert replfx.report(made).replaced
 
 
+@pytest.mark.slow
 def test_the_report_and_the_command_line_say_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
     file = tmp_path / "plan.json"

@@ -133,7 +133,9 @@ def unexplained(model: nn.Module, report: replfx.Report) -> list[str]:
     return silent
 
 
-@pytest.mark.parametrize("name", INSPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "densenet121")) for name in INSPECTED]
+)
 def test_every_block_that_stays_has_a_reason(name: str) -> None:
     model, inputs = INSPECTED[name]()
     check_reasons(model, replfx.inspect(model, inputs, operator="block"))

@@ -63,6 +63,7 @@ def test_each_stage_is_planned_as_a_model_of_its_own(data: st.DataObject, depth:
         assert len(alone) == sum((last - first - 1) // 2 for first, last in itertools.pairwise(ends))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), depth=st.integers(3, 8))
 def test_a_cut_outside_of_the_chain_changes_nothing(data: st.DataObject, depth: int) -> None:

@@ -47,6 +47,7 @@ def test_drawn_models_through_autograd_ahead_of_time(case: Case) -> None:
     assert_same(case.transformed(), case, "aot_eager")
 
 
+@pytest.mark.slow
 def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
     case = replace(case_of("transformer", "block", "channel"), depth=5)
     truth = case.transformed()

@@ -215,6 +215,7 @@ def test_coefficients_are_saved_and_restored(early: bool, aligned: bool) -> None
     assert torch.equal(compiled(X), expected)
 
 
+@pytest.mark.slow
 def test_a_state_dict_of_other_blocks_or_another_fusion_is_refused() -> None:
     compiled, backend = replacing(tower(7), every=3)
     compiled(X)
@@ -362,6 +363,7 @@ def test_a_graph_break_inside_of_the_blocks_is_named() -> None:
         list(backend.parameters())
 
 
+@pytest.mark.slow
 def test_torchs_encoder_layer_needs_its_fast_path_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """In evaluation it is another function, of the same parameters in another order."""
     torch.manual_seed(0)

@@ -113,6 +113,7 @@ def test_bit_for_bit(build: Any, blocks: list[str]) -> None:
     assert not expected
 
 
+@pytest.mark.slow
 def test_other_values_at_each_call() -> None:
     """`functional_call` puts other tensors in the parameters' places: neighbours' are read anew, and get gradients."""
     model, x = units().eval(), torch.randn(2, 3, 8, 8)

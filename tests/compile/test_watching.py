@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "convolutions": (lambda: ConvNet(depth=4), lambda n: torch.randn(n, 3, 8, 8)),
 }
 
-SLOW = {"convolutions"}
+SLOW = {"convolutions", "modules"}
 
 
 def _direct(model: Any) -> nn.Module:
@@ -207,6 +207,7 @@ def test_the_model_alone_its_copies_and_its_pickles_run_as_they_are() -> None:
         assert torch.equal(each.blocks[1](torch.ones(2, 8)), model.blocks[1](torch.ones(2, 8)))
 
 
+@pytest.mark.slow
 def test_another_backend_may_run_the_model_eagerly() -> None:
     model, x = Changing(), rows(2)
     replacing(model, x)

@@ -19,7 +19,7 @@ from tests.support.models import GPT
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {"language.md": "integrations", "unrolling.md": "integrations", "compile.md": "slow"} | dict.fromkeys(
-    ("inspect.md", "vision.md"), "slow"
+    ("budget.md", "inspect.md", "vision.md"), "slow"
 )
 """Pages that need more than the others: packages, Inductor's compilation, or models of real size."""
 

@@ -244,6 +244,7 @@ def test_it_goes_the_ways_that_other_operators_go(kind: type[nn.Module]) -> None
         assert torch.equal(other(x), y)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_they_are_exported_and_compiled() -> None:
     """One of each way in which what is left runs; the others call their modules as Scaled does."""

@@ -186,6 +186,7 @@ def test_torch_jit_trace_follows() -> None:
     torch.testing.assert_close(traced(X), made(X))  # it shares the parameters, the neighbours' too
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_dynamo_and_export_follow() -> None:
     names, x = ("owner", "listed", "named", "children", "attention"), inputs()

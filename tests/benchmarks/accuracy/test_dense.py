@@ -20,6 +20,8 @@ from tests.benchmarks.accuracy.toys import CPU
 
 pytest.importorskip("torchvision")
 
+pytestmark = pytest.mark.slow
+
 MAKERS = (toys.fcn, toys.fcos)
 # One of each kind: the others do no other things to a model.
 VARIANTS = ("removed", "light+channel", "stochastic-depth", "sharing", "stacking", "checkpointing")

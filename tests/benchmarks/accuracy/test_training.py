@@ -40,6 +40,7 @@ def assert_same(one: Run, other: Run) -> None:
     assert curve == other_curve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "variant", "at"),  # of six steps; what grows or is unrolled at a half is so after three
     [
@@ -67,6 +68,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert_same(whole, last)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything() -> None:
     subject = toys.gpt()
     one, same, other = (run_of(subject, "block+scalar", seed) for seed in (1, 1, 2))
@@ -123,6 +125,7 @@ RESNET_ALONE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ALL)
 @pytest.mark.parametrize("make", [toys.resnet, toys.gpt])
 def test_every_variant_trains(make: Callable[..., Subject], variant: str) -> None:
@@ -134,6 +137,7 @@ def test_every_variant_trains(make: Callable[..., Subject], variant: str) -> Non
     assert any(not torch.equal(value, after[name]) for name, value in before.items() if name in after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RESNET_ALONE)
 def test_variants_of_single_blocks_train(variant: str) -> None:
     assert run_of(toys.resnet(), variant).train()
@@ -142,6 +146,7 @@ def test_variants_of_single_blocks_train(variant: str) -> None:
 CAUSAL_ALONE = ("mixer+scalar", "mixer+scalar:unroll=0.5", "attention-reused+scalar", "mixer+low-rank", "mixer+own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CAUSAL_ALONE)
 def test_variants_of_causal_blocks_train(variant: str) -> None:
     assert run_of(toys.gpt(schedule="plateau"), variant).train()
@@ -193,6 +198,7 @@ def test_the_attention_map_of_the_block_before_is_used_again() -> None:
     torch.testing.assert_close(y, x + F.linear(mixed, theta[1], operator.bias))
 
 
+@pytest.mark.slow
 def test_the_vision_transformer_takes_the_variants() -> None:
     pytest.importorskip("timm")
     from benchmarks.accuracy.tasks import TASKS

@@ -127,6 +127,7 @@ def calls_to_transform(name: str, blocks: int, inputs: bool) -> int:
     return sum(entry.callcount for entry in profile.getstats())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inputs"),
     [

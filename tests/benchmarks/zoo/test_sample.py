@@ -53,21 +53,11 @@ def outcome_of(name: str):
     return check(subject(name))
 
 
-HEAVY = [
-    "timm:nest_tiny",
-    "timm:mobilenetv3_small_050",
-    "timm:pit_ti_224",
-    "timm:gmlp_ti16_224",
-    "torchvision:googlenet",
-    "torchvision:fcn_resnet50",
-    "torchvision:fcos_resnet50_fpn",
-    "transformers:segformer",
-    "transformers:bamba",
-]
+QUICK = ("timm:test_resnet", "timm:test_vit", "timm:test_convnext", "torchvision:resnet18", "transformers:gpt2")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in SAMPLE]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SAMPLE]
 )
 def test_replaced(name: str) -> None:
     outcome = outcome_of(name)
