@@ -16,6 +16,22 @@ CONTEXT = {"cpu": 128, "cuda": 1024}
 PIXELS = {"cpu": 96, "cuda": 224}
 
 
+def convnext(classes: int, *, width: int, depth: int) -> nn.Module:
+    """Build torchvision's ConvNeXt with one stage, as deep as the model: an isotropic network on patches of 4 x 4.
+
+    Args:
+        classes: number of labels.
+        width: channels of an activation.
+        depth: number of blocks.
+
+    """
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    # The published scale of 1e-6 in front of each branch is for hundreds of thousands of steps.
+    model: nn.Module = ConvNeXt([CNBlockConfig(width, None, depth)], layer_scale=1.0, num_classes=classes)
+    return model
+
+
 def vision_transformer(size: int, patch: int, channels: int, classes: int, *, width: int, depth: int) -> nn.Module:
     """Build timm's VisionTransformer, narrow for its depth: heads of 16 to 32 channels, an MLP of twice the width.
 

@@ -18,8 +18,8 @@ from benchmarks.accuracy.photos import imagenet
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import ResNet, classifier
 from benchmarks.accuracy.scenes import camvid, cityscapes
-from benchmarks.accuracy.text import wikitext2, wikitext2_bytes, wikitext2_bytes_narrow
-from benchmarks.models import vision_transformer
+from benchmarks.accuracy.text import python_bytes, wikitext2, wikitext2_bytes, wikitext2_bytes_narrow
+from benchmarks.models import convnext, vision_transformer
 from replfx import ReplfxError
 from replfx.demo.model import GPT
 
@@ -149,6 +149,22 @@ TASKS = {
             FRAME,
         ),
         Task(
+            "cifar10-convnext",
+            cifar10,
+            ACCURACY,
+            {
+                "small": partial(convnext, 10, width=32, depth=12),
+                "full": partial(convnext, 10, width=192, depth=18),
+            },
+            {
+                "small": Recipe(
+                    2_500, 64, "adamw", 4e-3, "plateau", weight_decay=0.05, clip=1.0, beta2=0.95, evaluations=8
+                ),
+                "full": Recipe(78_000, 128, "adamw", 1e-3, weight_decay=0.05, clip=1.0, evaluations=50),
+            },
+            FRAME,
+        ),
+        Task(
             "fashion-mnist",
             fashion_mnist,
             ACCURACY,
@@ -190,6 +206,14 @@ TASKS = {
         Task(
             "bytes-narrow",
             wikitext2_bytes_narrow,
+            NATS,
+            {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)},
+            {"small": Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)},
+            FRAME,
+        ),
+        Task(
+            "python-bytes",
+            python_bytes,
             NATS,
             {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)},
             {"small": Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)},

@@ -125,6 +125,14 @@ def wikitext2_bytes_narrow(root: Path) -> Text:
     return wikitext2_bytes(root, context=64)
 
 
+def python_bytes(root: Path) -> Text:
+    """The sources of Python's standard library, byte by byte, split as the demo splits them; `root` is not read."""
+    from replfx.demo.text import load
+
+    text = load(None)
+    return Text(text.train, text.held_out, text.held_out, 256, context=64, perplexity=False, final_windows=1024)
+
+
 def wikitext2(root: Path) -> Text:
     """WikiText-2 word by word over its whole vocabulary, each line ended by ``<eos>``; the metric is test perplexity.
 

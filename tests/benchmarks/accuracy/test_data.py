@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.accuracy import images, text
 from benchmarks.accuracy.tasks import TASKS, subject_of
 from replfx import ReplfxError
+from replfx.demo import text as demo_text
 from tests.benchmarks.accuracy import toys
 
 SPLITS = ("train", "valid", "test")
@@ -127,7 +128,16 @@ def test_wikitext_as_words_and_as_bytes(tmp_path: Path, pattern: str) -> None:
     assert bytes(raw.train.tolist()).decode() == TEXTS["train"]
 
 
-@pytest.mark.parametrize("load", sorted({task.load for task in TASKS.values()}, key=lambda load: load.__name__))
+def test_python_sources_are_split_as_in_the_demo(tmp_path: Path) -> None:
+    sources, found = demo_text.load(None), text.python_bytes(tmp_path)
+    assert torch.equal(found.train, sources.train)
+    assert torch.equal(found.valid, sources.held_out)
+
+
+ON_DISK = {task.load for task in TASKS.values()} - {text.python_bytes}
+
+
+@pytest.mark.parametrize("load", sorted(ON_DISK, key=lambda load: load.__name__))
 def test_data_that_is_not_there_is_said_to_be(tmp_path: Path, load: Callable[[Path], object]) -> None:
     pytest.importorskip("torchvision")
     with pytest.raises(ReplfxError, match=r"no [\w-]+ in "):
