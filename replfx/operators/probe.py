@@ -372,9 +372,9 @@ class Probe:
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `scaled_dot_product_attention`, to which Python code gives a rate as its own mode is."""
     place = 4  # of `dropout_p`
-    return (*args[:place], *[0.0 for _ in args[place : place + 1]], *args[place + 1 :]), kwargs | (
-        {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
-    )
+    if len(args) > place:
+        args = (*args[:place], 0.0, *args[place + 1 :])
+    return args, {name: 0.0 if name == "dropout_p" else value for name, value in kwargs.items()}
 
 
 def rounding_of(dtype: torch.dtype) -> float:
