@@ -84,6 +84,11 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return torch.device(args.device or ("cuda" if available else "cpu"))
 
 
+def first_reason(error: ReplfxError) -> str:
+    """Why a variant is not for a model, of the first of its blocks: the others mostly say the same."""
+    return str(error).partition("; `")[0]
+
+
 def commit() -> str:
     """The commit of this checkout; with a + where files have been changed since."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]

@@ -8,7 +8,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.common import FULL, REMOVED, Variant, add_common_arguments, batch_size, device_of, training_of
+from benchmarks.common import (
+    FULL,
+    REMOVED,
+    Variant,
+    add_common_arguments,
+    batch_size,
+    device_of,
+    first_reason,
+    training_of,
+)
 from benchmarks.output import Row, tables, write
 from replfx import ReplfxError
 from replfx.measure import StepCost, Training, environment, pairwise_ratios, saving_kept, training_costs
@@ -69,7 +78,7 @@ def _trainings(args: argparse.Namespace, name: str, device: torch.device) -> tup
         except ReplfxError as error:
             if variant in (FULL, REMOVED):
                 raise
-            refused[variant.name] = str(error)
+            refused[variant.name] = first_reason(error)
     return trainings, refused
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.common import add_device_argument, commit, device_of, model_names
+from benchmarks.common import add_device_argument, commit, device_of, first_reason, model_names
 from benchmarks.inference.output import Row, tables, write
 from benchmarks.inference.subjects import FULL, Runnable, runnable, ways_of
 from benchmarks.models import SUBJECTS
@@ -97,7 +97,7 @@ def _measured(
         except ReplfxError as error:
             if way == FULL:
                 raise
-            reasons[way.name] = str(error)
+            reasons[way.name] = first_reason(error)
     rows: list[Row] = []
     for batch in batches:
         inputs = SUBJECTS[name].batch(device.type, batch)[0].to(device)
