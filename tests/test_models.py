@@ -116,7 +116,7 @@ def with_gradient(model: nn.Module, x: Tensor) -> set[str]:
     return set(found)
 
 
-SLOW = ("efficientnet_b0", "xcit_nano_12")
+SLOW = ("cait_xxs24", "convnext", "deit3_small", "efficientnet_b0", "regnety_004", "swin", "volo_d1", "xcit_nano_12")
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in CASES]
 )
@@ -312,6 +312,7 @@ def test_a_detector_still_takes_images_and_targets() -> None:
     assert [set(each) for each in found] == [{"boxes", "labels", "scores"}] * 2
 
 
+@pytest.mark.slow
 def test_a_detector_in_evaluation_mode() -> None:
     model = detector().eval()
     images, _ = detection()
@@ -334,7 +335,10 @@ COMPILED = [
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(("name", "operator"), COMPILED)
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] != "gpt")) for case in COMPILED],
+)
 def test_compile_and_export_where_the_original_did(name: str, operator: str) -> None:
     (case,) = (case for case in CASES if case.name == name)
     torch.manual_seed(0)

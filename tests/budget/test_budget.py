@@ -88,6 +88,7 @@ def _mildest(model: nn.Module, operator: str, share: float) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(3, 7), st.floats(0.2, 1.0), st.sampled_from(["block", "identity"]))
 def test_the_fewest_blocks_within_a_share_of_the_parameters(depth: int, share: float, operator: str) -> None:

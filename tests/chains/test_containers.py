@@ -134,7 +134,7 @@ def unexplained(model: nn.Module, report: replfx.Report) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "densenet121")) for name in INSPECTED]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("densenet121", "swin_t"))) for name in INSPECTED]
 )
 def test_every_block_that_stays_has_a_reason(name: str) -> None:
     model, inputs = INSPECTED[name]()

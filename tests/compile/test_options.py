@@ -119,6 +119,7 @@ import replfx.compile, replfx.kernels, replfx.measure
 """
 
 
+@pytest.mark.slow
 def test_by_the_entry_point_and_imported_afterwards_and_nothing_is_printed() -> None:
     result = subprocess.run([sys.executable, "-c", _ENTRY_POINT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -184,6 +184,7 @@ def test_blocks_that_compute_differently_in_training_are_one_chain(first: bool) 
 # ---- saved and restored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_coefficients_are_saved_and_restored(early: bool, aligned: bool) -> None:

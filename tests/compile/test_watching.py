@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "convolutions": (lambda: ConvNet(depth=4), lambda n: torch.randn(n, 3, 8, 8)),
 }
 
-SLOW = {"convolutions", "modules"}
+SLOW = {"attention", "convolutions", "modules"}
 
 
 def _direct(model: Any) -> nn.Module:
@@ -150,6 +150,7 @@ def test_a_block_that_is_switched_off_later(part: str) -> None:
         compiled(rows())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in place", "in a function", "twice"])
 def test_it_does_not_matter_how_the_model_is_compiled(how: str) -> None:
     model, backend = Changing(), replfx.backend(every=2, inner="eager")

@@ -164,6 +164,7 @@ def test_saved_on_two_it_goes_on_in_one_and_in_four(saved: tuple[Path, Weights, 
         assert found == [[]] * ranks
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_changes_nothing(saved: tuple[Path, Weights, Weights], tmp_path: Path) -> None:
     folder, *_ = saved
     lacking = Path(shutil.copytree(folder / "step-3", tmp_path / "lacking"))

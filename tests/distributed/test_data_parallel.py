@@ -121,7 +121,10 @@ def check(ranks: int, jobs: list[Job], folder: Path) -> None:
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("family", [*BOTH, pytest.param("", marks=pytest.mark.slow, id="others")])
+@pytest.mark.parametrize(
+    "family",
+    ["transformer", *(pytest.param(name, marks=pytest.mark.slow, id=name or "others") for name in ("basic", ""))],
+)
 def test_two_processes_train_as_one(tmp_path: Path, family: str) -> None:
     check(2, [job for job in TWO if _family(job) == family], tmp_path)
 

@@ -156,6 +156,7 @@ def check(folder: Path, names: tuple[str, ...]) -> None:
         assert not failed, f"process {rank}:\n" + "\n".join(f"{name}\n{trouble}" for name, trouble in failed.items())
 
 
+@pytest.mark.slow
 def test_mixed_precision_on_two_processes(tmp_path: Path) -> None:
     check(tmp_path, ("transformer-block-channel",))
 

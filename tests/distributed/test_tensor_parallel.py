@@ -63,6 +63,7 @@ def _names(jobs: Jobs) -> list[str]:
     return [f"{name}-{mode}" for name, _, modes in jobs for mode in modes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _names(ON_TWO))
 def test_two_processes_train_as_one(on_two: list[dict[str, str | None]], name: str) -> None:
     for rank, found in enumerate(on_two):
@@ -76,5 +77,6 @@ def test_four_processes_train_as_one(on_four: list[dict[str, str | None]], name:
         assert found[name] is None, f"process {rank}:\n{found[name]}"
 
 
+@pytest.mark.slow
 def test_what_is_refused_and_what_is_left_as_it_was(tmp_path: Path) -> None:
     assert on_ranks(2, refusals, tmp_path) == ["", ""]

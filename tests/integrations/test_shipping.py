@@ -25,7 +25,9 @@ from tests.support.without_replfx import run_without_replfx
 # that stays under ten or so of those. A weight in the wrong place is off by the outputs themselves.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
-every_model = pytest.mark.parametrize("name", ["conv", "gpt", pytest.param("vit", marks=pytest.mark.slow)])
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param("conv", marks=pytest.mark.slow), "gpt", pytest.param("vit", marks=pytest.mark.slow)]
+)
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 every_stage = pytest.mark.parametrize("stage", STAGES)
 

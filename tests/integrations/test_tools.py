@@ -285,6 +285,7 @@ def test_gradients_of_each_sample_under_vmap() -> None:
 # ---- compiled and exported with a tool at work
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_with_timms_checkpoints() -> None:
     without = transformed_vit()

@@ -18,6 +18,7 @@ from tests.support.strategies import Case, cases
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
+@pytest.mark.slow
 @given(case=cases(families=("basic", "transformer", "mlp"), operators=("block", "light")))
 @settings(max_examples=2)
 def test_drawn_models_give_what_they_give_in_eager_mode(case: Case) -> None:

@@ -99,6 +99,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @only_plain
 def test_works_without_triton() -> None:
     run(

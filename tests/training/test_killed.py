@@ -40,6 +40,7 @@ def check_killed(run: Run, kills: int, folder: Path) -> None:
     pytest.fail(f"only {killed} kills came before the end of a run")
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_the_same_losses(alone: Run, tmp_path: Path) -> None:
     check_killed(alone, 2, tmp_path)
 

@@ -185,6 +185,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 TIMED = ("same-time:as=removed", "full-time:of=stacking:at=0.25")
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was_and_reports(run: Any, tmp_path: Path) -> None:
     variants = ("--variants", "removed", "block+scalar", "light+nothing", *TIMED, "--seeds", "0,1")
     lines = tmp_path / "out" / "accuracy.jsonl"

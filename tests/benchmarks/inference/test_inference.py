@@ -46,6 +46,7 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", importing)
 
 
+@pytest.mark.slow
 def test_the_command_measures_each_way_at_each_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUBJECTS, "gpt", SMALL)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)

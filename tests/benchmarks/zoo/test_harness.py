@@ -36,7 +36,7 @@ def toy(worker: Worker, name: str, *peers: str, **limits: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("name", "limits", "stage", "error"),
     [
-        ("hangs", {"check_seconds": 2.0}, "timeout", "more than 2 s, in original"),
+        pytest.param("hangs", {"check_seconds": 2.0}, "timeout", "more than 2 s, in original", marks=pytest.mark.slow),
         ("eats", {"memory": 2**31}, "memory", "more than 2 GiB, in original"),
         ("exits", {}, "original", "exited with status 3"),
         ("crashes", {}, "original", "killed by SIGSEGV"),
