@@ -143,6 +143,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.slow
 def test_changes_of_weights_are_seen(transformed: nn.Module) -> None:
     compiled = evaluated(transformed)
     for count, (name, change) in enumerate(CHANGES.items(), 2):

@@ -110,6 +110,7 @@ def test_train_and_eval_and_new_shapes_share_the_coefficients() -> None:
         assert_close(found, reference(x), "output in evaluation mode")
 
 
+@pytest.mark.slow
 def test_one_compilation_for_training_one_for_evaluation_none_a_step() -> None:
     compiled_graphs: list[fx.GraphModule] = []
 

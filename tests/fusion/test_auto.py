@@ -20,6 +20,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(data=st.data())
 def test_auto_is_the_plan_that_names_what_it_chose(data: st.DataObject) -> None:

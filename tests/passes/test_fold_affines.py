@@ -56,7 +56,7 @@ def test_an_affine_is_folded_where_that_takes_fewer_flops(kind: type[nn.Module],
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
-@pytest.mark.parametrize("hidden", [4, 40])  # two matrices, and their product
+@pytest.mark.parametrize("hidden", [4, pytest.param(40, marks=pytest.mark.slow)])  # two matrices, and their product
 def test_with_folded_affines_outputs_and_gradients_stay(kind: type[nn.Module], hidden: int) -> None:
     model, x = normed(kind, hidden), torch.randn(60, 16, dtype=torch.float64)
     assert affines(as_in_eager_mode(model, x).graphs[0]) == 3
