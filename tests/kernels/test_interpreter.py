@@ -24,7 +24,7 @@ ROOT = HERE.parent.parent
 @pytest.mark.slow
 def test_in_the_interpreter(tmp_path: Path) -> None:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    options = ["-q", "-m", "not gpu", "-p", "no:xdist", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(str(HERE / f"test_{name}.py") for name in MODULES)],
         cwd=ROOT,
