@@ -121,6 +121,12 @@ def _resnet(name: str, depth: int, small_depth: int, small_width: int) -> Task:
     return Task(name, cifar10, ACCURACY, models, {"small": SMALL_DEPTH, "full": HE}, FRAME)
 
 
+def _narrow(name: str, load: Callable[[Path], Data]) -> Task:
+    models = {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)}
+    recipe = Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)
+    return Task(name, load, NATS, models, {"small": recipe}, FRAME)
+
+
 def _imagenet_resnet50() -> nn.Module:
     from torchvision.models import resnet50
 
@@ -203,22 +209,8 @@ TASKS = {
             {"small": SMALL_TEXT, "full": replace(SMALL_TEXT, steps=30_000, batch=64, learning_rate=1e-3)},
             FRAME,
         ),
-        Task(
-            "bytes-narrow",
-            wikitext2_bytes_narrow,
-            NATS,
-            {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)},
-            {"small": Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)},
-            FRAME,
-        ),
-        Task(
-            "python-bytes",
-            python_bytes,
-            NATS,
-            {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)},
-            {"small": Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)},
-            FRAME,
-        ),
+        _narrow("bytes-narrow", wikitext2_bytes_narrow),
+        _narrow("python-bytes", python_bytes),
         Task(
             "svhn",
             svhn,

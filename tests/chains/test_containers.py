@@ -16,6 +16,7 @@ from replfx.modules.paths import is_region, members_of
 from replfx.modules.tree import tensors_in
 from tests.chains.containers import CONTAINERS, Container
 from tests.support.compare import of_replfx
+from tests.support.slow import some_slow
 from tests.support.snapshots import assert_unchanged, snapshot
 from tests.support.strategies import randomize
 
@@ -133,9 +134,7 @@ def unexplained(model: nn.Module, report: replfx.Report) -> list[str]:
     return silent
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("densenet121", "swin_t"))) for name in INSPECTED]
-)
+@pytest.mark.parametrize("name", some_slow(INSPECTED, ("densenet121", "swin_t")))
 def test_every_block_that_stays_has_a_reason(name: str) -> None:
     model, inputs = INSPECTED[name]()
     check_reasons(model, replfx.inspect(model, inputs, operator="block"))

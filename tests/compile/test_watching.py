@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import replfx
 from tests.support.models import GPT, ConvNet, Mlp, Tower, tower
+from tests.support.slow import some_slow
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -77,7 +78,7 @@ def _direct(model: Any) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])
+@pytest.mark.parametrize("name", some_slow(MODELS, SLOW))
 def test_past_the_limit_of_recompilations_a_call_is_an_error(name: str) -> None:
     make, given = MODELS[name]
     model = make().train(name not in ("attention", "windows"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import replfx
 from tests.integrations.shipped import MODELS, OPERATORS, STAGES, Shipped, emptied, scattered, shipped
 from tests.support.models import GPT
+from tests.support.slow import some_slow
 from tests.support.without_replfx import run_without_replfx
 
 # Of the largest output. Both sides do the same operations, but another compiler or runtime may add a few hundred
@@ -25,9 +26,7 @@ from tests.support.without_replfx import run_without_replfx
 # that stays under ten or so of those. A weight in the wrong place is off by the outputs themselves.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
-every_model = pytest.mark.parametrize(
-    "name", [pytest.param("conv", marks=pytest.mark.slow), "gpt", pytest.param("vit", marks=pytest.mark.slow)]
-)
+every_model = pytest.mark.parametrize("name", some_slow(("conv", "gpt", "vit"), ("conv", "vit")))
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 every_stage = pytest.mark.parametrize("stage", STAGES)
 

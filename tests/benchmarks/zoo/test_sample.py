@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 import replfx
 from benchmarks.zoo.check import REFUSED, REPLACED, check
 from benchmarks.zoo.subject import Inputs, Subject, built, called, fed, tensors_of
+from tests.support.slow import some_slow
 
 REPLACED_MODELS = {
     # Residual, densely connected, branching, two-input and re-parametrised convolutional blocks; hybrids; transformers
@@ -56,9 +57,7 @@ def outcome_of(name: str):
 QUICK = ("timm:test_resnet", "timm:test_vit", "timm:test_convnext", "torchvision:resnet18", "transformers:gpt2")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SAMPLE]
-)
+@pytest.mark.parametrize("name", some_slow(SAMPLE, set(SAMPLE) - set(QUICK)))
 def test_replaced(name: str) -> None:
     outcome = outcome_of(name)
     assert (outcome.status, outcome.stage, outcome.error) == (REPLACED, None, None)
