@@ -161,14 +161,26 @@ def activation_of(block: nn.Module, name: str | None) -> object:
 
 
 def _depthwise(residual: Residual) -> tuple[str, fx.Node] | None:
-    """A kernel (d, 1, k, …) whose module is called on the activation itself."""
+    """A kernel (d, 1, k, …) whose module is called on the activation itself, and keeps its shape."""
     site = residual.site
     for node in site.nodes:
         module = module_at(site, node) if node.all_input_nodes == [site.input] else None
         weight = None if module is None else module._parameters.get("weight")
         if weight is not None and weight.dim() >= 3 and tuple(weight.shape[:2]) == (residual.width, 1):
-            return f"{site.inside(node)}.weight", node
+            name = f"{site.inside(node)}.weight"
+            if fits_alone(residual, name):
+                return name, node
     return None
+
+
+def fits_alone(residual: Residual, name: str) -> bool:
+    """Whether the layer with this kernel keeps the shape of the block's activation; with a stride it does not."""
+    layer = residual.probe.block.get_submodule(name.rpartition(".")[0])
+    with torch.no_grad():
+        try:
+            return bool(layer(residual.probe.x).shape == residual.probe.x.shape)
+        except (RuntimeError, TypeError):  # no layer of one activation
+            return False
 
 
 def _narrowest(residual: Residual) -> tuple[Branch, MapPair]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from replfx.errors import FusionError
-from replfx.operators.anatomy import Anatomy
+from replfx.operators.anatomy import Anatomy, fits_alone
 from replfx.operators.folding import Fold
 
 __all__ = ["LightRecipe"]
@@ -105,8 +105,11 @@ class LightRecipe:
         if residual.axis != 1 and (_taps(block, pair.last) > 1 or not residual.linear):
             return f"`{pair.last}` takes channels elsewhere than in dimension {residual.axis}, where the block has them"
         if _taps(block, pair.last) > 1:
-            square = block.get_parameter(pair.last).shape[:2] == (width, width)
-            return cls("conv", (pair.last,), None, *rest) if square else f"its map `{pair.last}` is grouped"
+            if block.get_parameter(pair.last).shape[:2] != (width, width):
+                return f"its map `{pair.last}` is grouped"
+            if not fits_alone(residual, pair.last):
+                return f"the layer of its map `{pair.last}` gives an activation of another shape than the block's"
+            return cls("conv", (pair.last,), None, *rest)
         dims = 2 if residual.linear else residual.probe.x.dim()
         return cls("product", (pair.first, pair.last), pair.rows, *rest, pair.taken, pair.columns, dims)
 

@@ -1,5 +1,6 @@
 """verify: is the transformed model sound?"""
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,15 +102,15 @@ class _Check:
     inputs: Inputs
     plan: Plan
 
-    def run(self, after: "_Run | Exception", training: bool, outputs: Sequence[tuple[int, ...]] | None) -> list[str]:
+    def run(self, after: "_Run | _Failure", training: bool, outputs: Sequence[tuple[int, ...]] | None) -> list[str]:
         """Raise VerifyError if the run is not as it was; notes say what is not known."""
         if after == _Run(outputs, frozenset()):
             return []
         before = self._before(training, trained=True)
-        if isinstance(before, Exception):  # the capture ran the model for real for the same reason
+        if isinstance(before, _Failure):  # the capture ran the model for real for the same reason
             self._check_runs_for_real()
-            return [f"shapes and gradients not verified: {type(before).__name__} under fake tensors"]
-        if isinstance(after, Exception):
+            return [f"shapes and gradients not verified: {type(before.error).__name__} under fake tensors"]
+        if isinstance(after, _Failure):
             raise _broken(after)
         if before.outputs != after.outputs:
             raise VerifyError(
@@ -120,9 +121,9 @@ class _Check:
             raise VerifyError(f"`{lost[0]}` would get no gradient any more ({len(lost)} parameters in all)")
         return []
 
-    def other_mode(self, after: "_Run | Exception", training: bool) -> None:
+    def other_mode(self, after: "_Run | _Failure", training: bool) -> None:
         """Raise VerifyError if the model does not run in the other mode, but did."""
-        if isinstance(after, Exception) and isinstance(self._before(training, trained=training), _Run):
+        if isinstance(after, _Failure) and isinstance(self._before(training, trained=training), _Run):
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
 
     def _had_gradient(self, name: str, before: "_Run") -> bool:
@@ -142,17 +143,43 @@ class _Check:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 twin(*inputs.args, **inputs.kwargs)
         except Exception as error:
-            raise _broken(error) from error
+            raise _broken(_Failure.of(error, twin)) from error
 
-    def _before(self, training: bool, *, trained: bool) -> "_Run | Exception":
+    def _before(self, training: bool, *, trained: bool) -> "_Run | _Failure":
         return _Rehearsal(self.original, self.inputs, list(self.original.parameters())).run(training, trained=trained)
 
 
-def _broken(error: Exception, when: str = "") -> VerifyError:
+@dataclass(frozen=True)
+class _Failure:
+    """What came of a dry run that failed.
+
+    Attributes:
+        error: which.
+        path: the module whose code was running, the model itself as "".
+    """
+
+    error: Exception
+    path: str
+
+    @classmethod
+    def of(cls, error: Exception, model: nn.Module) -> "_Failure":
+        """Find the innermost module of `model` that the error passed through."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        passed = [paths[id(own)] for frame in frames if id(own := frame.f_locals.get("self")) in paths]
+        return cls(error, passed[-1] if passed else "")
+
+
+def _broken(failure: _Failure, when: str = "") -> VerifyError:
     """What to raise for a transformed model that fails although the original ran."""
+    error = failure.error
     if isinstance(error, WrittenWeightsError):
         return error
-    raised = VerifyError(_does_not_run(error, when))
+    where = f", in `{failure.path}`" if failure.path else ""
+    raised = VerifyError(
+        f"the transformed model does not run{when}{where}: {type(error).__name__}: {error}. The model, or a block, "
+        "asks for what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
+    )
     raised.__cause__ = error
     return raised
 
@@ -164,14 +191,6 @@ class _Run:
     outputs: Sequence[tuple[int, ...]] | None
     without: frozenset[str]
     costs: tuple[int, int] | None = field(default=None, compare=False)
-
-
-def _does_not_run(error: BaseException, when: str = "") -> str:
-    """What to say of a transformed model that fails although the original ran."""
-    return (
-        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for "
-        "what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
-    )
 
 
 def _check_synthesis(model: nn.Module) -> None:
@@ -197,8 +216,9 @@ class _Rehearsal:
         self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
         self.modes: list[tuple[nn.Module, bool]] = []
 
-    def run(self, training: bool, *, trained: bool) -> _Run | Exception:
-        """Run forward and, if `trained`, backward; where that fails, the error."""
+    def run(self, training: bool, *, trained: bool) -> _Run | _Failure:
+        """Run forward and, if `trained`, backward."""
+        ghost = self.model
         try:
             mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
             self._put_in_mode(ghost, training)
@@ -212,12 +232,13 @@ class _Rehearsal:
                 if losses:
                     torch.stack([loss.sum().double() for loss in losses]).sum().backward()
         except Exception as error:
-            return error
+            return _Failure.of(error, ghost)
         if names := written():
             paths = {synthesis: path for path, synthesis in fusion_layers(ghost).items()}
             found = {paths[synthesis]: of_block for synthesis, of_block in names.items()}
             path, (name, *_) = next(iter(found.items()))
-            return WrittenWeightsError(f"the model writes to the `{name}` of `{path}`, which is synthesised", found)
+            text = f"the model writes to the `{name}` of `{path}`, which is synthesised"
+            return _Failure(WrittenWeightsError(text, found), path)
         without = frozenset(name for name, p in ghost.named_parameters() if p.requires_grad and p.grad is None)
         return _Run(shapes_in(result), without, costs)
 

@@ -152,6 +152,44 @@ def test_channels_are_found_where_a_block_lays_its_activation_out_anew(sides: tu
     assert sorted(map(tuple, reached)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
+class Halving(nn.Module):
+    """Convolves a picture with a stride and brings it back to its size, as EfficientFormerV2's blocks do."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(WIDTH)
+        self.fit = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.halve = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, groups=groups)
+
+    def halved(self, x: Tensor) -> Tensor:
+        return x + F.interpolate(self.halve(x), scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.interpolate(self.halve(self.fit(self.norm(x)).relu()), scale_factor=2)
+
+
+class HalvingThenMlp(Halving):
+    def __init__(self, groups: int) -> None:
+        super().__init__(groups)
+        self.fc1, self.fc2 = nn.Conv2d(WIDTH, 16, 1), nn.Conv2d(16, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.halved(x)
+        return x + self.fc2(self.fc1(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [(1, "`halve.weight` gives an activation of another shape"), (WIDTH, "no weight is seen to be the one map")],
+)
+def test_a_convolution_with_a_stride_is_no_light_map(groups: int, reason: str) -> None:
+    x = torch.randn(2, WIDTH, 4, 4)
+    made = replfx.transform(nn.Sequential(*(HalvingThenMlp(groups) for _ in range(3))), x, operator="light")
+    assert made[1].replfx.operator.recipe.maps == ("fc1.weight", "fc2.weight")
+    with pytest.raises(replfx.NoChainError, match=reason):
+        replfx.transform(nn.Sequential(*(Halving(groups) for _ in range(3))), x, operator="light")
+
+
 class Deep(nn.Module):
     """An MLP whose layers are parts of a part."""
 

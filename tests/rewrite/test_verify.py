@@ -79,7 +79,7 @@ class WrongShape(Fusion):
 
 
 UNSOUND = [
-    (Narrower, "the transformed model does not run"),
+    (Narrower, r"the transformed model does not run, in `blocks\.2\b.*`: RuntimeError"),
     (Doubling, r"the output's shapes were \[\(2, 3\)\] and would become \[\(8, 3\)\]"),
     (Cutting, "`stem.*` would get no gradient any more|`blocks.0.*` would get no gradient any more"),
     (Idle, r"`blocks\.1\.replfx\.operator\.unused` would get no gradient"),
