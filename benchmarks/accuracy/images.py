@@ -60,6 +60,11 @@ class Images:
             test_labels=self.test_labels.to(device),
         )
 
+    def part(self, count: int) -> Images:
+        """The same set with so many training images, drawn once and for all."""
+        taken = torch.randperm(self.examples, generator=torch.Generator().manual_seed(0))[:count]
+        return replace(self, train=self.train[taken], train_labels=self.train_labels[taken])
+
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """The batch of a step: a function of its arguments alone, so that a run can go on anywhere.
 

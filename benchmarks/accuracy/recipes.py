@@ -33,6 +33,7 @@ class Recipe:
         clip: norm that gradients are cut to; None leaves them.
         beta2: AdamW's second decay rate.
         evaluations: how often the metric is taken, the last time at the end.
+        examples: how many images, or windows of a text, it is trained on; 0 for all.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class Recipe:
     clip: float | None = None
     beta2: float = 0.999
     evaluations: int = 10
+    examples: int = 0
 
     def optimizer_for(self, model: nn.Module) -> Optimizer:
         """Make the optimizer of the trainable parameters."""
@@ -73,8 +75,10 @@ class Recipe:
             "steps": int,
             "batch": int,
             "evaluations": int,
+            "examples": int,
             "learning_rate": float,
             "weight_decay": float,
+            "beta2": float,
             "schedule": _schedule,
         }
         for setting in settings:

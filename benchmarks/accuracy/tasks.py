@@ -13,12 +13,12 @@ from torch import nn
 from benchmarks.accuracy.boxes import BLOOD, bccd, coco
 from benchmarks.accuracy.data import Data
 from benchmarks.accuracy.dense import fcn_resnet50, fcos_resnet50, small_fcn, small_fcos
-from benchmarks.accuracy.images import cifar10, fashion_mnist, stl10, svhn
+from benchmarks.accuracy.images import Images, cifar10, fashion_mnist, stl10, svhn
 from benchmarks.accuracy.photos import imagenet
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import ResNet, classifier
 from benchmarks.accuracy.scenes import camvid, cityscapes
-from benchmarks.accuracy.text import python_bytes, wikitext2, wikitext2_bytes, wikitext2_bytes_narrow
+from benchmarks.accuracy.text import Text, python_bytes, wikitext2, wikitext2_bytes, wikitext2_bytes_narrow
 from benchmarks.models import convnext, vision_transformer
 from replfx import ReplfxError
 from replfx.demo.model import GPT
@@ -318,4 +318,9 @@ def subject_of(task: str, budget: str, settings: list[str], root: Path, device: 
     recipe = chosen.recipes[budget].changed(settings)
     if not root.is_dir():
         raise ReplfxError(f"--data-root {root}: there is no such folder")
-    return Subject(chosen, ",".join([budget, *sorted(settings)]), recipe, chosen.load(root).to(device))
+    data = chosen.load(root)
+    if recipe.examples:
+        if not isinstance(data, Images | Text):
+            raise ReplfxError(f"{task}: --set examples= is for images and texts")
+        data = data.part(recipe.examples)
+    return Subject(chosen, ",".join([budget, *sorted(settings)]), recipe, data.to(device))

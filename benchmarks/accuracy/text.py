@@ -50,6 +50,10 @@ class Text:
         """How many windows the training split holds."""
         return len(self.train) // self.context
 
+    def part(self, count: int) -> Text:
+        """The same text with the first `count` windows of its training split."""
+        return replace(self, train=self.train[: count * self.context + 1])
+
     def to(self, device: torch.device) -> Text:
         """Move everything to a device."""
         train, valid, test = self.train.to(device), self.valid.to(device), self.test.to(device)

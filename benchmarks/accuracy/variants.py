@@ -196,13 +196,14 @@ def _replfx(name: str, options: Options) -> Variant:
     register_trial(fusion)
     rest = dict(options)
     gradient = float(rest.pop("neighbour_gradient", 1.0))
+    made_by = {"name": fusion, "initial": float(rest.pop("initial"))} if "initial" in rest else fusion
     unrolled, late = rest.pop("unroll", None), rest.pop("late", None)
     policy = policy_of(rest)
 
     def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
         return connect_trials(
             replfx.transform(
-                model, example, operator=operator, fusion=fusion, neighbour_gradient=gradient, inplace=True, **policy
+                model, example, operator=operator, fusion=made_by, neighbour_gradient=gradient, inplace=True, **policy
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,27 @@ def test_too_little_data_for_a_batch_is_refused() -> None:
         toys.images().batch(0, 0, 25)
     with pytest.raises(ReplfxError, match="no window of 8"):
         toys.text(8).batch(0, 0, 1)
+
+
+def test_a_part_of_the_data_is_the_same_each_time_and_of_all_images() -> None:
+    data = toys.images()
+    marked = images.Images(data.train, torch.arange(len(data.train)), data.test, data.test_labels)
+    part = marked.part(10)
+    assert torch.equal(part.train, data.train[part.train_labels])
+    assert len(set(part.train_labels.tolist())) == 10
+    assert max(part.train_labels) > 10
+    assert torch.equal(part.train_labels, marked.part(10).train_labels)
+    assert torch.equal(part.test, data.test)
+    words = toys.text()
+    assert torch.equal(words.part(5).train, words.train[:41])
+    assert words.part(5).examples == 5
+
+
+def test_only_images_and_texts_have_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = toys.fcn()
+    monkeypatch.setitem(TASKS, "scenes", replace(scenes.task, load=lambda root: scenes.data))
+    with pytest.raises(ReplfxError, match="scenes: --set examples= is for images and texts"):
+        subject_of("scenes", "small", ["examples=5"], Path(), toys.CPU)
 
 
 def test_windows_of_text_and_what_follows() -> None:

@@ -110,7 +110,7 @@ ALL = (
     "sharing:every=3",
     "stacking:at=0.2",
     "checkpointing",
-    "block+scalar:unroll=0.75",
+    "block+scalar:unroll=0.75:initial=0.7",
     "light+scalar:unroll=0.5",
 )
 RESNET_ALONE = (
