@@ -11,6 +11,7 @@ from typing import Any
 
 import replfx
 from replfx import demo, interrupted
+from replfx.demo import positive
 from replfx.errors import ReplfxError
 from replfx.fusion.registry import AUTO
 from replfx.reports.report import Report
@@ -116,7 +117,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="the input of --input is integers below N, such as a vocabulary's size, rather than floats",
     )
@@ -153,7 +154,7 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of the blocks, all operators that fit: parameters, FLOPs, saved bytes, time of a training step",
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="timed steps of --compare (default: %(default)s)"
+        "--repeats", type=positive, default=5, metavar="N", help="timed steps of --compare (default: %(default)s)"
     )
     parser.add_argument(
         "--all", action="store_true", help="a row for every block, rather than one for all equal blocks"
@@ -177,16 +178,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has a dimension under 1")
     return shape
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return number
 
 
 def _limit(text: str) -> tuple[str, object]:
