@@ -54,8 +54,7 @@ class Budget:
     @property
     def asked(self) -> dict[str, int | float]:
         """The limits that there are, by their names."""
-        limits = {"memory": self.memory, "time": self.time, "parameters": self.parameters}
-        return {name: limit for name, limit in limits.items() if limit is not None}
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
 
     @property
     def measures(self) -> bool:

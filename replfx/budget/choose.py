@@ -29,7 +29,6 @@ __all__ = ["Chosen", "choose"]
 _ORDER = ("block", "mixer", "light", "identity")
 """The operators from the one that keeps most of what a block does to the one that keeps nothing of it."""
 
-
 _KEPT = 2  # blocks of a chain that stay at least: its ends
 _CHECKS = 4  # plans that are run as a whole at most
 
@@ -81,34 +80,30 @@ def choose(
     limits = Budget.of(budget)
     check_is_whole(model)
     inputs = Inputs.of(example_inputs, model)
-    if limits.measures and inputs is None:
+    if not limits.measures:
+        inputs = None
+    elif inputs is None:
         raise CaptureError("to meet a budget of time or memory replfx needs example_inputs: steps are measured on them")
     base = faithful_copy(model) if limits.measures else structural_copy(model)
     with torch.random.fork_rng():
         found = _Found(base, example_inputs, model, fusion, split_at)
         twins, refused = found.twins(operator)
-        if limits.measures:
-            assert inputs is not None
-            costs = measured(base, inputs, found.report, twins)
-        else:
-            costs = counted(base, found.report, twins)
+        costs = counted(base, found.report, twins) if inputs is None else measured(base, inputs, found.report, twins)
+        device, given = str(next(base.parameters()).device), Choice.of(operator, "operator").options
         if costs.full.step_seconds is None and limits.needs_full:
             raise PlanError(
-                f"budget: a step of the full model does not fit {next(base.parameters()).device}, so that no share of "
-                'it is known; give {"memory": …} in bytes'
+                f"budget: a step of the full model does not fit {device}, so that no share of it is known; "
+                'give {"memory": …} in bytes'
             )
-        device, given = str(next(base.parameters()).device), Choice.of(operator, "operator").options
         search = _Search(type(model).__name__, device, limits, costs, twins, refused, given)
         chosen = search.found()
         for _ in range(_CHECKS):
-            if not chosen.paths or costs.full.step_seconds is None:
+            if not chosen.paths or inputs is None or costs.full.step_seconds is None:
                 break
-            assert inputs is not None
             whole = measured_whole(base, found.planned(chosen), inputs)
             if whole is None:
                 break
-            before = chosen
-            search = search.knowing(chosen, *whole)
+            before, search = chosen, search.knowing(chosen, *whole)
             chosen = search.found()
             if chosen.paths == before.paths:
                 break
