@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from replfx.errors import CaptureError
 from replfx.modules.structure import trainable_parameters
 from replfx.modules.tree import tensors_in
+from replfx.tracing import Inputs
 from replfx.training.accumulation import synthesize_once
 from replfx.version import __version__
 
@@ -33,7 +35,9 @@ __all__ = [
     "Sample",
     "StepCost",
     "Training",
+    "clock_for",
     "environment",
+    "interleaved",
     "interleaved_times",
     "mean_of_outputs",
     "memory_rises",
@@ -41,8 +45,10 @@ __all__ = [
     "peak_training_bytes",
     "saved_activation_bytes",
     "saving_kept",
+    "seconds_of",
     "trainable_parameters",
     "training_costs",
+    "training_on",
     "training_tensors",
     "unique_storage_bytes",
 ]
@@ -52,6 +58,8 @@ MIB = 2**20
 """Bytes in a mebibyte."""
 
 _MEASURED = "replfx.measure: measured step"
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -149,13 +157,27 @@ def training_costs(
     }
 
 
-def mean_of_outputs(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+def training_on(
+    model: nn.Module, inputs: Inputs, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> Training:
+    """The training of a model on one batch, with `mean_of_outputs` for its loss.
+
+    Args:
+        model: has a trainable parameter.
+        inputs: the batch.
+        optimizer: makes one for the trainable parameters.
+    """
+    made = optimizer([p for p in model.parameters() if p.requires_grad])
+    return Training(model, made, lambda: mean_of_outputs(model, inputs), next(model.parameters()).device)
+
+
+def mean_of_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     """A loss for models of which no other is known: the sum of the means of all outputs that have a gradient.
 
     Raises:
         CaptureError: there is no such output.
     """
-    outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad]
+    outputs = [t for t in tensors_in(model(*inputs.args, **inputs.kwargs)) if t.requires_grad]
     if not outputs:
         raise CaptureError(f"{type(model).__name__} gives nothing that has a gradient, so there is no step to time")
     return torch.stack([(torch.view_as_real(t) if t.is_complex() else t).float().mean() for t in outputs]).sum()
@@ -177,7 +199,6 @@ def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> i
     Args:
         forward: runs the model on a batch with gradients enabled; its result may be dropped.
         model: the module whose parameters and buffers are left out.
-
     """
     owned = {t.untyped_storage()._cdata for t in chain(model.parameters(), model.buffers())}
     # Held until the count is done: a freed storage's address would otherwise be given to another.
@@ -223,7 +244,6 @@ def peak_training_bytes(
         model: the module that the step trains; its gradients are cleared first.
         optimizer: the optimizer that the step uses.
         device: where the step runs.
-
     """
     # The profiler cannot tell the size of blocks that are older than itself: let the step free none of them.
     optimizer.zero_grad()
@@ -316,7 +336,6 @@ def interleaved_times(
 
     Returns:
         name → seconds a step.
-
     """
     if repeats < 1:
         raise ValueError(f"repeats has to be at least 1, not {repeats}")
@@ -324,12 +343,32 @@ def interleaved_times(
         for step in steps.values():
             step()
         on_round()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(_seconds(step, clock or _now))
+    readings = {name: partial(seconds_of, step, clock or _now) for name, step in steps.items()}
+    return {name: Sample(values) for name, values in interleaved(readings, repeats, on_round).items()}
+
+
+def interleaved(
+    readings: Mapping[K, Callable[[], float]], rounds: int, on_round: Callable[[], object] = lambda: None
+) -> dict[K, tuple[float, ...]]:
+    """Take the readings in turn, as `interleaved_times` does."""
+    taken: dict[K, list[float]] = {name: [] for name in readings}
+    for _ in range(rounds):
+        for name, read in readings.items():
+            taken[name].append(read())
         on_round()
-    return {name: Sample(tuple(values)) for name, values in seconds.items()}
+    return {name: tuple(values) for name, values in taken.items()}
+
+
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds: of one thread on the CPU its own time, which other programs hardly disturb; else wall time."""
+    if device.type == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def waited() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return waited
 
 
 def _now() -> float:
@@ -339,9 +378,10 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
+def seconds_of(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Time a step, without a collection of garbage that it happens to trigger: that is not its cost."""
     collecting = gc.isenabled()
-    gc.disable()  # a collection that one step happens to trigger is not that step's cost
+    gc.disable()
     try:
         start = clock()
         step()
@@ -357,7 +397,6 @@ def pairwise_ratios(samples: Mapping[str, Sample], base: str) -> dict[str, Sampl
     Args:
         samples: name → measurements, all of one length, as `interleaved_times` returns them.
         base: the name to divide by.
-
     """
     divisors = samples[base].values
     return {

@@ -1,9 +1,7 @@
 """What single blocks cost: forward and backward of each alone, on inputs as it gets them in its model."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from replfx.measure import Rise, memory_rises
 from replfx.modules.paths import block_at, head_of
-from replfx.modules.tree import tensors_in, with_tensors
+from replfx.modules.tree import tensors_in
 from replfx.tracing import Inputs
 
-__all__ = ["BlockCost", "Work", "calls_of", "clock_for", "interleaved", "rises_of"]
-
-K = TypeVar("K")
+__all__ = ["BlockCost", "Work", "calls_of", "rises_of"]
 
 _READING = 10e-3  # seconds: short blocks run several times in one reading
 _TIMES = (3, 8)  # at least, so that memory is as warm as the block before leaves it; and at most
@@ -35,18 +31,6 @@ class BlockCost:
     seconds: tuple[float, ...]
     forward: Rise
     backward: Rise
-
-
-def clock_for(device: torch.device) -> Callable[[], float]:
-    """Seconds: of one thread on the CPU its own time, which other programs hardly disturb; else wall time."""
-    if device.type == "cpu":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def waited() -> float:
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    return waited
 
 
 def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Inputs]:
@@ -97,7 +81,7 @@ class Work:
             # Not a leaf, into which a block could not write.
             return tensor.detach().requires_grad_().clone() if tensor.requires_grad else tensor.detach()
 
-        return Inputs(*with_tensors((self._call.args, self._call.kwargs), fresh))
+        return self._call.map(fresh)
 
     def prepare(self) -> None:
         """Make inputs for a run, and let the block's own parameters have no gradients."""
@@ -149,12 +133,3 @@ def rises_of(work: Work, device: torch.device) -> tuple[Rise, Rise]:
     work.prepare()
     forward, backward = memory_rises([work.forward, work.backward], device)
     return forward, backward
-
-
-def interleaved(readings: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, tuple[float, ...]]:
-    """Take the readings in turn, A B C A B C …, so that a slow spell of the machine meets all of them."""
-    taken: dict[K, list[float]] = {name: [] for name in readings}
-    for _ in range(rounds):
-        for name, read in readings.items():
-            taken[name].append(read())
-    return {name: tuple(values) for name, values in taken.items()}

@@ -50,7 +50,6 @@ def load(path: Path | None) -> Text:
 
     Raises:
         ReplfxError: there is no such path, or too little text in it.
-
     """
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])

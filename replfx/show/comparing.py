@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 import torch
@@ -10,14 +11,7 @@ from torch import nn
 from replfx.api import report, transform
 from replfx.chains.policy import Options, policy_of
 from replfx.errors import CaptureError, FusionError, NoChainError, VerifyError
-from replfx.measure import (
-    Sample,
-    Training,
-    interleaved_times,
-    mean_of_outputs,
-    pairwise_ratios,
-    trainable_parameters,
-)
+from replfx.measure import Sample, interleaved_times, pairwise_ratios, trainable_parameters, training_on
 from replfx.modules.copying import faithful_copy
 from replfx.operators.base import operators
 from replfx.reports.labels import amount, mebibytes
@@ -81,12 +75,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
-        return {
-            "model": self.model,
-            "example": self.example,
-            "device": self.device,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich import box
@@ -164,7 +153,8 @@ def compare(
         found = report(made)
         models[name], example = made, found.example or example
         rows[name] = Compared(name, len(found.replaced), found.parameters_after, found.after, unrolls=found.unrolls)
-    return Comparison(type(model).__name__, example, _device_of(model), _timed(rows, models, inputs, repeats, on_round))
+    device = str(next(model.parameters()).device)
+    return Comparison(type(model).__name__, example, device, _timed(rows, models, inputs, repeats, on_round))
 
 
 def _timed(
@@ -175,25 +165,12 @@ def _timed(
     on_round: Callable[[], object],
 ) -> list[Compared]:
     with torch.random.fork_rng():
-        steps = {name: _training(model, inputs).step for name, model in models.items()}
+        # A rate of 0 leaves the weights where they are: the costs do not depend on them, and they cannot diverge.
+        still = partial(torch.optim.SGD, lr=0.0)
+        steps = {name: training_on(model, inputs, still).step for name, model in models.items()}
         samples = interleaved_times(steps, repeats, on_round=on_round)
     ratios = pairwise_ratios(samples, FULL)
     return [replace(row, step=samples.get(name), ratio=ratios.get(name)) for name, row in rows.items()]
-
-
-def _training(model: nn.Module, inputs: Inputs) -> Training:
-    """A step that leaves the weights where they are: its costs do not depend on them, and they cannot diverge."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Training(
-        model,
-        torch.optim.SGD(trained, lr=0.0),
-        lambda: mean_of_outputs(model, inputs.args, inputs.kwargs),
-        trained[0].device,
-    )
-
-
-def _device_of(model: nn.Module) -> str:
-    return str(next(model.parameters()).device)
 
 
 def _cells(row: Compared) -> list[str]:
