@@ -7,7 +7,7 @@ from replfx.operators import Site
 from replfx.regions.region import Region
 from replfx.tracing import CaptureInfo, ModuleCall
 
-__all__ = ["SHORTEST", "Block", "Chain", "Chains"]
+__all__ = ["SHORTEST", "Block", "Chain", "Chains", "some"]
 
 SHORTEST = 3  # a replaced block and a kept one on each side
 
@@ -38,6 +38,11 @@ class Block:
     def obstacle(self) -> str | None:
         """Why it cannot be replaced, None if it can."""
         return self.fixed or self.unlike
+
+    @property
+    def changing(self) -> str | None:
+        """That it changes its activation's shape, as a reason; None if it does not."""
+        return None if self.shape_change is None else f"it changes the shape of its activation: {self.shape_change}"
 
     @property
     def path(self) -> str:
@@ -150,6 +155,12 @@ def _rows(positions: Sequence[int]) -> list[list[int]]:
             rows.append([])
         rows[-1].append(position)
     return rows
+
+
+def some(paths: Sequence[str], most: int = 12) -> str:
+    """The first of these paths, for a message."""
+    more = f", … ({len(paths) - most} more)" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
 
 
 @dataclass(frozen=True, eq=False)

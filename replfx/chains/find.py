@@ -47,9 +47,7 @@ class _Search:
         self.info = info_of(graph_module)
         self.root = self.info.root
         self.traced = self.info.tracer == "dynamo"  # without modules to swap: blocks are regions of the graph
-        self.candidates = (
-            TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info, graph_module.graph)
-        )
+        self.candidates = TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info)
         self.positions = {node: position for position, node in enumerate(self.info.nodes)}
         self.kinds = _Kinds()
         self.owners: dict[int, list[str]] = defaultdict(list)
@@ -248,12 +246,8 @@ def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
     steady = [chain for chain in chains if any(chain.blocks[i].shape_change is None for i in chain.replaceable())]
     for chain in chains if steady else ():
         if chain not in steady and chain.replaceable():
-            dropped.update({block.path: _changing(block) or _at_the_end(block, chain) for block in chain.blocks})
+            dropped.update({block.path: block.changing or _at_the_end(block, chain) for block in chain.blocks})
     return [chain for chain in chains if chain in steady or not chain.replaceable()] if steady else chains
-
-
-def _changing(block: Block) -> str | None:
-    return None if block.shape_change is None else f"it changes the shape of its activation: {block.shape_change}"
 
 
 def _at_the_end(block: Block, chain: Chain) -> str:
