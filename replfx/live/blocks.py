@@ -9,15 +9,15 @@ from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
 from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
-from replfx.live.graphs import bring_to_life, calls_synthesis, settle_graph
+from replfx.live.graphs import bring_to_life, settle_graph
 from replfx.live.synthesis import Synthesis
 from replfx.modules.tree import tensors_in
 
-__all__ = ["Slot", "Snapshot", "owners_of", "replace_block", "settle_block", "slots_of", "strip_block"]
+__all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_block"]
 
 
 @dataclass(frozen=True)
-class Slot:
+class _Slot:
     """Where a block reads a parameter.
 
     Attributes:
@@ -31,11 +31,11 @@ class Slot:
     name: str
 
 
-def slots_of(block: nn.Module, names: Mapping[str, object]) -> list[Slot]:
+def _slots_of(block: nn.Module, names: Mapping[str, object]) -> list[_Slot]:
     """All places in `block` of these parameters of its; a tied one has several."""
     known = {id(block.get_parameter(name)): name for name in names}
     return [
-        Slot(owner, leaf, known[id(parameter)])
+        _Slot(owner, leaf, known[id(parameter)])
         for owner in block.modules()
         for leaf, parameter in owner._parameters.items()
         if parameter is not None and id(parameter) in known
@@ -57,7 +57,7 @@ def replace_block(block: nn.Module, synthesis: Synthesis, holder: nn.Module | No
     if SUBMODULE in holder._modules or hasattr(holder, SUBMODULE):
         raise FusionError(f"it has an attribute `{SUBMODULE}` already, where replacing puts its coefficients")
     operator = synthesis.operator
-    slots = slots_of(block, operator.sources)
+    slots = _slots_of(block, operator.sources)
     _refuse_second_lists(block, slots)
     synthesis.marks = {slot.name: dict(vars(slot.owner._parameters[slot.leaf])) for slot in slots}
     of_graph = _read_by_graph(block, operator.sources)
@@ -99,8 +99,7 @@ def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, thet
         settle_down(owner, {leaf: values[name] for leaf, name in links_of(owner).items()})
     del holder._modules[SUBMODULE]
     if isinstance(holder, fx.GraphModule):
-        used = {str(node.args[0]) for node in holder.graph.nodes if calls_synthesis(node)}
-        settle_graph(holder, {name: values[name] for name in used})
+        settle_graph(holder, values)
     else:
         settle_down(holder, {})
 
@@ -129,7 +128,7 @@ def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
     return found
 
 
-def _refuse_second_lists(block: nn.Module, slots: list[Slot]) -> None:
+def _refuse_second_lists(block: nn.Module, slots: list[_Slot]) -> None:
     """Refuse what keeps its weights a second time, and would go on with those.
 
     Raises:

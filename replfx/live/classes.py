@@ -317,7 +317,11 @@ def _of_container(base: type[nn.Module]) -> _Namespace:
             "values": lambda self: _own_modules(self).values(),
         }
     if issubclass(base, nn.Sequential | nn.ModuleList):
-        return {"__len__": _length, "__iter__": _iterate, "__getitem__": _item}
+        return {
+            "__len__": lambda self: len(_own_modules(self)),
+            "__iter__": lambda self: iter(_own_modules(self).values()),
+            "__getitem__": _item,
+        }
     return {}
 
 
@@ -325,16 +329,8 @@ def _own_modules(self: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in self._modules.items() if name != SUBMODULE and module is not None}
 
 
-def _length(self: nn.Module) -> int:
-    return len(self._modules) - (SUBMODULE in self._modules)
-
-
-def _iterate(self: nn.Module) -> Iterator[nn.Module]:
-    return iter([module for name, module in self._modules.items() if name != SUBMODULE and module is not None])
-
-
 def _item(self: nn.Module, index: int | slice) -> Any:
-    found = list(_iterate(self))
+    found = list(_own_modules(self).values())
     if isinstance(index, slice):
         return nn.Sequential(*found[index]) if isinstance(self, nn.Sequential) else nn.ModuleList(found[index])
     return found[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -84,6 +84,11 @@ class Reading(NamedTuple):
             f"{type(self.base).__name__}, and that is gone: call replfx.materialize before a model is rebuilt"
         )
 
+    def tensor(self) -> Tensor:
+        """The whole parameter as its owner gives it, unchecked."""
+        found: Tensor = getattr(self.owner(), self.leaf)
+        return found
+
 
 def _wraps(module: nn.Module, owner: nn.Module) -> bool:
     return any(inner is owner for inner in module.modules())
@@ -117,12 +122,11 @@ class Synthesis(nn.Module):
             parameters.
         neighbour_gradient: factor λ on the gradient that flows through this into the neighbours; 1 is the
             paper's, 0 detaches them.
-        neighbours: the kept block before and the one after.
+        neighbours: the kept block before and the one after; none if the operator needs none.
         places: where these were in the model, for messages.
         skeleton: the structure of the block, if the operator does not keep it.
 
     Attributes:
-        neighbours: the kept block before and the one after; empty if the operator needs none.
         marks: the Python attributes that each synthesised parameter had.
         names: where the parts of a block that was no module were in the model, by their names in the block.
         shared: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
@@ -294,13 +298,12 @@ class Synthesis(nn.Module):
         """The parameters of both neighbours by the names of their like in the block: what is read, and all others."""
         sides = []
         for side, block in zip(self._readings or ({}, {}), self.neighbours, strict=False):
-            read = {name: getattr(r.owner(), r.leaf) for name, r in side.items()}
-            sides.append({**dict(block.named_parameters()), **read})
+            sides.append({**dict(block.named_parameters()), **{name: r.tensor() for name, r in side.items()}})
         return (sides[0], sides[1]) if sides else ({}, {})
 
     def read_parameters(self) -> list[nn.Parameter]:
         """The neighbours' parameters and the coefficients; each once."""
-        read = [getattr(reading.owner(), reading.leaf) for reading in self.readings()]
+        read = [reading.tensor() for reading in self.readings()]
         fusion = () if self.fusion is None else self.fusion.parameters()
         return list(dict.fromkeys(p for p in (*read, *fusion) if isinstance(p, nn.Parameter)))
 
@@ -384,10 +387,9 @@ class _Call:
 
     synthesis: Synthesis
     mesh: Any
-    made: dict[bool, dict[str, Tensor]] | None = None
+    made: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
 
     def __enter__(self) -> None:
-        self.made = {}
         _running()[self.synthesis] = self
 
     def __exit__(self, *error: object) -> None:
@@ -395,7 +397,6 @@ class _Call:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of the block, synthesised when the first is asked for."""
-        assert self.made is not None
         recorded = torch.is_grad_enabled()
         if recorded not in self.made:
             alone = self.synthesis.tensor_parallel is not None or self.mesh is not None
@@ -489,7 +490,7 @@ def check_neighbours(model: nn.Module) -> None:
     for path, synthesis in fusion_layers(model).items():
         for reading in synthesis.readings():
             owner = reading.owner()
-            if id(owner) not in present and id(getattr(owner, reading.leaf)) not in present:
+            if id(owner) not in present and id(reading.tensor()) not in present:
                 place = _place(synthesis, owner) or reading.leaf
                 raise FusionError(synthesis.parted(path, place, "that is not in the model or stage that runs"))
 

@@ -249,9 +249,7 @@ class _Builder:
     def _fusion(self, made: Operator, block: nn.Module, readings: tuple[Readings, Readings]) -> Fusion:
         choice = self.replacement.fusion
         like = next(block.parameters())
-        shapes = {
-            name: _part(_parameter(block, source.path).shape, source.rows) for name, source in made.sources.items()
-        }
+        shapes = {n: _part(block.get_parameter(s.path).shape, s.rows) for n, s in made.sources.items()}
         try:
             rule = fusions[choice.name](shapes, dtype=like.dtype, device=like.device, **choice.options)
         except TypeError as error:
@@ -259,7 +257,7 @@ class _Builder:
                 f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: "
                 f"{of_options(error)}"
             ) from error
-        sides = [{name: _part(_read(r).shape, r.rows) for name, r in side.items()} for side in readings]
+        sides = [{name: _part(r.tensor().shape, r.rows) for name, r in side.items()} for side in readings]
         if sides == [shapes, shapes]:
             return rule
         owners = {name: block.get_submodule(s.path.rpartition(".")[0]) for name, s in made.sources.items()}
@@ -284,20 +282,10 @@ def _readings_of(made: Operator, block: nn.Module, found: Counterparts, sides: M
             path[0] = names[path[0]]
         reading, rows = Reading(base, tuple(path), leaf, base.get_submodule(".".join(path))), source.rows
         if rows is not None:  # the value part of a wider or narrower neighbour's fused projection is its own
-            own, other = len(_parameter(block, source.path)), len(_read(reading))
+            own, other = len(block.get_parameter(source.path)), len(reading.tensor())
             rows = (rows[0] * other // own, rows[1] * other // own)
         readings[name] = reading._replace(rows=rows)
     return readings
-
-
-def _read(reading: Reading) -> torch.Tensor:
-    value = getattr(reading.owner(), reading.leaf)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _parameter(block: nn.Module, path: str) -> nn.Parameter:
-    return block.get_parameter(path)
 
 
 def _part(shape: torch.Size, rows: tuple[int, int] | None) -> torch.Size:

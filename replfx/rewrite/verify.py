@@ -152,7 +152,10 @@ def _broken(error: Exception, when: str = "") -> VerifyError:
     """What to raise for a transformed model that fails although the original ran."""
     if isinstance(error, WrittenWeightsError):
         return error
-    raised = VerifyError(_does_not_run(error, when))
+    raised = VerifyError(
+        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for "
+        "what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
+    )
     raised.__cause__ = error
     return raised
 
@@ -166,19 +169,10 @@ class _Run:
     costs: tuple[int, int] | None = field(default=None, compare=False)
 
 
-def _does_not_run(error: BaseException, when: str = "") -> str:
-    """What to say of a transformed model that fails although the original ran."""
-    return (
-        f"the transformed model does not run{when}: {type(error).__name__}: {error}. The model, or a block, asks for "
-        "what is not there any more: take operator='block', or leave out with select= the blocks that it asks"
-    )
-
-
 def _check_synthesis(model: nn.Module) -> None:
     with torch.no_grad():
         for path, layer in fusion_layers(model).items():
-            name = layer.not_finite()
-            if name is not None:
+            if name := layer.not_finite():
                 raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 

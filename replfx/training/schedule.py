@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from replfx.errors import PlanError, StateDictError
 from replfx.modules.paths import is_named
-from replfx.rewrite.state import follow_state_dicts, marked, placed_blocks
+from replfx.rewrite.state import placed_blocks, state_of
 from replfx.rewrite.unroll import check_unrolls, unroll
 from replfx.tracing import ExampleInputs
 
@@ -77,7 +77,7 @@ class Schedule:
         self._steps = 0
         self._done: list[list[str]] = []
         if follow:
-            follow_state_dicts(marked(model), self._unroll)
+            state_of(model).follow = self._unroll
 
     @property
     def steps(self) -> int:
