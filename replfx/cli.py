@@ -14,7 +14,6 @@ from replfx import demo, interrupted
 from replfx.demo import positive
 from replfx.errors import ReplfxError
 from replfx.fusion.registry import AUTO
-from replfx.reports.report import Report
 from replfx.show import named_models
 from replfx.show.named_models import Named, UsersError
 
@@ -216,14 +215,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, named: Named) -> int:
-    found = replfx.inspect(
-        named.model,
-        named_models.inputs_of(named, args.input, args.tokens),
-        operator=args.operator,
-        **_policy(args),
-    )
+    inputs = named_models.inputs_of(named, args.input, args.tokens)
+    found = replfx.inspect(named.model, inputs, operator=args.operator, **_policy(args))
     if args.draw is not None:
-        _draw(found, args.draw)
+        try:
+            replfx.draw(found, args.draw)
+        except OSError as error:
+            raise ReplfxError(f"the drawing cannot be written: {error}") from error
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -240,13 +238,6 @@ def _policy(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("every", "fraction", "keep", "select", "split_at", "fusion")}
 
 
-def _draw(found: Report, path: str) -> None:
-    try:
-        replfx.draw(found, path)
-    except OSError as error:
-        raise ReplfxError(f"the drawing cannot be written: {error}") from error
-
-
 def _compare(args: argparse.Namespace, named: Named) -> int:
     from rich.console import Console
 
@@ -258,12 +249,7 @@ def _compare(args: argparse.Namespace, named: Named) -> int:
     if inputs is None:
         raise ReplfxError("--compare times training steps, and this model does not say what it takes: give --input")
     with Console(stderr=True).status("measuring"):
-        comparison = compare(
-            named.model,
-            inputs,
-            repeats=args.repeats,
-            **_policy(args),
-        )
+        comparison = compare(named.model, inputs, repeats=args.repeats, **_policy(args))
     if args.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:
