@@ -145,7 +145,7 @@ def training_costs(
 ) -> dict[str, StepCost]:
     """Measure what a training step of each costs; the step times interleaved.
 
-    Every training takes ``repeats + warmup + 2`` steps, so its weights are not what they were.
+    Every training takes `repeats + warmup + 2` steps, so its weights are not what they were.
     """
     saved = {name: saved_activation_bytes(t.loss, t.model) for name, t in trainings.items()}
     peaks = {name: peak_training_bytes(t.step, t.model, t.optimizer, t.device) for name, t in trainings.items()}
@@ -189,12 +189,12 @@ def unique_storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
-    """Count the bytes that autograd keeps for the backward pass of ``forward()``.
+    """Count the bytes that autograd keeps for the backward pass of `forward()`.
 
-    Counted are the unique storages handed to ``torch.autograd.graph.saved_tensors_hooks``: activations,
-    masks, statistics, synthesised weights, and the input batch where a layer saves it. Parameters and
-    buffers of ``model``, and views of them, are there anyway and are left out. What an autograd function
-    keeps without ``save_for_backward`` is not seen.
+    This counts the unique storages handed to `torch.autograd.graph.saved_tensors_hooks`: activations, masks,
+    statistics, synthesised weights, and the input batch if a layer saves it. It leaves out parameters and buffers of
+    `model`, and views of them, which are there anyway. It does not see what an autograd function keeps without
+    `save_for_backward`.
 
     Args:
         forward: runs the model on a batch with gradients enabled; its result may be dropped.
@@ -227,19 +227,17 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
 def peak_training_bytes(
     step: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> int:
-    """Peak bytes of tensor memory on ``device`` during a training step, what the step stands on included.
+    """Peak bytes of tensor memory on `device` during a training step, what the step stands on included.
 
-    The figure is the bytes of `training_tensors` when the step starts + the highest point, over the step, of
-    bytes allocated minus bytes freed since. So it holds parameters, buffers, gradients and optimizer state,
-    activations, gradients of activations and every temporary; it does not hold the batch, nor whatever else
-    lives in the process, such as other models.
+    The figure is the bytes of `training_tensors` when the step starts + the highest point, over the step, of bytes
+    allocated minus bytes freed since. So it has parameters, buffers, gradients, optimizer state, activations and every
+    temporary; it has neither the batch nor other models in the process.
 
-    On the CPU the allocations are those of PyTorch's own allocator, by way of its profiler; scratch space
-    that a vendor library takes for itself is not in it. On CUDA they come from
-    ``torch.cuda.max_memory_allocated``, which rounds each block up to 512 bytes.
+    On the CPU the profiler tells what PyTorch's own allocator does; scratch space that a vendor library takes for
+    itself is not in it. On CUDA `torch.cuda.max_memory_allocated` tells, which rounds each block up to 512 bytes.
 
     Args:
-        step: one training step of ``model`` with ``optimizer``, from clearing the gradients to the update.
+        step: one training step of `model` with `optimizer`, from clearing the gradients to the update.
             It runs twice; the second run counts, so that all state exists when it starts.
         model: the module that the step trains; its gradients are cleared first.
         optimizer: the optimizer that the step uses.
@@ -408,9 +406,8 @@ def pairwise_ratios(samples: Mapping[str, Sample], base: str) -> dict[str, Sampl
 def saving_kept(full: float, replaced: float, removed: float) -> float | None:
     """η = (full − replaced) / (full − removed): the share of the possible saving that is realised.
 
-    1 is the limit, what deleting the blocks saves; 0 is no saving at all; below 0 the replaced model costs
-    more than the full one. Where deleting the blocks saves nothing (removed ≥ full) there is nothing to keep
-    a share of, and the answer is None.
+    1 is the limit, what deleting the blocks saves; 0 is no saving at all; below 0 the replaced model costs more than
+    the full one. None if deleting the blocks saves nothing (removed ≥ full).
     """
     if removed >= full:
         return None

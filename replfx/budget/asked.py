@@ -16,7 +16,7 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]+)\s*", 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on what training may cost. What is None has none.
+    """Limits on what training may cost; None is no limit.
 
     Attributes:
         memory: peak bytes of a training step (an int), or their share of the full model's (a float).

@@ -59,10 +59,9 @@ def choose(
 ) -> Chosen:
     """Find the mildest plan that is expected to be within a budget; `model` is left as it is.
 
-    Plans are tried in this order, and the first that fits is taken: at most every second block replaced, by `block`,
-    `mixer`, `light`, `identity`; then more of them, in the same order of operators. Of plans with one operator the one
-    with the fewest replaced blocks is taken: those that save most of what is asked for, and of equal ones such that
-    are spread over the depth.
+    It takes the first plan that fits, in this order: at most every second block replaced, by `block`, `mixer`, `light`,
+    `identity`; then more of them, in the same order of operators. For one operator it takes the fewest blocks that do:
+    those that save most of what is asked for, and of equal ones such that are spread over the depth.
 
     Args:
         model: untransformed, in the mode in which it is to be trained.

@@ -71,7 +71,7 @@ class Candidates:
     # ---- windows
 
     def _spans(self, children: list[str], calls: dict[str, ModuleCall]) -> Iterator[tuple[int, int]]:
-        """From each layer with weights as far as the siblings only take each other's output and keep its shape."""
+        """Start and stop of each window: a layer with weights, and siblings that take its output and keep the shape."""
         position = 0
         while position < len(children):
             start, position = position, position + 1

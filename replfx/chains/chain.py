@@ -93,9 +93,9 @@ class Chain:
     def numbers(self, k: int) -> list[int]:
         """The blocks' numbers, by which `every=k` chooses.
 
-        Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
-        leaves nothing (stages of one block, a change of shape in every block) they are counted through; and where all
-        of these have to stay, the next one that need not takes its place.
+        Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. If that chooses
+        nothing (stages of one block, a change of shape in every block), they are counted through. If all of these
+        have to stay too, the next block that need not stay takes the place of each.
         """
         allowed = set(self.steady())
         stages: list[int] = []
@@ -128,7 +128,7 @@ class Chain:
     def keep(self, wanted: int | float) -> list[int]:
         """The positions that `keep=wanted` replaces: all but that number or share of blocks, first and last kept.
 
-        What else is kept is spread so that the rows of replaced blocks are as short as can be.
+        The other kept blocks are spread so that the rows of replaced ones are as short as can be.
         """
         count = wanted if isinstance(wanted, int) else round(wanted * len(self.blocks))
         rows = _rows(self.steady())

@@ -75,7 +75,7 @@ def _links(
 
 
 class _Origins:
-    """From which candidates of each family every node's value descends."""
+    """The candidates of each family that every node's value descends from."""
 
     def __init__(self, candidates: Sequence[Candidate], families: Sequence[Hashable]) -> None:
         self._given: dict[fx.Node, dict[Hashable, _Origin]] = defaultdict(dict)

@@ -206,7 +206,7 @@ def _site(chain: Chain, position: int, chosen: Set[int]) -> Site:
 
 
 def _unmeasured(site: Site) -> Match:
-    """Without example inputs nobody knows that a block keeps the shape of its activation, unless it must."""
+    """The match without example inputs: only a residual block is known to keep the shape of its activation."""
     if is_residual(site):
         return operators["identity"].match(site)
     return Match(reason="whether it keeps its activation's shape is not known without example_inputs")

@@ -277,7 +277,7 @@ def _forward(base: type[nn.Module], role: str) -> Callable[..., Any]:
 
 
 def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
-    """Of a block whose modules are freed: what it had, without weights."""
+    """A look-up of what a block had before its modules were freed, without weights."""
 
     def get(self: nn.Module, name: str) -> Any:
         try:
@@ -293,7 +293,7 @@ def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
 
 
 def _hiding(base: type[nn.Module]) -> _Namespace:
-    """What a block's `forward` goes through its modules by does so without the one that was added."""
+    """Iteration over a block's modules, as its `forward` may use it, without the module that was added."""
 
     @functools.wraps(base.named_children)
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -306,7 +306,7 @@ def _hiding(base: type[nn.Module]) -> _Namespace:
 
 
 def _of_container(base: type[nn.Module]) -> _Namespace:
-    """Of a container, whose `forward` goes through its modules: these without the one that was added."""
+    """A container's own iteration over its modules, without the module that was added."""
     if issubclass(base, nn.ModuleDict):
         return {
             "__len__": lambda self: len(_own_modules(self)),

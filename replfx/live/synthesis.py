@@ -47,7 +47,7 @@ __all__ = [
 
 
 class Reading(NamedTuple):
-    """A parameter that a synthesis reads. What is at its path is looked up at each call, and so is never stale.
+    """A parameter that a synthesis reads. Its path is looked up at each call, so that it is never stale.
 
     Attributes:
         base: a module that stays in its place: the neighbour, or what holds it.
@@ -219,9 +219,9 @@ class Synthesis(nn.Module):
     def synthesized(self) -> dict[str, Tensor]:
         """The operator's weights as they stand: parameter name in the block → tensor.
 
-        Of a fused query-key-value projection the light operator takes the value rows alone. Empty for an
-        operator without weights. Gradients flow from these tensors into coefficients and neighbours. Where the
-        neighbours are sharded, these are whole tensors on each process.
+        The light operator takes the value rows alone of a fused query-key-value projection. Empty for an operator
+        without weights. Gradients flow from these tensors into coefficients and neighbours. They are whole tensors on
+        each process, also if the neighbours are sharded.
         """
         return gathered(self._synthesize(None, alone=True))
 
@@ -310,7 +310,7 @@ class Synthesis(nn.Module):
     def not_finite(self) -> str | None:
         """The name of a synthesised weight with an element that is not finite; None if there is none.
 
-        Where the fusion knows a bound, nothing is synthesised: that takes memory as large as the block.
+        Nothing is synthesised if the fusion knows a bound: that would take memory as large as the block.
         """
         if self.fusion is None or self._readings is None:
             return None
@@ -409,7 +409,7 @@ def _out_of_sight() -> AbstractContextManager[object]:
     """Hide what a synthesis saves for its backward pass from activation checkpointing.
 
     `torch.utils.checkpoint` counts what is saved in the forward pass and in the repeated one. How often a weight is
-    synthesised may differ there, since the block's call as a whole is not repeated. What is saved are parameters alone,
+    synthesised may differ there, since the block's call as a whole is not repeated. A synthesis saves parameters alone,
     which take no memory.
     """
     if torch.compiler.is_compiling() or not saved_tensors_are_packed():
@@ -441,7 +441,7 @@ def _checked(owner: nn.Module, leaf: str, theta: object) -> Tensor:
             f"the `{leaf}` of a neighbour's {type(owner).__name__} is gone (it is {theta!r}): call replfx.materialize "
             "before a model is rebuilt"
         )
-    # Of a tensor without subclass its numbers are what they seem.
+    # The numbers of a tensor without subclass are what they seem.
     if is_wrapped(theta) or not (theta.dtype.is_floating_point or theta.dtype.is_complex):
         kind = type(theta).__name__ if is_wrapped(theta) else theta.dtype
         raise FusionError(

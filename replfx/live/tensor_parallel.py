@@ -1,8 +1,8 @@
 """Replaced blocks under tensor parallelism: where their synthesised weights and their activation lie.
 
-A kept block's layers are given layouts by torch's `parallelize_module`. A replaced block owns no weights,
-so `replfx.parallelize_module` notes here what they would have been given. Weights are synthesised on the neighbours'
-shards, and those that are wanted as the neighbours' lie stay where they are: nothing is gathered.
+torch's `parallelize_module` gives a kept block's layers their layouts. A replaced block owns no weights, so
+`replfx.parallelize_module` notes here what they would have got. Weights are synthesised on the neighbours' shards, and
+those that are wanted as the neighbours' lie stay where they are: nothing is gathered.
 """
 
 from collections.abc import Mapping, Sequence

@@ -48,7 +48,7 @@ class Transformed:
     seen: dict[str, int] = field(default_factory=dict)  # ids of what the neighbours were found in, by their places
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what follows: that is of one model and its optimizer, and not of a copy."""
+        """All but `follow`, which is of one model and its optimizer, and not of a copy."""
         return {**vars(self), "follow": None}
 
 

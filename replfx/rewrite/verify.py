@@ -63,14 +63,14 @@ class Verified:
 def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: CaptureInfo, plan: Plan) -> Verified:
     """Check a transformed model.
 
-    Always: synthesised weights are finite. With inputs, under fake tensors, so at no compute: the output has
-    the shapes that it had, every trainable parameter gets a gradient that had one before, and the model runs in
-    training as in evaluation mode if it did so before.
+    Synthesised weights must be finite. If there are inputs, a run on fake tensors, which takes no compute, must show
+    that the output has the shapes that it had, that every trainable parameter that had a gradient gets one, and that
+    the model runs in training and in evaluation mode if it did so before.
 
     Args:
         model: the transformed model.
-        original: the model before, or any twin of it in structure. It is run only where the transformed model does
-            not give what the capture saw, or leaves parameters without a gradient: then perhaps it did so before.
+        original: the model before, or any twin of it in structure. It is run only if the transformed model does not
+            give what the capture saw, or leaves parameters without a gradient: perhaps the original did so too.
         inputs: example inputs, or None.
         seen: what the capture of the original knows, with or without its graph.
         plan: what was carried out.
@@ -126,7 +126,7 @@ class _Check:
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
 
     def _had_gradient(self, name: str, before: "_Run") -> bool:
-        """Whether a parameter of the transformed model had a gradient; of what is new in a block, whether any there."""
+        """Whether a parameter of the transformed model had a gradient; for a new one, whether any of its block had."""
         had = dict(self.original.named_parameters()).keys() - before.without
         if name in before.without or name in had:
             return name in had
@@ -228,7 +228,7 @@ class _Rehearsal:
                     parameter.grad = gradient
 
     def _put_in_mode(self, ghost: nn.Module, training: bool) -> None:
-        """In a mode; in the model's own, what is inside may have another one, as a frozen norm has."""
+        """Put the copy in a mode; in the model's own mode, modules inside keep theirs, as a frozen norm does."""
         self.modes = self.modes or [(module, module.training) for module in ghost.modules()]
         for module, mode in self.modes:
             module.training = mode

@@ -132,8 +132,7 @@ def compare(
         >>> [row.operator for row in comparison.rows]
         ['full', 'block', 'identity', 'light', 'mixer']
     """
-    # What is wrong with it is wrong for all operators.
-    policy_of(**options)
+    policy_of(**options)  # an impossible policy is so for all operators
     inputs = Inputs.of(example_inputs, model)
     if inputs is None:
         raise CaptureError("to compare operators replfx needs example_inputs: steps are timed on them")

@@ -30,8 +30,8 @@ class Schedule:
         optimizer: gets the new parameters, as `replfx.unroll` has it.
         unroll_at: a number of optimizer steps (an int), or a share of `total_steps` (a float between 0 and 1). Several
             of them, in a sequence, unroll as many equal parts of the blocks, each spread over the depth; a mapping
-            from them to paths or globs says which. As the learning
-            rate begins to fall is what we found best (docs/findings.md).
+            from them to paths or globs says which. We found it best when the learning rate begins to fall
+            (docs/findings.md).
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
         example_inputs: as for `replfx.unroll`.
