@@ -160,13 +160,7 @@ def training_costs(
 def training_on(
     model: nn.Module, inputs: Inputs, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 ) -> Training:
-    """The training of a model on one batch, with `mean_of_outputs` for its loss.
-
-    Args:
-        model: has a trainable parameter.
-        inputs: the batch.
-        optimizer: makes one for the trainable parameters.
-    """
+    """The training of a model on one batch, with `mean_of_outputs` for its loss."""
     made = optimizer([p for p in model.parameters() if p.requires_grad])
     return Training(model, made, lambda: mean_of_outputs(model, inputs), next(model.parameters()).device)
 
@@ -195,10 +189,6 @@ def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> i
     statistics, synthesised weights, and the input batch if a layer saves it. It leaves out parameters and buffers of
     `model`, and views of them, which are there anyway. It does not see what an autograd function keeps without
     `save_for_backward`.
-
-    Args:
-        forward: runs the model on a batch with gradients enabled; its result may be dropped.
-        model: the module whose parameters and buffers are left out.
     """
     owned = {t.untyped_storage()._cdata for t in chain(model.parameters(), model.buffers())}
     # Held until the count is done: a freed storage's address would otherwise be given to another.
@@ -239,8 +229,8 @@ def peak_training_bytes(
     Args:
         step: one training step of `model` with `optimizer`, from clearing the gradients to the update.
             It runs twice; the second run counts, so that all state exists when it starts.
-        model: the module that the step trains; its gradients are cleared first.
-        optimizer: the optimizer that the step uses.
+        model: its gradients are cleared first.
+        optimizer: of the step.
         device: where the step runs.
     """
     # The profiler cannot tell the size of blocks that are older than itself: let the step free none of them.
@@ -331,9 +321,6 @@ def interleaved_times(
         warmup: how often each runs untimed before.
         on_round: called after every round, timed or not; for a progress bar.
         clock: gives seconds; the default waits for the accelerator where there is one.
-
-    Returns:
-        name → seconds a step.
     """
     if repeats < 1:
         raise ValueError(f"repeats has to be at least 1, not {repeats}")
@@ -390,12 +377,7 @@ def seconds_of(step: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def pairwise_ratios(samples: Mapping[str, Sample], base: str) -> dict[str, Sample]:
-    """Divide each sample by the base's, round by round: noise that both share cancels.
-
-    Args:
-        samples: name → measurements, all of one length, as `interleaved_times` returns them.
-        base: the name to divide by.
-    """
+    """Divide each sample by that of the name `base`, round by round: noise that both share cancels."""
     divisors = samples[base].values
     return {
         name: Sample(tuple(a / b for a, b in zip(sample.values, divisors, strict=True)))

@@ -145,9 +145,7 @@ def gathers(module: nn.Module) -> bool:
 def follow_parameters(module: nn.Module, homes: Mapping[nn.Parameter, list[tuple[nn.Module, str]]]) -> None:
     """Have FSDP2 find parameters where they are now, and forget those that are nowhere.
 
-    Args:
-        module: `fully_shard` was called with it.
-        homes: owners and names of each parameter of the model.
+    `fully_shard` was called with the module; `homes` has owners and names of each parameter of the model.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import ParamModuleInfo
 

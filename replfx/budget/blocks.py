@@ -20,17 +20,11 @@ _TIMES = (3, 8)  # at least, so that memory is as warm as the block before leave
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What a block costs in a training step.
+    """What a block costs in a training step."""
 
-    Attributes:
-        seconds: of forward and backward, one value a round.
-        forward: how memory rises in its forward; what is kept at the end is there until its backward.
-        backward: how memory rises in its backward, gradients of its own parameters included.
-    """
-
-    seconds: tuple[float, ...]
-    forward: Rise
-    backward: Rise
+    seconds: tuple[float, ...]  # of forward and backward, one value a round
+    forward: Rise  # how memory rises in its forward; what is kept at the end is there until its backward
+    backward: Rise  # how memory rises in its backward, gradients of its own parameters included
 
 
 def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Inputs]:
@@ -58,13 +52,7 @@ def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str
 
 
 class Work:
-    """Forward and backward of one block.
-
-    Args:
-        model: holds the block; of its neighbours' gradients it is assumed that they are there already, as in a step.
-        path: of the block.
-        call: what it is called with.
-    """
+    """Forward and backward of one block of a model, whose other gradients are taken to be there, as in a step."""
 
     def __init__(self, model: nn.Module, path: str, call: Inputs) -> None:
         self._block, self._call = block_at(model, path), call

@@ -41,48 +41,31 @@ _STILL = partial(torch.optim.AdamW, lr=0.0, fused=True)  # which leaves the weig
 
 @dataclass(frozen=True)
 class Twin:
-    """The model with one operator in the place of every block that it can replace.
-
-    Attributes:
-        operator: its name.
-        model: shares its tensors with the model that was measured whole.
-        paths: of the blocks that it has replaced, as they run.
-        first: those of them that are to be replaced first, of which no two are neighbours.
-    """
+    """The model with one operator in the place of every block that it can replace."""
 
     operator: str
-    model: nn.Module
-    paths: Sequence[str]
-    first: Set[str]
+    model: nn.Module  # shares its tensors with the model that was measured whole
+    paths: Sequence[str]  # of the blocks that it has replaced, as they run
+    first: Set[str]  # those of them that are to be replaced first, of which no two are neighbours
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What is known of a model's costs.
+    """What is known of a model's costs."""
 
-    Attributes:
-        full: the untouched model's; without peak and time where a step of it was not measured.
-        order: the paths of all blocks of chains, as they run.
-        bytes: of the trainable parameters of the model.
-        saved: what is kept for backward outside of the blocks, in bytes.
-        steps: seconds of a whole step, one value a round; none where it does not fit the device.
-        updates: of them, those of the optimizer.
-        kinds: path → blocks of one kind have the same costs.
-        blocks: (operator, kind) → cost; the untouched block's under the operator "".
-        sizes: (operator, path) → trainable parameters, and their bytes; the untouched block's under "".
-        errors: operator → bytes of the peak, and share of the step's time, that a replaced block costs beyond what
-            its parts say, as a whole plan has shown.
-    """
-
-    full: Figures
-    order: tuple[str, ...]
-    bytes: int
-    saved: int = 0
-    steps: tuple[float, ...] = ()
-    updates: tuple[float, ...] = ()
-    kinds: Mapping[str, object] = field(default_factory=dict)
+    full: Figures  # the untouched model's; without peak and time where a step of it was not measured
+    order: tuple[str, ...]  # the paths of all blocks of chains, as they run
+    bytes: int  # of the trainable parameters of the model
+    saved: int = 0  # what is kept for backward outside of the blocks, in bytes
+    steps: tuple[float, ...] = ()  # seconds of a whole step, one value a round; none where it does not fit the device
+    updates: tuple[float, ...] = ()  # of them, those of the optimizer
+    kinds: Mapping[str, object] = field(default_factory=dict)  # path → blocks of one kind have the same costs
+    # (operator, kind) → cost; the untouched block's under the operator "".
     blocks: Mapping[Key, BlockCost] = field(default_factory=dict)
+    # (operator, path) → trainable parameters, and their bytes; the untouched block's under "".
     sizes: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    # Operator → bytes of the peak, and share of the step's time, that a replaced block costs beyond what its parts say,
+    # as a whole plan has shown.
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def planned(self, operator: str, replaced: Set[str]) -> Figures:
@@ -144,13 +127,7 @@ class Costs:
 
 
 def counted(base: nn.Module, report: Report, twins: Sequence[Twin]) -> Costs:
-    """What is known without running anything: parameters.
-
-    Args:
-        base: the user's model, or a copy of it.
-        report: of all chains of the model.
-        twins: the model with each operator.
-    """
+    """What is known without running anything: parameters. The report is of all chains of the model."""
     # A region is no module yet; its parameters are taken to be floats.
     sizes = {
         ("", b.path): (b.parameters, 4 * b.parameters) if is_region(b.path) else _block_size(base, b.path)
@@ -163,13 +140,7 @@ def counted(base: nn.Module, report: Report, twins: Sequence[Twin]) -> Costs:
 
 
 def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Twin]) -> Costs:
-    """The same, with time and memory.
-
-    Args:
-        base: a copy of the user's model, which trains in it.
-        inputs: a batch.
-        report: of all chains of the model.
-        twins: the model with each operator.
+    """The same, with time and memory; `base` is a copy of the user's model, as it trains on the batch.
 
     Raises:
         ReplfxError: the blocks are no modules, or a block is never called.
@@ -202,15 +173,9 @@ def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Tw
 
 
 def measured_whole(base: nn.Module, planned: nn.Module, inputs: Inputs) -> tuple[int, float] | None:
-    """What a plan costs: the peak of a step, and its time as a share of the full model's step.
+    """What a plan costs: the peak of a step, and its time as a share of the step of `base`, the untouched model.
 
-    Args:
-        base: the untouched model.
-        planned: the same with its blocks replaced; it may share tensors with `base`.
-        inputs: a batch.
-
-    Returns:
-        None where the two do not fit the device together.
+    The two may share tensors. None if they do not fit the device together.
     """
     full, other = training_on(base, inputs, _STILL), training_on(planned, inputs, _STILL)
     try:

@@ -16,15 +16,10 @@ __all__ = ["Candidate", "Candidates", "is_layer"]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A call that may be a block: it has weights to fuse, runs once, and gives its result through its output alone.
+    """A call that may be a block: it has weights to fuse, runs once, and gives its result through its output alone."""
 
-    Attributes:
-        call: its place in the graph; of a window, from the first member to the last.
-        module: the module; of a window, an `nn.Sequential` of the members.
-    """
-
-    call: ModuleCall
-    module: nn.Module
+    call: ModuleCall  # its place in the graph; of a window, from the first member to the last
+    module: nn.Module  # the module; of a window, an `nn.Sequential` of the members
 
     @property
     def path(self) -> str:

@@ -14,25 +14,15 @@ SHORTEST = 3  # a replaced block and a kept one on each side
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block of a chain.
+    """One block of a chain."""
 
-    Attributes:
-        call: its place in the graph.
-        site: what an operator may know of it.
-        new_stage: it is unlike the block before, and something lies between the two.
-        shape_change: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
-        fixed: why it must stay, though its neighbours may be made from it: it is frozen, or tied.
-        unlike: why it cannot be made from its neighbours.
-        region: the piece of the graph that it is, where it is no module.
-    """
-
-    call: ModuleCall
-    site: Site
-    new_stage: bool = False
-    shape_change: str | None = None
-    fixed: str | None = None
-    unlike: str | None = None
-    region: Region | None = None
+    call: ModuleCall  # its place in the graph
+    site: Site  # what an operator may know of it
+    new_stage: bool = False  # it is unlike the block before, and something lies between the two
+    shape_change: str | None = None  # how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not
+    fixed: str | None = None  # why it must stay, though its neighbours may be made from it: it is frozen, or tied
+    unlike: str | None = None  # why it cannot be made from its neighbours
+    region: Region | None = None  # the piece of the graph that it is, where it is no module
 
     @property
     def obstacle(self) -> str | None:
@@ -52,14 +42,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks of one family, each of which works on what the one before gave, in the order in which they run.
-
-    Attributes:
-        blocks: these.
-        before, after: where a chain was cut because a pipeline stage begins there, the block beyond the cut.
-    """
+    """Blocks of one family, each of which works on what the one before gave, in the order in which they run."""
 
     blocks: tuple[Block, ...]
+    # The blocks beyond its ends, where a chain was cut because a pipeline stage begins there.
     before: str | None = None
     after: str | None = None
 
@@ -165,17 +151,11 @@ def some(paths: Sequence[str], most: int = 12) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """What was found in a captured model.
-
-    Attributes:
-        capture: of which capture.
-        chains: all chains of three blocks and more, in the order in which they run.
-        refused: blocks that are in no chain, with the reason.
-    """
+    """What was found in a captured model."""
 
     capture: CaptureInfo
-    chains: list[Chain]
-    refused: Mapping[str, str]
+    chains: list[Chain]  # all chains of three blocks and more, in the order in which they run
+    refused: Mapping[str, str]  # blocks that are in no chain, with the reason
 
     @property
     def blocks(self) -> dict[str, Block]:

@@ -27,26 +27,17 @@ NOT_SELECTED = "select does not name it"
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a policy makes of the chains of a model.
+    """What a policy makes of the chains of a model."""
 
-    Attributes:
-        plan: which blocks are replaced, and how; empty if `nothing` says why.
-        kept: blocks of a chain that are not replaced, with the reason.
-        refused: blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does
-            not fit.
-        nothing: why nothing is replaced; None if something is.
-    """
-
-    plan: Plan
-    kept: Mapping[str, str]
+    plan: Plan  # which blocks are replaced, and how; empty if `nothing` says why
+    kept: Mapping[str, str]  # blocks of a chain that are not replaced, with the reason
+    # Blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does not fit.
     refused: Mapping[str, str]
-    nothing: str | None = None
+    nothing: str | None = None  # why nothing is replaced; None if something is
 
 
 def select(found: Chains, policy: Policy) -> Selection:
     """Choose which blocks of each chain are replaced.
-
-    A replaced block is made from the nearest kept block on each side.
 
     Raises:
         PlanError: a block that the policy names cannot be replaced.
@@ -67,12 +58,7 @@ def select(found: Chains, policy: Policy) -> Selection:
 
 
 class _Chooser:
-    """One policy at work on one chain after the other.
-
-    Args:
-        policy: what is asked for.
-        refused: blocks that cannot be replaced, with the reason; those that the operator does not fit join them.
-    """
+    """One policy at work on one chain after the other; blocks that the operator does not fit join `refused`."""
 
     def __init__(self, policy: Policy, refused: dict[str, str]) -> None:
         self.policy, self.refused = policy, refused

@@ -11,11 +11,7 @@ __all__ = ["cut_chains"]
 
 
 def cut_chains(found: Chains, split_at: Sequence[str]) -> list[Chain]:
-    """The chains, each cut where a pipeline stage begins.
-
-    Args:
-        found: the chains of a capture; they stay as they are.
-        split_at: paths of the modules or blocks with which a stage begins.
+    """The chains, each cut at the modules or blocks with which a pipeline stage begins.
 
     Raises:
         PlanError: a path is not in the model, is not called once, or lies inside of a block.

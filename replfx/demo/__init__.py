@@ -32,11 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """Read an option that is a number of things.
-
-    Raises:
-        ArgumentTypeError: it is none, or under 1.
-    """
+    """Read an option that is a number of things."""
     try:
         number = int(text)
     except ValueError:

@@ -54,20 +54,14 @@ VARIANTS = (
 
 @dataclass
 class Run:
-    """What came of one run.
+    """What came of one run."""
 
-    Attributes:
-        parameters: trainable ones at the start and at the end.
-        steps, seconds, losses: at each evaluation the steps taken, the training time until then, and the held-out loss
-            in nats a byte.
-        switched: the training time at which blocks were unrolled.
-    """
-
-    parameters: tuple[int, int]
+    parameters: tuple[int, int]  # trainable ones at the start and at the end
+    # At each evaluation: the steps taken, the training time until then, and the held-out loss in nats a byte.
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    switched: float | None = None
+    switched: float | None = None  # the training time at which blocks were unrolled
 
 
 def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:

@@ -18,17 +18,11 @@ __all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_bloc
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a block reads a parameter.
+    """Where a block reads a parameter."""
 
-    Attributes:
-        owner: the module that has it.
-        leaf: its name there.
-        name: its first name in the block.
-    """
-
-    owner: nn.Module
-    leaf: str
-    name: str
+    owner: nn.Module  # the module that has it
+    leaf: str  # its name there
+    name: str  # its first name in the block
 
 
 def _slots_of(block: nn.Module, names: Mapping[str, object]) -> list[_Slot]:
@@ -84,14 +78,7 @@ def strip_block(block: nn.Module, synthesis: Synthesis) -> None:
 
 
 def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
-    """Give a replaced block weights of its own, and take away what replacing added; in place.
-
-    Args:
-        holder: has the synthesis.
-        synthesis: its own.
-        model: holds all modules of the block.
-        theta: the weights by name.
-    """
+    """Give a replaced block the weights `theta` as its own, and take away what replacing added; in place."""
     values = {name: nn.Parameter(tensor) for name, tensor in theta.items()}
     for name, value in values.items():
         vars(value).update(synthesis.marks.get(name, {}))
@@ -110,11 +97,7 @@ def owners_of(model: nn.Module, synthesis: Synthesis) -> Iterator[nn.Module]:
 
 
 def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
-    """Which of these parameters a block that is a graph reads itself.
-
-    Raises:
-        FusionError: a graph inside of the block does.
-    """
+    """Which of these parameters a block that is a graph reads itself; a FusionError if a graph inside of it does."""
     found: set[str] = set()
     for path, module in block.named_modules():
         if isinstance(module, fx.GraphModule):
@@ -129,11 +112,7 @@ def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
 
 
 def _refuse_second_lists(block: nn.Module, slots: list[_Slot]) -> None:
-    """Refuse what keeps its weights a second time, and would go on with those.
-
-    Raises:
-        FusionError: an attribute that holds a parameter which is to be synthesised.
-    """
+    """Refuse a block with an attribute that holds a parameter too: it would go on with that."""
     wanted = {id(slot.owner._parameters[slot.leaf]): slot.name for slot in slots}
     for path, module in block.named_modules():
         for attribute, value in vars(module).items():
@@ -151,11 +130,7 @@ _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 
 
 class Snapshot:
-    """What modules are now, to make them so again.
-
-    Args:
-        modules: the blocks that will be changed.
-    """
+    """What modules are now, to make them so again."""
 
     def __init__(self, *modules: nn.Module) -> None:
         inside = dict.fromkeys(inner for module in dict.fromkeys(modules) for inner in module.modules())

@@ -71,12 +71,7 @@ def come_alive(module: nn.Module, traits: Traits, link: tuple[nn.Module, Mapping
 
 
 def settle_down(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
-    """Take the dynamic subclass off again.
-
-    Args:
-        module: changed in place.
-        values: its own parameters by name, for those that were computed.
-    """
+    """Take the dynamic subclass off again; `values` are own parameters by name, for those that were computed."""
     *_, order = module.__dict__.pop(LINK, ((),))
     module.__class__ = _without(type(module))
     known = {**module._parameters, **values}

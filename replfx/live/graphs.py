@@ -10,12 +10,7 @@ __all__ = ["bring_to_life", "settle_graph"]
 
 
 def bring_to_life(graph_module: fx.GraphModule, names: Collection[str]) -> None:
-    """Let the graph ask its submodule `replfx` for these parameters, where it had attributes.
-
-    Args:
-        graph_module: changed in place; the parameters are none of its own any more.
-        names: of parameters that the graph reads itself.
-    """
+    """Let the graph ask its submodule `replfx` for these parameters, which are none of its own any more."""
     graph = graph_module.graph
     for node in [node for node in graph.find_nodes(op="get_attr") if node.target in names]:
         with graph.inserting_before(node):

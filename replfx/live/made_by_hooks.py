@@ -15,10 +15,6 @@ def made_by_hook(owner: nn.Module, leaf: str) -> Tensor:
 
     The tensor in its place is of the module's last call: it may be stale, and its graph is gone after a backward pass.
 
-    Args:
-        owner: has the plain tensor `leaf` in the place of a parameter.
-        leaf: its name.
-
     Raises:
         FusionError: no hook that is known makes it.
     """

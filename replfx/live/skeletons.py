@@ -18,9 +18,6 @@ class Skeleton:
     """A block's modules without weights.
 
     Parameters that no layer initialises (a LayerScale's, a table of relative positions) keep their values.
-
-    Args:
-        block: stays as it is.
     """
 
     def __init__(self, block: nn.Module) -> None:

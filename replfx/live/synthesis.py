@@ -47,21 +47,13 @@ __all__ = [
 
 
 class Reading(NamedTuple):
-    """A parameter that a synthesis reads. Its path is looked up at each call, so that it is never stale.
+    """A parameter that a synthesis reads. Its path is looked up at each call, so that it is never stale."""
 
-    Attributes:
-        base: a module that stays in its place: the neighbour, or what holds it.
-        path: of the parameter's owner in `base`.
-        leaf: the parameter's name there.
-        known: what owned the parameter at first.
-        rows: which of its rows are read; None for all.
-    """
-
-    base: nn.Module
-    path: tuple[str, ...]
-    leaf: str
-    known: nn.Module
-    rows: tuple[int, int] | None = None
+    base: nn.Module  # a module that stays in its place: the neighbour, or what holds it
+    path: tuple[str, ...]  # of the parameter's owner in `base`
+    leaf: str  # the parameter's name there
+    known: nn.Module  # what owned the parameter at first
+    rows: tuple[int, int] | None = None  # which of its rows are read; None for all
 
     def owner(self) -> nn.Module:
         """The module that owns the parameter now: what is at its path, or what that wraps.
@@ -188,12 +180,7 @@ class Synthesis(nn.Module):
         return theta
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[object]:
-        """Within it each weight is synthesised once.
-
-        Args:
-            args: what the block is called with.
-            kwargs: the same, by keyword.
-        """
+        """A call of the block with these arguments: within it each weight is synthesised once."""
         if self.runs():
             return nullcontext()
         mesh = mesh_of_activation(args, kwargs) if is_distributed() else None
@@ -226,11 +213,7 @@ class Synthesis(nn.Module):
         return gathered(self._synthesize(None, alone=True))
 
     def materialized(self) -> dict[str, Tensor]:
-        """The same without gradients, laid out as the block wants them.
-
-        Raises:
-            FusionError: its processes share a sequence.
-        """
+        """The same without gradients, laid out as the block wants them; raises as `check_lays_out` does."""
         self.check_lays_out()
         theta = laid_out(self._synthesize(None, alone=True), None, self.tensor_parallel)
         return {name: tensor.detach().clone() for name, tensor in theta.items()}
@@ -377,16 +360,11 @@ def written_weights() -> Iterator[Callable[[], dict[Synthesis, list[str]]]]:
 
 @dataclass(slots=True)
 class _Call:
-    """Keeps the weights of one call of a block.
-
-    Attributes:
-        synthesis: the block's.
-        mesh: that of its activation, if that is a DTensor.
-        made: by whether gradients are recorded: a part of a block may run without.
-    """
+    """Keeps the weights of one call of a block."""
 
     synthesis: Synthesis
-    mesh: Any
+    mesh: Any  # that of its activation, if that is a DTensor
+    # The weights, by whether gradients are recorded: a part of a block may run without.
     made: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
 
     def __enter__(self) -> None:

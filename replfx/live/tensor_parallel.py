@@ -27,16 +27,12 @@ __all__ = ["TensorParallel", "laid_out", "mesh_of_activation", "refuse_unprepare
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a replaced block runs on a one-dimensional mesh of processes that share its work.
+    """How a replaced block runs on a one-dimensional mesh of processes that share its work."""
 
-    Attributes:
-        mesh: these processes.
-        layouts: of synthesised weights that are used as DTensors; all others are gathered.
-        sequence: the dimension of the main activation of which each process has a part; None if each has all of it.
-    """
-
-    mesh: "DeviceMesh"
+    mesh: "DeviceMesh"  # these processes
+    # Those of synthesised weights that are used as DTensors; all others are gathered.
     layouts: Mapping[str, Sequence["Placement"]] = field(default_factory=dict)
+    # The dimension of the main activation of which each process has a part; None if each has all of it.
     sequence: int | None = None
 
     def enter(

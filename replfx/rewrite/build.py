@@ -29,13 +29,7 @@ __all__ = ["Built", "build", "insertion", "install", "refuse_transformed"]
 
 @dataclass(frozen=True)
 class Built:
-    """A replaced block that is not put into its model yet.
-
-    Attributes:
-        path: of the block.
-        block: as it is.
-        synthesis: what it will have.
-    """
+    """A block as it is in its model, and the synthesis that it will have."""
 
     path: str
     block: nn.Module
@@ -48,7 +42,7 @@ def build(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] | None =
     Args:
         model: the model of the plan.
         plan: what to replace.
-        blocks: the blocks by their paths, for those that are no modules of the model.
+        blocks: by path, those that are no modules of the model.
 
     Raises:
         PlanError: the plan was made for another model, or the model is transformed already.
@@ -69,10 +63,7 @@ def refuse_transformed(model: nn.Module) -> None:
 
 
 def install(model: nn.Module, built: Sequence[Built]) -> Snapshot:
-    """Replace the blocks in their model, in place; after an error the model is as it was.
-
-    Returns:
-        What makes the model again what it was.
+    """Replace the blocks in their model, in place; gives what makes it what it was, as it is after an error.
 
     Raises:
         FusionError: a block that cannot do with synthesised weights.
@@ -115,11 +106,7 @@ def _homes(window: nn.Module, members: Sequence[str]) -> dict[str, str]:
 
 
 def insertion(model: nn.Module, found: Chains, plan: Plan) -> InsertFusion:
-    """The pass that carries out a plan whose blocks are regions of a captured graph.
-
-    Raises:
-        As `build` does.
-    """
+    """The pass that carries out a plan whose blocks are regions of a captured graph; raises as `build` does."""
     blocks = found.blocks
     built = build(model, plan, {path: block.site.block for path, block in blocks.items()})
     insertions = [

@@ -54,15 +54,10 @@ class Transformed:
 
 @dataclass(frozen=True)
 class Placement:
-    """A replaced block in its model.
+    """A replaced block in its model."""
 
-    Attributes:
-        block: the block; of several modules the first, of a region of the graph what is called in its place.
-        synthesis: what computes its weights.
-    """
-
-    block: nn.Module
-    synthesis: Synthesis
+    block: nn.Module  # the block; of several modules the first, of a region of the graph what is called in its place
+    synthesis: Synthesis  # what computes its weights
 
 
 def placed_blocks(model: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
@@ -117,11 +112,7 @@ def mark(model: nn.Module, plan: Plan, report: Report) -> None:
 
 
 def forget(model: nn.Module, paths: Collection[str]) -> bool:
-    """Let a model forget some of its replaced blocks; if it has no others, that it was transformed.
-
-    Returns:
-        whether it has others.
-    """
+    """Let a model forget some of its replaced blocks. If it has no others, it forgets all, and this gives False."""
     state = state_of(model)
     left = tuple(r for r in state.plan.replacements if r.path not in paths)
     if not left:
@@ -179,11 +170,7 @@ def _memory(model: nn.Module) -> dict[str, Any]:
 
 
 def state_of(model: nn.Module) -> Transformed:
-    """What a transformed model remembers.
-
-    Raises:
-        PlanError: the model is not transformed.
-    """
+    """What a transformed model remembers; raises as `marked` does."""
     state: Transformed = _memory(marked(model))[_ATTRIBUTE]
     return state
 

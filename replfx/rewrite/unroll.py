@@ -129,11 +129,7 @@ def unroll(
 
 
 def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
-    """Make sure that `unroll` would give all blocks back; changes nothing.
-
-    Raises:
-        As `unroll` does.
-    """
+    """Make sure that `unroll` would give all blocks back; changes nothing, and raises as `unroll` does."""
     _, placed = placed_blocks(model)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     with torch.no_grad():

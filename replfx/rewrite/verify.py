@@ -49,14 +49,10 @@ def reads_of_freed(graph_module: fx.GraphModule, found: Chains, plan: Plan) -> s
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of verifying a model.
+    """What came of verifying a model."""
 
-    Attributes:
-        notes: what could not be verified.
-        costs: FLOPs of a forward pass and the bytes that autograd keeps for backward, if it ran without compute.
-    """
-
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what could not be verified
+    # FLOPs of a forward pass and the bytes that autograd keeps for backward, if it ran without compute.
     costs: tuple[int, int] | None = None
 
 
@@ -71,7 +67,7 @@ def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: C
         model: the transformed model.
         original: the model before, or any twin of it in structure. It is run only if the transformed model does not
             give what the capture saw, or leaves parameters without a gradient: perhaps the original did so too.
-        inputs: example inputs, or None.
+        inputs: the example inputs.
         seen: what the capture of the original knows, with or without its graph.
         plan: what was carried out.
 
@@ -179,10 +175,7 @@ def _check_synthesis(model: nn.Module) -> None:
 class _Rehearsal:
     """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules.
 
-    Args:
-        model: any module.
-        inputs: the example inputs.
-        reachable: parameters that the model's code may reach although they are none of its own any more.
+    The model's code may reach the parameters in `reachable` although they are none of its own any more.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter]) -> None:

@@ -29,27 +29,16 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Compared:
-    """One operator on the model.
+    """One operator on the model."""
 
-    Attributes:
-        operator: its name, or "full" for the untouched model.
-        replaced: how many blocks it replaces.
-        parameters: trainable parameters that are left.
-        costs: FLOPs of a forward pass, and bytes that it saves for backward.
-        step: seconds of a training step, one value a repeat.
-        ratio: each of them divided by that of the full model in the same repeat.
-        unrolls: whether `replfx.unroll` can give all blocks back at full depth.
-        reason: why the operator replaces nothing; all the rest is None or 0 then.
-    """
-
-    operator: str
-    replaced: int = 0
-    parameters: int | None = None
-    costs: Totals | None = None
-    step: Sample | None = None
-    ratio: Sample | None = None
-    unrolls: bool | None = None
-    reason: str | None = None
+    operator: str  # its name, or "full" for the untouched model
+    replaced: int = 0  # how many blocks it replaces
+    parameters: int | None = None  # trainable parameters that are left
+    costs: Totals | None = None  # FLOPs of a forward pass, and bytes that it saves for backward
+    step: Sample | None = None  # seconds of a training step, one value a repeat
+    ratio: Sample | None = None  # each of them divided by that of the full model in the same repeat
+    unrolls: bool | None = None  # whether `replfx.unroll` can give all blocks back at full depth
+    reason: str | None = None  # why the operator replaces nothing; all the rest is None or 0 then
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
@@ -59,19 +48,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All operators on one model, on one batch.
+    """All operators on one model, on one batch."""
 
-    Attributes:
-        model: name of the model's class.
-        example: the batch, as in `Report.example`.
-        device: what the steps were timed on.
-        rows: the full model first, then every operator.
-    """
-
-    model: str
-    example: str
-    device: str
-    rows: Sequence[Compared]
+    model: str  # name of the model's class
+    example: str  # the batch, as in `Report.example`
+    device: str  # what the steps were timed on
+    rows: Sequence[Compared]  # the full model first, then every operator
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""

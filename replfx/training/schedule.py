@@ -102,7 +102,7 @@ class Schedule:
         """Take note that so many steps were taken in all, for trainers that count them themselves.
 
         Returns:
-            the same.
+            as `step` does.
         """
         self._steps = steps
         if self.is_done:
