@@ -22,9 +22,6 @@ from replfx.rewrite.state import mark, state_of
 from replfx.tracing import ExampleInputs, HeldElsewhereError, Inputs, capture_lazily, check_is_whole
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from replfx.budget import Chosen
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
@@ -58,8 +55,8 @@ def transform(
         every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. The default policy, with k = 2.
         fraction: replaces this part of each chain instead, spread evenly; at most ½.
         keep: replaces all blocks of each chain but this number (an int) or share (a float) of them instead. The first
-            and the last always stay, and so do those that change the shape of their activation. Of several replaced
-            blocks in a row each is made from the nearest kept ones.
+            and the last always stay, and so do those that change the shape of their activation. Replaced blocks that
+            follow each other are made from the nearest kept ones.
         select: replaces the blocks with these paths or globs instead ("blocks.1", "layer3.*").
         split_at: for pipeline parallelism, the modules with which a stage begins (["blocks.4", "blocks.8"], the keys of
             torch's `split_spec`): each stage's blocks are chosen as if it were a model of its own, so that no
@@ -161,13 +158,7 @@ def inspect(
         >>> print(replfx.inspect(torchvision.models.resnet50(), torch.rand(2, 3, 224, 224)))
     """
     policy = policy_of(
-        every=every,
-        fraction=fraction,
-        keep=keep,
-        select=select,
-        split_at=split_at,
-        fusion=fusion,
-        operator=operator,
+        every=every, fraction=fraction, keep=keep, select=select, split_at=split_at, fusion=fusion, operator=operator
     )
     _refuse_transformed(model)
     try:

@@ -35,8 +35,8 @@ def backend(
 ) -> "Backend | ReplacingBackend":
     """A backend for `torch.compile` that knows syntheses, and that can replace blocks itself.
 
-    With none of the first seven options it compiles a transformed model, and a model that synthesises nothing goes to
-    `inner` as it is. With any of them it replaces blocks of a plain model, in the graph that Dynamo captures.
+    Without any of the first seven options it compiles a transformed model, and hands a model that synthesises nothing
+    to `inner` as it is. If one of them is given it replaces blocks of a plain model, in the graph that Dynamo captures.
 
     Args:
         every: replace every k-th block, as in `replfx.transform`.

@@ -11,9 +11,9 @@ from typing import Any
 
 import replfx
 from replfx import demo, interrupted
+from replfx.demo import positive
 from replfx.errors import ReplfxError
 from replfx.fusion.registry import AUTO
-from replfx.reports.report import Report
 from replfx.show import named_models
 from replfx.show.named_models import Named, UsersError
 
@@ -116,7 +116,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="the input of --input is integers below N, such as a vocabulary's size, rather than floats",
     )
@@ -153,7 +153,7 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of the blocks, all operators that fit: parameters, FLOPs, saved bytes, time of a training step",
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="timed steps of --compare (default: %(default)s)"
+        "--repeats", type=positive, default=5, metavar="N", help="timed steps of --compare (default: %(default)s)"
     )
     parser.add_argument(
         "--all", action="store_true", help="a row for every block, rather than one for all equal blocks"
@@ -177,16 +177,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has a dimension under 1")
     return shape
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return number
 
 
 def _limit(text: str) -> tuple[str, object]:
@@ -225,14 +215,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, named: Named) -> int:
-    found = replfx.inspect(
-        named.model,
-        named_models.inputs_of(named, args.input, args.tokens),
-        operator=args.operator,
-        **_policy(args),
-    )
+    inputs = named_models.inputs_of(named, args.input, args.tokens)
+    found = replfx.inspect(named.model, inputs, operator=args.operator, **_policy(args))
     if args.draw is not None:
-        _draw(found, args.draw)
+        try:
+            replfx.draw(found, args.draw)
+        except OSError as error:
+            raise ReplfxError(f"the drawing cannot be written: {error}") from error
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -249,13 +238,6 @@ def _policy(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("every", "fraction", "keep", "select", "split_at", "fusion")}
 
 
-def _draw(found: Report, path: str) -> None:
-    try:
-        replfx.draw(found, path)
-    except OSError as error:
-        raise ReplfxError(f"the drawing cannot be written: {error}") from error
-
-
 def _compare(args: argparse.Namespace, named: Named) -> int:
     from rich.console import Console
 
@@ -267,12 +249,7 @@ def _compare(args: argparse.Namespace, named: Named) -> int:
     if inputs is None:
         raise ReplfxError("--compare times training steps, and this model does not say what it takes: give --input")
     with Console(stderr=True).status("measuring"):
-        comparison = compare(
-            named.model,
-            inputs,
-            repeats=args.repeats,
-            **_policy(args),
-        )
+        comparison = compare(named.model, inputs, repeats=args.repeats, **_policy(args))
     if args.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:

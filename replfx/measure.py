@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from replfx.errors import CaptureError
 from replfx.modules.structure import trainable_parameters
 from replfx.modules.tree import tensors_in
+from replfx.tracing import Inputs
 from replfx.training.accumulation import synthesize_once
 from replfx.version import __version__
 
@@ -33,7 +35,9 @@ __all__ = [
     "Sample",
     "StepCost",
     "Training",
+    "clock_for",
     "environment",
+    "interleaved",
     "interleaved_times",
     "mean_of_outputs",
     "memory_rises",
@@ -41,8 +45,10 @@ __all__ = [
     "peak_training_bytes",
     "saved_activation_bytes",
     "saving_kept",
+    "seconds_of",
     "trainable_parameters",
     "training_costs",
+    "training_on",
     "training_tensors",
     "unique_storage_bytes",
 ]
@@ -52,6 +58,8 @@ MIB = 2**20
 """Bytes in a mebibyte."""
 
 _MEASURED = "replfx.measure: measured step"
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def training_costs(
 ) -> dict[str, StepCost]:
     """Measure what a training step of each costs; the step times interleaved.
 
-    Every training takes ``repeats + warmup + 2`` steps, so its weights are not what they were.
+    Every training takes `repeats + warmup + 2` steps, so its weights are not what they were.
     """
     saved = {name: saved_activation_bytes(t.loss, t.model) for name, t in trainings.items()}
     peaks = {name: peak_training_bytes(t.step, t.model, t.optimizer, t.device) for name, t in trainings.items()}
@@ -149,13 +157,21 @@ def training_costs(
     }
 
 
-def mean_of_outputs(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+def training_on(
+    model: nn.Module, inputs: Inputs, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> Training:
+    """The training of a model on one batch, with `mean_of_outputs` for its loss."""
+    made = optimizer([p for p in model.parameters() if p.requires_grad])
+    return Training(model, made, lambda: mean_of_outputs(model, inputs), next(model.parameters()).device)
+
+
+def mean_of_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     """A loss for models of which no other is known: the sum of the means of all outputs that have a gradient.
 
     Raises:
         CaptureError: there is no such output.
     """
-    outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad]
+    outputs = [t for t in tensors_in(model(*inputs.args, **inputs.kwargs)) if t.requires_grad]
     if not outputs:
         raise CaptureError(f"{type(model).__name__} gives nothing that has a gradient, so there is no step to time")
     return torch.stack([(torch.view_as_real(t) if t.is_complex() else t).float().mean() for t in outputs]).sum()
@@ -167,17 +183,12 @@ def unique_storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
-    """Count the bytes that autograd keeps for the backward pass of ``forward()``.
+    """Count the bytes that autograd keeps for the backward pass of `forward()`.
 
-    Counted are the unique storages handed to ``torch.autograd.graph.saved_tensors_hooks``: activations,
-    masks, statistics, synthesised weights, and the input batch where a layer saves it. Parameters and
-    buffers of ``model``, and views of them, are there anyway and are left out. What an autograd function
-    keeps without ``save_for_backward`` is not seen.
-
-    Args:
-        forward: runs the model on a batch with gradients enabled; its result may be dropped.
-        model: the module whose parameters and buffers are left out.
-
+    This counts the unique storages handed to `torch.autograd.graph.saved_tensors_hooks`: activations, masks,
+    statistics, synthesised weights, and the input batch if a layer saves it. It leaves out parameters and buffers of
+    `model`, and views of them, which are there anyway. It does not see what an autograd function keeps without
+    `save_for_backward`.
     """
     owned = {t.untyped_storage()._cdata for t in chain(model.parameters(), model.buffers())}
     # Held until the count is done: a freed storage's address would otherwise be given to another.
@@ -206,24 +217,21 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
 def peak_training_bytes(
     step: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> int:
-    """Peak bytes of tensor memory on ``device`` during a training step, what the step stands on included.
+    """Peak bytes of tensor memory on `device` during a training step, what the step stands on included.
 
-    The figure is the bytes of `training_tensors` when the step starts + the highest point, over the step, of
-    bytes allocated minus bytes freed since. So it holds parameters, buffers, gradients and optimizer state,
-    activations, gradients of activations and every temporary; it does not hold the batch, nor whatever else
-    lives in the process, such as other models.
+    The figure is the bytes of `training_tensors` when the step starts + the highest point, over the step, of bytes
+    allocated minus bytes freed since. So it has parameters, buffers, gradients, optimizer state, activations and every
+    temporary; it has neither the batch nor other models in the process.
 
-    On the CPU the allocations are those of PyTorch's own allocator, by way of its profiler; scratch space
-    that a vendor library takes for itself is not in it. On CUDA they come from
-    ``torch.cuda.max_memory_allocated``, which rounds each block up to 512 bytes.
+    On the CPU the profiler tells what PyTorch's own allocator does; scratch space that a vendor library takes for
+    itself is not in it. On CUDA `torch.cuda.max_memory_allocated` tells, which rounds each block up to 512 bytes.
 
     Args:
-        step: one training step of ``model`` with ``optimizer``, from clearing the gradients to the update.
+        step: one training step of `model` with `optimizer`, from clearing the gradients to the update.
             It runs twice; the second run counts, so that all state exists when it starts.
-        model: the module that the step trains; its gradients are cleared first.
-        optimizer: the optimizer that the step uses.
+        model: its gradients are cleared first.
+        optimizer: of the step.
         device: where the step runs.
-
     """
     # The profiler cannot tell the size of blocks that are older than itself: let the step free none of them.
     optimizer.zero_grad()
@@ -313,10 +321,6 @@ def interleaved_times(
         warmup: how often each runs untimed before.
         on_round: called after every round, timed or not; for a progress bar.
         clock: gives seconds; the default waits for the accelerator where there is one.
-
-    Returns:
-        name → seconds a step.
-
     """
     if repeats < 1:
         raise ValueError(f"repeats has to be at least 1, not {repeats}")
@@ -324,12 +328,32 @@ def interleaved_times(
         for step in steps.values():
             step()
         on_round()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(_seconds(step, clock or _now))
+    readings = {name: partial(seconds_of, step, clock or _now) for name, step in steps.items()}
+    return {name: Sample(values) for name, values in interleaved(readings, repeats, on_round).items()}
+
+
+def interleaved(
+    readings: Mapping[K, Callable[[], float]], rounds: int, on_round: Callable[[], object] = lambda: None
+) -> dict[K, tuple[float, ...]]:
+    """Take the readings in turn, as `interleaved_times` does."""
+    taken: dict[K, list[float]] = {name: [] for name in readings}
+    for _ in range(rounds):
+        for name, read in readings.items():
+            taken[name].append(read())
         on_round()
-    return {name: Sample(tuple(values)) for name, values in seconds.items()}
+    return {name: tuple(values) for name, values in taken.items()}
+
+
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds: of one thread on the CPU its own time, which other programs hardly disturb; else wall time."""
+    if device.type == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def waited() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return waited
 
 
 def _now() -> float:
@@ -339,9 +363,10 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
+def seconds_of(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Time a step, without a collection of garbage that it happens to trigger: that is not its cost."""
     collecting = gc.isenabled()
-    gc.disable()  # a collection that one step happens to trigger is not that step's cost
+    gc.disable()
     try:
         start = clock()
         step()
@@ -352,13 +377,7 @@ def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def pairwise_ratios(samples: Mapping[str, Sample], base: str) -> dict[str, Sample]:
-    """Divide each sample by the base's, round by round: noise that both share cancels.
-
-    Args:
-        samples: name → measurements, all of one length, as `interleaved_times` returns them.
-        base: the name to divide by.
-
-    """
+    """Divide each sample by that of the name `base`, round by round: noise that both share cancels."""
     divisors = samples[base].values
     return {
         name: Sample(tuple(a / b for a, b in zip(sample.values, divisors, strict=True)))
@@ -369,9 +388,8 @@ def pairwise_ratios(samples: Mapping[str, Sample], base: str) -> dict[str, Sampl
 def saving_kept(full: float, replaced: float, removed: float) -> float | None:
     """η = (full − replaced) / (full − removed): the share of the possible saving that is realised.
 
-    1 is the limit, what deleting the blocks saves; 0 is no saving at all; below 0 the replaced model costs
-    more than the full one. Where deleting the blocks saves nothing (removed ≥ full) there is nothing to keep
-    a share of, and the answer is None.
+    1 is the limit, what deleting the blocks saves; 0 is no saving at all; below 0 the replaced model costs more than
+    the full one. None if deleting the blocks saves nothing (removed ≥ full).
     """
     if removed >= full:
         return None

@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as fields_of
 from typing import Any
 
 from replfx.errors import PlanError
@@ -46,18 +47,8 @@ class Replacement:
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
-        return {
-            "path": self.path,
-            "previous": self.previous,
-            "next": self.next,
-            "fusion": {"name": self.fusion.name, "options": dict(self.fusion.options)},
-            "operator": {"name": self.operator.name, "options": dict(self.operator.options)},
-            "interface": self.interface.to_dict(),
-            "kind": self.kind,
-            "previous_kind": self.previous_kind,
-            "next_kind": self.next_kind,
-            "neighbour_gradient": self.neighbour_gradient,
-        }
+        choices = {"fusion": asdict(self.fusion), "operator": asdict(self.operator)}
+        return {**vars(self), **choices, "interface": self.interface.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -182,12 +173,8 @@ class _Fields:
         return value
 
 
-_KINDS = ("kind", "previous_kind", "next_kind")
-_REPLACEMENT = ("path", "previous", "next", "fusion", "operator", "interface", *_KINDS, "neighbour_gradient")
-
-
 def _read_replacement(entry: object, where: str) -> Replacement:
-    fields = _Fields(entry, where, _REPLACEMENT)
+    fields = _Fields(entry, where, tuple(field.name for field in fields_of(Replacement)))
     gradient = fields.take("neighbour_gradient", int, float)
     if not 0 <= gradient <= 1:
         raise PlanError(f"{where}: 'neighbour_gradient' must be between 0 and 1, not {_short(gradient)}")
@@ -249,10 +236,7 @@ def _short(number: float) -> str:
 
 
 def _is_slot(value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    first, *rest = value.split(".")
-    return all(part.isdecimal() or part.isidentifier() for part in (first, *rest))
+    return isinstance(value, str) and all(part.isdecimal() or part.isidentifier() for part in value.split("."))
 
 
 def _check_template(template: object, where: str, depth: int = 0) -> None:

@@ -1,9 +1,8 @@
 """Private names of PyTorch on which results depend, each looked up before it is used.
 
-Where a release renames one, there is an error that says what is missing, and no gradient that is lost silently. Those
-of torch itself are looked up with the import of this module. Those of FSDP2 and of tensor parallelism are looked up
-when they are first asked for in a process that has imported these; before that the answer is no. What is imported by
-name elsewhere fails by itself.
+If a release renames one, an error says what is missing, and no gradient is lost silently. Names of torch itself are
+looked up when this module is imported; those of FSDP2 and of tensor parallelism when they are first asked for in a
+process that has imported these, and before that the answer is no. A name that another file imports fails by itself.
 """
 
 import inspect
@@ -146,9 +145,7 @@ def gathers(module: nn.Module) -> bool:
 def follow_parameters(module: nn.Module, homes: Mapping[nn.Parameter, list[tuple[nn.Module, str]]]) -> None:
     """Have FSDP2 find parameters where they are now, and forget those that are nowhere.
 
-    Args:
-        module: `fully_shard` was called with it.
-        homes: owners and names of each parameter of the model.
+    `fully_shard` was called with the module; `homes` has owners and names of each parameter of the model.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import ParamModuleInfo
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from benchmarks.budget.output import Row, table, write
 from benchmarks.budget.subjects import SUBJECTS
 from benchmarks.common import add_device_argument, commit, device_of, model_names
 from replfx import ReplfxError
-from replfx.budget.blocks import clock_for
 from replfx.measure import (
     Training,
+    clock_for,
     environment,
     interleaved_times,
-    mean_of_outputs,
     pairwise_ratios,
     peak_training_bytes,
     trainable_parameters,
+    training_on,
 )
 from replfx.modules.copying import faithful_copy
 from replfx.tracing import Inputs
@@ -103,6 +104,4 @@ def _met(name: str, budget: dict[str, float], device: torch.device, args: argpar
 
 
 def _training(model: nn.Module, inputs: Inputs) -> Training:
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    return Training(model, optimizer, lambda: mean_of_outputs(model, inputs.args, inputs.kwargs), device)
+    return training_on(model, inputs, partial(torch.optim.AdamW, lr=1e-4, fused=True))

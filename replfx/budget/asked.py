@@ -16,7 +16,7 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-z]+)\s*", 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on what training may cost. What is None has none.
+    """Limits on what training may cost; None is no limit.
 
     Attributes:
         memory: peak bytes of a training step (an int), or their share of the full model's (a float).
@@ -54,8 +54,7 @@ class Budget:
     @property
     def asked(self) -> dict[str, int | float]:
         """The limits that there are, by their names."""
-        limits = {"memory": self.memory, "time": self.time, "parameters": self.parameters}
-        return {name: limit for name, limit in limits.items() if limit is not None}
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
 
     @property
     def measures(self) -> bool:

@@ -1,9 +1,7 @@
 """What single blocks cost: forward and backward of each alone, on inputs as it gets them in its model."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from replfx.measure import Rise, memory_rises
 from replfx.modules.paths import block_at, head_of
-from replfx.modules.tree import tensors_in, with_tensors
+from replfx.modules.tree import tensors_in
 from replfx.tracing import Inputs
 
-__all__ = ["BlockCost", "Work", "calls_of", "clock_for", "interleaved", "rises_of"]
-
-K = TypeVar("K")
+__all__ = ["BlockCost", "Work", "calls_of", "rises_of"]
 
 _READING = 10e-3  # seconds: short blocks run several times in one reading
 _TIMES = (3, 8)  # at least, so that memory is as warm as the block before leaves it; and at most
@@ -24,29 +20,11 @@ _TIMES = (3, 8)  # at least, so that memory is as warm as the block before leave
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What a block costs in a training step.
+    """What a block costs in a training step."""
 
-    Attributes:
-        seconds: of forward and backward, one value a round.
-        forward: how memory rises in its forward; what is kept at the end is there until its backward.
-        backward: how memory rises in its backward, gradients of its own parameters included.
-    """
-
-    seconds: tuple[float, ...]
-    forward: Rise
-    backward: Rise
-
-
-def clock_for(device: torch.device) -> Callable[[], float]:
-    """Seconds: of one thread on the CPU its own time, which other programs hardly disturb; else wall time."""
-    if device.type == "cpu":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def waited() -> float:
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    return waited
+    seconds: tuple[float, ...]  # of forward and backward, one value a round
+    forward: Rise  # how memory rises in its forward; what is kept at the end is there until its backward
+    backward: Rise  # how memory rises in its backward, gradients of its own parameters included
 
 
 def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Inputs]:
@@ -74,13 +52,7 @@ def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str
 
 
 class Work:
-    """Forward and backward of one block.
-
-    Args:
-        model: holds the block; of its neighbours' gradients it is assumed that they are there already, as in a step.
-        path: of the block.
-        call: what it is called with.
-    """
+    """Forward and backward of one block of a model, whose other gradients are taken to be there, as in a step."""
 
     def __init__(self, model: nn.Module, path: str, call: Inputs) -> None:
         self._block, self._call = block_at(model, path), call
@@ -97,7 +69,7 @@ class Work:
             # Not a leaf, into which a block could not write.
             return tensor.detach().requires_grad_().clone() if tensor.requires_grad else tensor.detach()
 
-        return Inputs(*with_tensors((self._call.args, self._call.kwargs), fresh))
+        return self._call.map(fresh)
 
     def prepare(self) -> None:
         """Make inputs for a run, and let the block's own parameters have no gradients."""
@@ -149,12 +121,3 @@ def rises_of(work: Work, device: torch.device) -> tuple[Rise, Rise]:
     work.prepare()
     forward, backward = memory_rises([work.forward, work.backward], device)
     return forward, backward
-
-
-def interleaved(readings: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, tuple[float, ...]]:
-    """Take the readings in turn, A B C A B C …, so that a slow spell of the machine meets all of them."""
-    taken: dict[K, list[float]] = {name: [] for name in readings}
-    for _ in range(rounds):
-        for name, read in readings.items():
-            taken[name].append(read())
-    return {name: tuple(values) for name, values in taken.items()}

@@ -29,24 +29,17 @@ __all__ = ["Chosen", "choose"]
 _ORDER = ("block", "mixer", "light", "identity")
 """The operators from the one that keeps most of what a block does to the one that keeps nothing of it."""
 
-
 _KEPT = 2  # blocks of a chain that stay at least: its ends
 _CHECKS = 4  # plans that are run as a whole at most
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is within a budget.
+    """What is within a budget."""
 
-    Attributes:
-        operator: of the replaced blocks, with the options that the user gave it; "auto" where none need be.
-        paths: these; none where the untouched model is within it.
-        expected: what it costs.
-    """
-
-    operator: Choice
-    paths: tuple[str, ...]
-    expected: Expectation
+    operator: Choice  # of the replaced blocks, with the options that the user gave it; "auto" where none need be
+    paths: tuple[str, ...]  # these; none where the untouched model is within it
+    expected: Expectation  # what it costs
 
 
 def choose(
@@ -60,18 +53,12 @@ def choose(
 ) -> Chosen:
     """Find the mildest plan that is expected to be within a budget; `model` is left as it is.
 
-    Plans are tried in this order, and the first that fits is taken: at most every second block replaced, by `block`,
-    `mixer`, `light`, `identity`; then more of them, in the same order of operators. Of plans with one operator the one
-    with the fewest replaced blocks is taken: those that save most of what is asked for, and of equal ones such that
-    are spread over the depth.
+    It takes the first plan that fits, in this order: at most every second block replaced, by `block`, `mixer`, `light`,
+    `identity`; then more of them, in the same order of operators. For one operator it takes the fewest blocks that do:
+    those that save most of what is asked for, and of equal ones such that are spread over the depth.
 
-    Args:
-        model: untransformed, in the mode in which it is to be trained.
-        example_inputs: a batch as it is to be trained on.
-        budget: as for `replfx.transform`.
-        fusion: the same.
-        operator: the same; "auto" tries all.
-        split_at: the same.
+    The model is in the mode in which it is to be trained. Options are as for `replfx.transform`; operator "auto" tries
+    all.
 
     Raises:
         PlanError: the budget is malformed, or no plan is within it; then the message says what is possible.
@@ -81,34 +68,30 @@ def choose(
     limits = Budget.of(budget)
     check_is_whole(model)
     inputs = Inputs.of(example_inputs, model)
-    if limits.measures and inputs is None:
+    if not limits.measures:
+        inputs = None
+    elif inputs is None:
         raise CaptureError("to meet a budget of time or memory replfx needs example_inputs: steps are measured on them")
     base = faithful_copy(model) if limits.measures else structural_copy(model)
     with torch.random.fork_rng():
         found = _Found(base, example_inputs, model, fusion, split_at)
         twins, refused = found.twins(operator)
-        if limits.measures:
-            assert inputs is not None
-            costs = measured(base, inputs, found.report, twins)
-        else:
-            costs = counted(base, found.report, twins)
+        costs = counted(base, found.report, twins) if inputs is None else measured(base, inputs, found.report, twins)
+        device, given = str(next(base.parameters()).device), Choice.of(operator, "operator").options
         if costs.full.step_seconds is None and limits.needs_full:
             raise PlanError(
-                f"budget: a step of the full model does not fit {next(base.parameters()).device}, so that no share of "
-                'it is known; give {"memory": …} in bytes'
+                f"budget: a step of the full model does not fit {device}, so that no share of it is known; "
+                'give {"memory": …} in bytes'
             )
-        device, given = str(next(base.parameters()).device), Choice.of(operator, "operator").options
         search = _Search(type(model).__name__, device, limits, costs, twins, refused, given)
         chosen = search.found()
         for _ in range(_CHECKS):
-            if not chosen.paths or costs.full.step_seconds is None:
+            if not chosen.paths or inputs is None or costs.full.step_seconds is None:
                 break
-            assert inputs is not None
             whole = measured_whole(base, found.planned(chosen), inputs)
             if whole is None:
                 break
-            before = chosen
-            search = search.knowing(chosen, *whole)
+            before, search = chosen, search.knowing(chosen, *whole)
             chosen = search.found()
             if chosen.paths == before.paths:
                 break
@@ -116,14 +99,7 @@ def choose(
 
 
 class _Found:
-    """The chains of a model, from one look at it.
-
-    Args:
-        base: a copy of `model`.
-        example_inputs: the user's.
-        model: the user's.
-        fusion, split_at: as for `choose`.
-    """
+    """The chains of a model, from one look at `base`, which is a copy of it; options as for `choose`."""
 
     def __init__(
         self,
@@ -138,11 +114,7 @@ class _Found:
         self.report = describe_chains(self._chains, base)
 
     def twins(self, operator: Choosable) -> tuple[list[Twin], dict[str, str]]:
-        """The model with each operator in as many places as can be; and why others fit nowhere.
-
-        Raises:
-            NoChainError: none fits anywhere.
-        """
+        """The model with each operator in as many places as can be; and why others fit nowhere."""
         asked = Choice.of(operator, "operator")
         names = [name for name in _ORDER if name in operators] if asked.name == AUTO else [asked.name]
         twins, refused = [], dict[str, str]()
@@ -191,31 +163,18 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Search:
-    """The search for the mildest plan.
+    """The search for the mildest plan."""
 
-    Attributes:
-        model, device: names, for messages.
-        budget: what is to be met.
-        costs: of blocks and of the whole.
-        twins: the operators, the mildest first.
-        refused: operators that fit nowhere, and why.
-        given: options of the operator.
-    """
-
-    model: str
+    model: str  # its name, as the device's, for messages
     device: str
-    budget: Budget
-    costs: Costs
-    twins: Sequence[Twin]
-    refused: Mapping[str, str]
-    given: Mapping[str, object]
+    budget: Budget  # what is to be met
+    costs: Costs  # of blocks and of the whole
+    twins: Sequence[Twin]  # the operators, the mildest first
+    refused: Mapping[str, str]  # operators that fit nowhere, and why
+    given: Mapping[str, object]  # options of the operator
 
     def found(self) -> Chosen:
-        """The mildest plan within the budget.
-
-        Raises:
-            PlanError: there is none.
-        """
+        """The mildest plan within the budget; a PlanError if there is none."""
         if self._fits(self._untouched):
             return self._chosen(AUTO, (), self._untouched)
         for halved in (True, False):

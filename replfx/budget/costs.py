@@ -9,9 +9,18 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from replfx.budget.blocks import BlockCost, Work, calls_of, clock_for, interleaved, rises_of
+from replfx.budget.blocks import BlockCost, Work, calls_of, rises_of
 from replfx.errors import ReplfxError
-from replfx.measure import Training, interleaved_times, mean_of_outputs, pairwise_ratios, peak_training_bytes
+from replfx.measure import (
+    Training,
+    clock_for,
+    interleaved,
+    interleaved_times,
+    pairwise_ratios,
+    peak_training_bytes,
+    seconds_of,
+    training_on,
+)
 from replfx.modules.paths import block_at, is_region, parameters_of
 from replfx.modules.structure import block_digest
 from replfx.reports.expectation import Figures
@@ -27,52 +36,36 @@ _STEP: Key = ("", "step")
 _UPDATE: Key = ("", "update")
 _ROUNDS = (7, 41)  # timed: at least, and as many as take two seconds of whole steps
 _STATES = 2  # tensors that AdamW holds for each parameter
+_STILL = partial(torch.optim.AdamW, lr=0.0, fused=True)  # which leaves the weights where they are: costs do not care
 
 
 @dataclass(frozen=True)
 class Twin:
-    """The model with one operator in the place of every block that it can replace.
-
-    Attributes:
-        operator: its name.
-        model: shares its tensors with the model that was measured whole.
-        paths: of the blocks that it has replaced, as they run.
-        first: those of them that are to be replaced first, of which no two are neighbours.
-    """
+    """The model with one operator in the place of every block that it can replace."""
 
     operator: str
-    model: nn.Module
-    paths: Sequence[str]
-    first: Set[str]
+    model: nn.Module  # shares its tensors with the model that was measured whole
+    paths: Sequence[str]  # of the blocks that it has replaced, as they run
+    first: Set[str]  # those of them that are to be replaced first, of which no two are neighbours
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What is known of a model's costs.
+    """What is known of a model's costs."""
 
-    Attributes:
-        full: the untouched model's; without peak and time where a step of it was not measured.
-        order: the paths of all blocks of chains, as they run.
-        bytes: of the trainable parameters of the model.
-        saved: what is kept for backward outside of the blocks, in bytes.
-        steps: seconds of a whole step, one value a round; none where it does not fit the device.
-        updates: of them, those of the optimizer.
-        kinds: path → blocks of one kind have the same costs.
-        blocks: (operator, kind) → cost; the untouched block's under the operator "".
-        sizes: (operator, path) → trainable parameters, and their bytes; the untouched block's under "".
-        errors: operator → bytes of the peak, and share of the step's time, that a replaced block costs beyond what
-            its parts say, as a whole plan has shown.
-    """
-
-    full: Figures
-    order: tuple[str, ...]
-    bytes: int
-    saved: int = 0
-    steps: tuple[float, ...] = ()
-    updates: tuple[float, ...] = ()
-    kinds: Mapping[str, object] = field(default_factory=dict)
+    full: Figures  # the untouched model's; without peak and time where a step of it was not measured
+    order: tuple[str, ...]  # the paths of all blocks of chains, as they run
+    bytes: int  # of the trainable parameters of the model
+    saved: int = 0  # what is kept for backward outside of the blocks, in bytes
+    steps: tuple[float, ...] = ()  # seconds of a whole step, one value a round; none where it does not fit the device
+    updates: tuple[float, ...] = ()  # of them, those of the optimizer
+    kinds: Mapping[str, object] = field(default_factory=dict)  # path → blocks of one kind have the same costs
+    # (operator, kind) → cost; the untouched block's under the operator "".
     blocks: Mapping[Key, BlockCost] = field(default_factory=dict)
+    # (operator, path) → trainable parameters, and their bytes; the untouched block's under "".
     sizes: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    # Operator → bytes of the peak, and share of the step's time, that a replaced block costs beyond what its parts say,
+    # as a whole plan has shown.
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def planned(self, operator: str, replaced: Set[str]) -> Figures:
@@ -134,37 +127,20 @@ class Costs:
 
 
 def counted(base: nn.Module, report: Report, twins: Sequence[Twin]) -> Costs:
-    """What is known without running anything: parameters.
-
-    Args:
-        base: the user's model, or a copy of it.
-        report: of all chains of the model.
-        twins: the model with each operator.
-    """
-    trained = _trained(base.parameters())
+    """What is known without running anything: parameters. The report is of all chains of the model."""
     # A region is no module yet; its parameters are taken to be floats.
     sizes = {
-        ("", b.path): (b.parameters, 4 * b.parameters) if is_region(b.path) else _size(base, b.path)
+        ("", b.path): (b.parameters, 4 * b.parameters) if is_region(b.path) else _block_size(base, b.path)
         for b in report.blocks
     }
     for twin in twins:
-        sizes |= {(twin.operator, path): _size(twin.model, path) for path in twin.paths}
-    return Costs(
-        Figures(sum(p.numel() for p in trained)),
-        tuple(block.path for block in report.blocks),
-        sum(p.nbytes for p in trained),
-        sizes=sizes,
-    )
+        sizes |= {(twin.operator, path): _block_size(twin.model, path) for path in twin.paths}
+    count, size = _size(base.parameters())
+    return Costs(Figures(count), tuple(block.path for block in report.blocks), size, sizes=sizes)
 
 
 def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Twin]) -> Costs:
-    """The same, with time and memory.
-
-    Args:
-        base: a copy of the user's model, which trains in it.
-        inputs: a batch.
-        report: of all chains of the model.
-        twins: the model with each operator.
+    """The same, with time and memory; `base` is a copy of the user's model, as it trains on the batch.
 
     Raises:
         ReplfxError: the blocks are no modules, or a block is never called.
@@ -178,11 +154,11 @@ def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Tw
         work.warm_up(clock)
     rises = {key: rises_of(work, device) for key, work in works.items()}
     readings: dict[Key, Callable[[], float]] = {key: partial(work.seconds, clock) for key, work in works.items()}
-    training = _training(base, inputs, device)
+    training = training_on(base, inputs, _STILL)
     peak = _peak(training)
     if peak is not None:
-        readings[_STEP] = partial(_timed, training.step, clock)
-        readings[_UPDATE] = partial(_timed, training.optimizer.step, clock)
+        readings[_STEP] = partial(seconds_of, training.step, clock)
+        readings[_UPDATE] = partial(seconds_of, training.optimizer.step, clock)
     taken = interleaved(readings, _rounds(training, clock) if peak is not None else _ROUNDS[0])
     outside = costs_of(base, inputs)[1] - sum(block.saved_bytes or 0 for block in report.blocks)
     return replace(
@@ -197,22 +173,15 @@ def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Tw
 
 
 def measured_whole(base: nn.Module, planned: nn.Module, inputs: Inputs) -> tuple[int, float] | None:
-    """What a plan costs: the peak of a step, and its time as a share of the full model's step.
+    """What a plan costs: the peak of a step, and its time as a share of the step of `base`, the untouched model.
 
-    Args:
-        base: the untouched model.
-        planned: the same with its blocks replaced; it may share tensors with `base`.
-        inputs: a batch.
-
-    Returns:
-        None where the two do not fit the device together.
+    The two may share tensors. None if they do not fit the device together.
     """
-    device = next(base.parameters()).device
-    full, other = _training(base, inputs, device), _training(planned, inputs, device)
+    full, other = training_on(base, inputs, _STILL), training_on(planned, inputs, _STILL)
     try:
-        peak = peak_training_bytes(other.step, planned, other.optimizer, device)
-        steps = {name: training.step for name, training in (("full", full), ("planned", other))}
-        clock = clock_for(device)
+        peak = peak_training_bytes(other.step, planned, other.optimizer, other.device)
+        clock = clock_for(full.device)
+        steps = {"full": full.step, "planned": other.step}
         times = interleaved_times(steps, _rounds(full, clock), warmup=1, clock=clock)
     except torch.OutOfMemoryError:
         return None
@@ -245,12 +214,6 @@ def _works(base: nn.Module, inputs: Inputs, kinds: Mapping[str, object], twins: 
     return works
 
 
-def _training(base: nn.Module, inputs: Inputs, device: torch.device) -> Training:
-    """AdamW whose rate of 0 leaves the weights where they are: its costs do not depend on them."""
-    optimizer = torch.optim.AdamW(_trained(base.parameters()), lr=0.0, fused=True)
-    return Training(base, optimizer, lambda: mean_of_outputs(base, inputs.args, inputs.kwargs), device)
-
-
 def _peak(training: Training) -> int | None:
     """The peak of a whole step; None where that does not fit the device."""
     try:
@@ -262,20 +225,14 @@ def _peak(training: Training) -> int | None:
 
 def _rounds(training: Training, clock: Callable[[], float]) -> int:
     least, most = _ROUNDS
-    return min(most, max(least, int(2 / max(_timed(training.step, clock), 1e-6))))
+    return min(most, max(least, int(2 / max(seconds_of(training.step, clock), 1e-6))))
 
 
-def _timed(step: Callable[[], object], clock: Callable[[], float]) -> float:
-    start = clock()
-    step()
-    return clock() - start
+def _block_size(model: nn.Module, path: str) -> tuple[int, int]:
+    return _size(parameters_of(model, path).values())
 
 
-def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [p for p in dict.fromkeys(parameters) if p.requires_grad]
-
-
-def _size(model: nn.Module, path: str) -> tuple[int, int]:
-    """A block's trainable parameters and their bytes."""
-    trained = _trained(parameters_of(model, path).values())
+def _size(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """How many of them are trainable, each counted once, and their bytes."""
+    trained = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     return sum(p.numel() for p in trained), sum(p.nbytes for p in trained)

@@ -16,15 +16,10 @@ __all__ = ["Candidate", "Candidates", "is_layer"]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A call that may be a block: it has weights to fuse, runs once, and gives its result through its output alone.
+    """A call that may be a block: it has weights to fuse, runs once, and gives its result through its output alone."""
 
-    Attributes:
-        call: its place in the graph; of a window, from the first member to the last.
-        module: the module; of a window, an `nn.Sequential` of the members.
-    """
-
-    call: ModuleCall
-    module: nn.Module
+    call: ModuleCall  # its place in the graph; of a window, from the first member to the last
+    module: nn.Module  # the module; of a window, an `nn.Sequential` of the members
 
     @property
     def path(self) -> str:
@@ -41,25 +36,21 @@ class Candidates:
         refused: paths of calls that would be candidates but for the reason given.
     """
 
-    def __init__(self, info: CaptureInfo, graph: fx.Graph) -> None:
+    def __init__(self, info: CaptureInfo) -> None:
         self.info = info
         self.modules = dict(info.root.named_modules(remove_duplicate=False))
         self.counts = Counter(call.path for call in info.calls)
         self.refused: dict[str, str] = {}
 
     def blocks(self) -> list[Candidate]:
-        """Calls of modules, outer ones before those inside them; torch.nn's layers alone are no blocks."""
-        found = []
+        """Calls of modules; torch.nn's layers alone are no blocks."""
+        found: list[Candidate] = []
         for call in self.info.calls:
             module = self.modules.get(call.path)
             if module is None or not call.path or is_layer(module) or not _has_weights(module):
                 continue
-            reason = self._unfit(call, module)
-            if reason is None:
-                found.append(Candidate(call, module))
-            else:
-                self.refused[call.path] = reason
-        return sorted(found, key=lambda candidate: (candidate.call.start, -candidate.call.stop))
+            found += self._fit(call, module)
+        return sorted(found, key=_begin)
 
     def windows(self) -> list[Candidate]:
         """Runs of siblings in a container, from one layer with weights to before the next one."""
@@ -70,12 +61,12 @@ class Candidates:
                 children = [f"{parent}.{name}" if parent else name for name in module._modules]
                 for start, stop in self._spans(children, calls):
                     found += self._window(parent, children, start, stop, calls)
-        return sorted(found, key=lambda candidate: (candidate.call.start, -candidate.call.stop))
+        return sorted(found, key=_begin)
 
     # ---- windows
 
     def _spans(self, children: list[str], calls: dict[str, ModuleCall]) -> Iterator[tuple[int, int]]:
-        """From each layer with weights as far as the siblings only take each other's output and keep its shape."""
+        """Start and stop of each window: a layer with weights, and siblings that take its output and keep the shape."""
         position = 0
         while position < len(children):
             start, position = position, position + 1
@@ -102,18 +93,21 @@ class Candidates:
 
     def _window(
         self, parent: str, children: list[str], start: int, stop: int, calls: dict[str, ModuleCall]
-    ) -> Iterator[Candidate]:
+    ) -> list[Candidate]:
         first, last = calls[children[start]], calls[children[stop - 1]]
         path = children[start] if stop == start + 1 else window_path(parent, start, stop)
         call = replace(first, path=path, stop=last.stop, output=last.output)
-        module = block_at(self.info.root, path)
-        reason = self._unfit(call, module)
-        if reason is None:
-            yield Candidate(call, module)
-        else:
-            self.refused[path] = reason
+        return self._fit(call, block_at(self.info.root, path))
 
     # ---- what disqualifies
+
+    def _fit(self, call: ModuleCall, module: nn.Module) -> list[Candidate]:
+        """The candidate that a call is, if nothing disqualifies it."""
+        reason = self._unfit(call, module)
+        if reason is None:
+            return [Candidate(call, module)]
+        self.refused[call.path] = reason
+        return []
 
     def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
         if self.counts[call.path] > 1:
@@ -137,6 +131,11 @@ class Candidates:
                 if outer not in region and outer not in arguments and outer.op != "get_attr" and not _is_flag(outer):
                     return f"it reads `{outer.name}`, which is not among its arguments"
         return None
+
+
+def _begin(candidate: Candidate) -> tuple[int, int]:
+    """Sorts candidates as they begin, outer ones before those inside them."""
+    return candidate.call.start, -candidate.call.stop
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -7,37 +7,32 @@ from replfx.operators import Site
 from replfx.regions.region import Region
 from replfx.tracing import CaptureInfo, ModuleCall
 
-__all__ = ["SHORTEST", "Block", "Chain", "Chains"]
+__all__ = ["SHORTEST", "Block", "Chain", "Chains", "some"]
 
 SHORTEST = 3  # a replaced block and a kept one on each side
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block of a chain.
+    """One block of a chain."""
 
-    Attributes:
-        call: its place in the graph.
-        site: what an operator may know of it.
-        new_stage: it is unlike the block before, and something lies between the two.
-        shape_change: how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not.
-        fixed: why it must stay, though its neighbours may be made from it: it is frozen, or tied.
-        unlike: why it cannot be made from its neighbours.
-        region: the piece of the graph that it is, where it is no module.
-    """
-
-    call: ModuleCall
-    site: Site
-    new_stage: bool = False
-    shape_change: str | None = None
-    fixed: str | None = None
-    unlike: str | None = None
-    region: Region | None = None
+    call: ModuleCall  # its place in the graph
+    site: Site  # what an operator may know of it
+    new_stage: bool = False  # it is unlike the block before, and something lies between the two
+    shape_change: str | None = None  # how it changes its activation's shape ("(8, 16) → (8, 32)"), None if it does not
+    fixed: str | None = None  # why it must stay, though its neighbours may be made from it: it is frozen, or tied
+    unlike: str | None = None  # why it cannot be made from its neighbours
+    region: Region | None = None  # the piece of the graph that it is, where it is no module
 
     @property
     def obstacle(self) -> str | None:
         """Why it cannot be replaced, None if it can."""
         return self.fixed or self.unlike
+
+    @property
+    def changing(self) -> str | None:
+        """That it changes its activation's shape, as a reason; None if it does not."""
+        return None if self.shape_change is None else f"it changes the shape of its activation: {self.shape_change}"
 
     @property
     def path(self) -> str:
@@ -47,14 +42,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks of one family, each of which works on what the one before gave, in the order in which they run.
-
-    Attributes:
-        blocks: these.
-        before, after: where a chain was cut because a pipeline stage begins there, the block beyond the cut.
-    """
+    """Blocks of one family, each of which works on what the one before gave, in the order in which they run."""
 
     blocks: tuple[Block, ...]
+    # The blocks beyond its ends, where a chain was cut because a pipeline stage begins there.
     before: str | None = None
     after: str | None = None
 
@@ -88,9 +79,9 @@ class Chain:
     def numbers(self, k: int) -> list[int]:
         """The blocks' numbers, by which `every=k` chooses.
 
-        Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. Where that
-        leaves nothing (stages of one block, a change of shape in every block) they are counted through; and where all
-        of these have to stay, the next one that need not takes its place.
+        Blocks are counted from 1, anew from each block that changes the shape or begins a new stage. If that chooses
+        nothing (stages of one block, a change of shape in every block), they are counted through. If all of these
+        have to stay too, the next block that need not stay takes the place of each.
         """
         allowed = set(self.steady())
         stages: list[int] = []
@@ -123,7 +114,7 @@ class Chain:
     def keep(self, wanted: int | float) -> list[int]:
         """The positions that `keep=wanted` replaces: all but that number or share of blocks, first and last kept.
 
-        What else is kept is spread so that the rows of replaced blocks are as short as can be.
+        The other kept blocks are spread so that the rows of replaced ones are as short as can be.
         """
         count = wanted if isinstance(wanted, int) else round(wanted * len(self.blocks))
         rows = _rows(self.steady())
@@ -152,19 +143,19 @@ def _rows(positions: Sequence[int]) -> list[list[int]]:
     return rows
 
 
+def some(paths: Sequence[str], most: int = 12) -> str:
+    """The first of these paths, for a message."""
+    more = f", … ({len(paths) - most} more)" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
+
+
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """What was found in a captured model.
-
-    Attributes:
-        capture: of which capture.
-        chains: all chains of three blocks and more, in the order in which they run.
-        refused: blocks that are in no chain, with the reason.
-    """
+    """What was found in a captured model."""
 
     capture: CaptureInfo
-    chains: list[Chain]
-    refused: Mapping[str, str]
+    chains: list[Chain]  # all chains of three blocks and more, in the order in which they run
+    refused: Mapping[str, str]  # blocks that are in no chain, with the reason
 
     @property
     def blocks(self) -> dict[str, Block]:

@@ -26,7 +26,7 @@ def effects_of(call: ModuleCall, nodes: Set[fx.Node], activation: fx.Node) -> tu
 
     Returns:
         The caches to which keys and values made of the activation are appended, that are as long as it; and whether
-        anything else is put into an object, or what is put there is read by others than who called the model.
+        the call puts anything else into an object, or others than who called the model read what it puts there.
     """
     parts: dict[Place, dict[object, fx.Node]] = defaultdict(dict)
     others = any(not _is_given_back(node, nodes) for node in call.filled.values())

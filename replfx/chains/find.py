@@ -32,9 +32,9 @@ def find_chains(graph_module: fx.GraphModule) -> Chains:
 
     Blocks are of one family when their modules are of one class. Two of them follow each other when the later
     one's input descends from the earlier one's output and at least half of its weights have a counterpart
-    there (`replfx.fusion.pairing`). Where chains nest (blocks in stages), the level is taken that lets most
-    parameters be replaced. Where no module is a block, windows of siblings are tried ([Conv, BN, ReLU] × n), and
-    where there are none, regions of the graph that repeat (`replfx.regions.find`).
+    there (`replfx.fusion.pairing`). Of nested chains (blocks in stages) the search keeps the level that lets most
+    parameters be replaced. It tries windows of siblings ([Conv, BN, ReLU] × n) where no module is a block, and regions
+    of the graph that repeat (`replfx.regions.find`) where there are no windows either.
     """
     return _Search(graph_module).run()
 
@@ -47,9 +47,7 @@ class _Search:
         self.info = info_of(graph_module)
         self.root = self.info.root
         self.traced = self.info.tracer == "dynamo"  # without modules to swap: blocks are regions of the graph
-        self.candidates = (
-            TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info, graph_module.graph)
-        )
+        self.candidates = TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info)
         self.positions = {node: position for position, node in enumerate(self.info.nodes)}
         self.kinds = _Kinds()
         self.owners: dict[int, list[str]] = defaultdict(list)
@@ -244,16 +242,12 @@ def _shape_change(site: Site, alike: bool) -> str | None:
 
 
 def _steady_if_any(chains: list[Chain], dropped: dict[str, str]) -> list[Chain]:
-    """Without the chains all of whose blocks change the shape of their activation, if there are others."""
+    """Drop the chains all of whose blocks change the shape of their activation, if there are others."""
     steady = [chain for chain in chains if any(chain.blocks[i].shape_change is None for i in chain.replaceable())]
     for chain in chains if steady else ():
         if chain not in steady and chain.replaceable():
-            dropped.update({block.path: _changing(block) or _at_the_end(block, chain) for block in chain.blocks})
+            dropped.update({block.path: block.changing or _at_the_end(block, chain) for block in chain.blocks})
     return [chain for chain in chains if chain in steady or not chain.replaceable()] if steady else chains
-
-
-def _changing(block: Block) -> str | None:
-    return None if block.shape_change is None else f"it changes the shape of its activation: {block.shape_change}"
 
 
 def _at_the_end(block: Block, chain: Chain) -> str:
@@ -266,9 +260,9 @@ def _at_the_end(block: Block, chain: Chain) -> str:
 
 
 def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
-    """Of chains that lie inside each other's blocks, keep the level that lets most be replaced.
+    """Keep one level of chains that lie inside each other's blocks: the one that lets most be replaced.
 
-    Where that is the outer one, what the inner chain has outside of its blocks stays a chain.
+    If that is the outer one, the parts of the inner chain outside of its blocks stay chains.
     """
     kept: dict[str, Chain] = {}  # by the path of the first block
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept that have blocks within it

@@ -33,11 +33,7 @@ def paths_of(
 ) -> Iterator[Path]:
     """Disjoint longest paths through candidates of one family, each of two candidates at least.
 
-    Args:
-        candidates: in the order in which they begin.
-        nodes: the graph's nodes in the order in which they run.
-        families: the family of each candidate.
-        likeness: how alike two candidates are, from 0 (no link) to 1.
+    Candidates are in the order in which they begin; `likeness` of two of them is from 0 (no link) to 1.
     """
     import networkx as nx  # a fifth of a second, which `import replfx` does without
 
@@ -75,7 +71,7 @@ def _links(
 
 
 class _Origins:
-    """From which candidates of each family every node's value descends."""
+    """The candidates of each family that every node's value descends from."""
 
     def __init__(self, candidates: Sequence[Candidate], families: Sequence[Hashable]) -> None:
         self._given: dict[fx.Node, dict[Hashable, _Origin]] = defaultdict(dict)

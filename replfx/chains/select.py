@@ -4,7 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from replfx.chains.chain import SHORTEST, Chain, Chains
+from replfx.chains.chain import SHORTEST, Chain, Chains, some
 from replfx.chains.policy import RULES, Policy
 from replfx.chains.stages import cut_chains
 from replfx.errors import FusionError, PlanError
@@ -27,26 +27,17 @@ NOT_SELECTED = "select does not name it"
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a policy makes of the chains of a model.
+    """What a policy makes of the chains of a model."""
 
-    Attributes:
-        plan: which blocks are replaced, and how; empty if `nothing` says why.
-        kept: blocks of a chain that are not replaced, with the reason.
-        refused: blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does
-            not fit.
-        nothing: why nothing is replaced; None if something is.
-    """
-
-    plan: Plan
-    kept: Mapping[str, str]
+    plan: Plan  # which blocks are replaced, and how; empty if `nothing` says why
+    kept: Mapping[str, str]  # blocks of a chain that are not replaced, with the reason
+    # Blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does not fit.
     refused: Mapping[str, str]
-    nothing: str | None = None
+    nothing: str | None = None  # why nothing is replaced; None if something is
 
 
 def select(found: Chains, policy: Policy) -> Selection:
     """Choose which blocks of each chain are replaced.
-
-    A replaced block is made from the nearest kept block on each side.
 
     Raises:
         PlanError: a block that the policy names cannot be replaced.
@@ -67,15 +58,11 @@ def select(found: Chains, policy: Policy) -> Selection:
 
 
 class _Chooser:
-    """One policy at work on one chain after the other.
-
-    Args:
-        policy: what is asked for.
-        refused: blocks that cannot be replaced, with the reason; those that the operator does not fit join them.
-    """
+    """One policy at work on one chain after the other; blocks that the operator does not fit join `refused`."""
 
     def __init__(self, policy: Policy, refused: dict[str, str]) -> None:
         self.policy, self.refused = policy, refused
+        self.name, self.operator = policy.operator.name, operators[policy.operator.name]
         self._twins: dict[Hashable, Match] = {}
 
     def positions(self, chain: Chain) -> list[int]:
@@ -90,8 +77,8 @@ class _Chooser:
     def replace(self, chain: Chain, positions: Sequence[int]) -> list[Replacement]:
         """Replace those of the blocks that the operator fits; one that it does not fit stays, and others read it."""
         chosen, matches = set(positions), dict[int, Match]()
-        for i in positions:
-            if operators[self.policy.operator.name].needs_neighbours:
+        if self.operator.needs_neighbours:
+            for i in positions:
                 _check_neighbours(chain, i, chosen)
         while unjudged := sorted(chosen - matches.keys()):
             i = unjudged[0]
@@ -99,11 +86,10 @@ class _Chooser:
             if match:
                 matches[i] = match
                 continue
-            self.refused[chain.blocks[i].path] = (
-                f"operator {self.policy.operator.name!r} does not fit it: {match.reason}"
-            )
+            path, why = chain.paths[i], f"operator {self.name!r} does not fit it: {match.reason}"
             if self.policy.select is not None:
-                raise FusionError(f"`{chain.blocks[i].path}`: {self.refused[chain.blocks[i].path]}")
+                raise FusionError(f"`{path}`: {why}")
+            self.refused[path] = why
             left = chosen - {i}
             matches = {j: m for j, m in matches.items() if _sides(chain, j, left) == _sides(chain, j, chosen)}
             chosen = left
@@ -112,17 +98,16 @@ class _Chooser:
     def _match(self, chain: Chain, position: int, chosen: Set[int]) -> Match:
         """Whether the operator fits a block beside those that stay; of twins one is measured."""
         block, site = chain.blocks[position], _site(chain, position, chosen)
-        operator = operators[self.policy.operator.name]
-        if operator.needs_neighbours:
+        if self.operator.needs_neighbours:
             sides = [chain.blocks[side] for side in _sides(chain, position, chosen)]
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
-        key = twin_key(site) if operator.matches_by_structure else None
+        key = twin_key(site) if self.operator.matches_by_structure else None
         if key is not None and key in self._twins:
             return self._twins[key]
-        match = operator.match(site) if site.shape or self.policy.operator.name != "identity" else _unmeasured(site)
-        if match and self.policy.operator.name == "identity" and block.shape_change is not None:
-            return Match(reason=f"it changes the shape of its activation: {block.shape_change}")
+        match = self.operator.match(site) if site.shape or self.name != "identity" else _unmeasured(site)
+        if match and self.name == "identity" and block.changing:
+            return Match(reason=block.changing)
         if match and key is not None:  # a refusal names nodes of its own
             self._twins[key] = match
         return match
@@ -143,12 +128,12 @@ class _Chooser:
 
     def _rule(self, chain: Chain, position: int) -> str:
         block, end = chain.blocks[position], chain.end(position)
-        if end is not None and (self.policy.select is None or operators[self.policy.operator.name].needs_neighbours):
+        if end is not None and (self.policy.select is None or self.operator.needs_neighbours):
             return end
         if self.policy.select is not None:
             return NOT_SELECTED
-        if block.shape_change is not None:
-            return f"it changes the shape of its activation: {block.shape_change}"
+        if block.changing:
+            return block.changing
         if self.policy.fraction is not None:
             return f"fraction={self.policy.fraction} leaves it"
         if self.policy.every is None:
@@ -157,10 +142,10 @@ class _Chooser:
         return f"every={self.policy.every} leaves it: it is number {number} in its stage"
 
     def _replacement(self, chain: Chain, position: int, chosen: Set[int], match: Match) -> Replacement:
-        site = _site(chain, position, chosen)
+        site = chain.blocks[position].site
         sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
         fusion = self.policy.fusion
-        if operators[self.policy.operator.name].needs_neighbours:
+        if self.operator.needs_neighbours:
             before, after = _sides(chain, position, chosen)
             fusion = _by_distance(fusion, position - before, after - position)
             neighbours = (chain.blocks[side] for side in (before, after))
@@ -171,7 +156,7 @@ class _Chooser:
             previous=previous,
             next=next,
             fusion=fusion,
-            operator=Choice(self.policy.operator.name, {**match.options, **self.policy.operator.options}),
+            operator=Choice(self.name, {**match.options, **self.policy.operator.options}),
             interface=site.interface,
             kind=block_digest(site.block),
             previous_kind=previous_kind,
@@ -207,7 +192,7 @@ def _site(chain: Chain, position: int, chosen: Set[int]) -> Site:
 
 
 def _unmeasured(site: Site) -> Match:
-    """Without example inputs nobody knows that a block keeps the shape of its activation, unless it must."""
+    """The match without example inputs: only a residual block is known to keep the shape of its activation."""
     if is_residual(site):
         return operators["identity"].match(site)
     return Match(reason="whether it keeps its activation's shape is not known without example_inputs")
@@ -235,8 +220,8 @@ def _no_match(glob: str, in_chain: list[str], found: Chains) -> str:
         return f"`{glob}` cannot be replaced: {found.refused[glob]}"
     modules = [p for p, _ in found.capture.root.named_modules() if p and fnmatchcase(p, glob)]
     if modules:
-        return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {_some(in_chain)}"
-    return f"select={glob!r} matches nothing; blocks that are in a chain: {_some(in_chain)}"
+        return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {some(in_chain)}"
+    return f"select={glob!r} matches nothing; blocks that are in a chain: {some(in_chain)}"
 
 
 def _selected(wanted: set[str], chain: Chain) -> list[int]:
@@ -250,25 +235,16 @@ def _selected(wanted: set[str], chain: Chain) -> list[int]:
 def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
     """A replaced block needs a kept one on each side."""
     before, after = _sides(chain, position, positions)
-    if before < 0 or after >= len(chain.blocks):
-        raise PlanError(_lonely(chain, position, positions))
-
-
-# ---- messages
-
-
-def _some(paths: Sequence[str], most: int = 12) -> str:
-    more = f", … ({len(paths) - most} more)" if len(paths) > most else ""
-    return ", ".join(paths[:most]) + more
-
-
-def _lonely(chain: Chain, position: int, positions: Set[int]) -> str:
-    path, (before, _) = chain.paths[position], _sides(chain, position, positions)
+    if before >= 0 and after < len(chain.blocks):
+        return
     end = 0 if before < 0 else len(chain.blocks) - 1
     why = chain.end(end)
     if end != position:
         why = f"`{chain.paths[end]}` is to be replaced too, and {why}"
-    return f"`{path}` has no kept block on each side: {why}; select others, or use every="
+    raise PlanError(f"`{chain.paths[position]}` has no kept block on each side: {why}; select others, or use every=")
+
+
+# ---- messages
 
 
 def _no_chain(found: Chains) -> str:

@@ -70,9 +70,8 @@ def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, 
     """
     inputs, outputs = input_slots(call), output_slots(call)
     filled = list(dict.fromkeys(slot for _, slot in entered if slot in inputs)) or list(inputs)[:1]
-    changed = {
-        slot for _, slot in left
-    }  # what it only hands on, as a bias that the first block makes, is no activation
+    # A value that it only hands on, as a bias that the first block makes, is no activation.
+    changed = {slot for _, slot in left}
     slots = (filled[0], *(slot for slot in filled[1:] if slot in changed))
     carried = {outputs[out]: slot if slot in slots else slots[0] for out, slot in reversed(left) if out in outputs}
     handed = {same_value(node): slot for slot, node in inputs.items()}

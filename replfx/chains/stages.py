@@ -4,18 +4,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import groupby
 
-from replfx.chains.chain import Chain, Chains
+from replfx.chains.chain import Chain, Chains, some
 from replfx.errors import PlanError
 
 __all__ = ["cut_chains"]
 
 
 def cut_chains(found: Chains, split_at: Sequence[str]) -> list[Chain]:
-    """The chains, each cut where a pipeline stage begins.
-
-    Args:
-        found: the chains of a capture; they stay as they are.
-        split_at: paths of the modules or blocks with which a stage begins.
+    """The chains, each cut at the modules or blocks with which a pipeline stage begins.
 
     Raises:
         PlanError: a path is not in the model, is not called once, or lies inside of a block.
@@ -45,8 +41,7 @@ def _position(found: Chains, path: str) -> int:
     if path in blocks:
         return blocks[path].call.start
     starts = [call.start for call in info.calls if call.path == path]
-    some = ", ".join(list(blocks)[:12]) + (", …" if len(blocks) > 12 else "")
-    advice = f"give paths of modules with which a pipeline stage begins; blocks are: {some}"
+    advice = f"give paths of modules with which a pipeline stage begins; blocks are: {some(list(blocks))}"
     if len(starts) == 1 and path:
         return starts[0]
     if path not in dict(info.root.named_modules(remove_duplicate=False)) or not path:

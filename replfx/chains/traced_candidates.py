@@ -21,14 +21,13 @@ class TracedCandidates(Candidates):
     """Looks for candidates among the stand-ins of one graph by Dynamo."""
 
     def __init__(self, info: CaptureInfo, graph_module: fx.GraphModule) -> None:
-        super().__init__(info, graph_module.graph)
+        super().__init__(info)
         self._stream = Stream(graph_module)
 
     def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
-        return super()._unfit(call, module) or self._unfit_region(call, module)
-
-    def _unfit_region(self, call: ModuleCall, module: nn.Module) -> str | None:
-        """Why the call's nodes can't be a region of the graph."""
+        """Also why the call's nodes cannot be a region of the graph."""
+        if reason := super()._unfit(call, module):
+            return reason
         nodes = [node for node in self.info.nodes[call.start : call.stop] if node.op != "get_attr"]
         inside = set(nodes)
         read = [n for n in nodes_in(call.output) if any(u not in inside and u.op != "output" for u in n.users)]

@@ -23,8 +23,7 @@ def why_not(
 
     Args:
         modules: the model's modules by path.
-        difference: names the first thing for which the modules at two paths cannot follow each other in a chain;
-            None if they can.
+        difference: why the modules at two paths cannot follow each other in a chain; None if they can.
         counts: how often each path was called.
         refused: reasons that are known already.
         in_chain: the paths of all blocks that are in a chain.

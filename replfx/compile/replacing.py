@@ -23,13 +23,14 @@ from replfx.compile.watching import CompiledCalls, Watch, module_named, root_nam
 from replfx.dynamo.nodes import path_in_model, source_of
 from replfx.dynamo.own_parameters import Owned, own_parameters
 from replfx.errors import CompileError, ReplfxError
+from replfx.live import fusion_layers
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
 from replfx.passes.pipeline import run_passes
 from replfx.plans import Plan, Replacement
 from replfx.regions.region import Region
 from replfx.rewrite.build import insertion
-from replfx.rewrite.state import fusion_layers, plans_in
+from replfx.rewrite.state import plans_in
 
 __all__ = ["ReplacingBackend"]
 

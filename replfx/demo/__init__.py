@@ -11,9 +11,7 @@ from pathlib import Path
 
 from replfx.errors import ReplfxError
 
-__all__ = ["add_arguments", "run"]
-
-NEEDED = {"matplotlib": "matplotlib"}
+__all__ = ["add_arguments", "positive", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,26 +23,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on this file, or on all files of this folder (default: the sources of Python's standard library)",
     )
     parser.add_argument("--out", type=Path, default=Path("replfx-demo"), metavar="DIR", help="where the results go")
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each variant (3)")
-    parser.add_argument("--steps", type=_positive, default=2500, metavar="N", help="optimizer steps a run (2500)")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads (1)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each variant (3)")
+    parser.add_argument("--steps", type=positive, default=2500, metavar="N", help="optimizer steps a run (2500)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps: does it run at all?")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; the files are written too")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
+def positive(text: str) -> int:
+    """Read an option that is a number of things."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return number
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo with parsed options; returns the exit status."""
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise ReplfxError(f"the demo needs {', '.join(missing)}: pip install 'replfx[demo]'")
+    if find_spec("matplotlib") is None:
+        raise ReplfxError("the demo needs matplotlib: pip install 'replfx[demo]'")
     from replfx.demo import main
 
     return main.run(args)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(record, indent=2))
     else:
         console.print(results.table(rows, text.name, steps))
-    for path in results.write(rows, record, args.out):
+    for path in results.write(rows, record, text.name, args.out):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 

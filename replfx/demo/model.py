@@ -41,7 +41,6 @@ class GPT(nn.Module):
         tied: the embedding of the tokens is the head too.
         scaled: initial weights as GPT-2's: of deviation 0.02, or 0.03 below a width of 64, and at the end of each
             branch divided by the root of the number of branches (Radford et al. 2019, section 2.3).
-
     """
 
     def __init__(

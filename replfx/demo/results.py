@@ -89,14 +89,12 @@ def record(rows: Sequence[Row], config: Mapping[str, object], environment: Mappi
     }
 
 
-def write(rows: Sequence[Row], record: Mapping[str, object], folder: Path) -> list[Path]:
+def write(rows: Sequence[Row], record: Mapping[str, object], name: str, folder: Path) -> list[Path]:
     """Write ``demo.json`` and ``demo.png`` to the folder; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     data, picture = folder / "demo.json", folder / "demo.png"
     data.write_text(json.dumps(record, indent=2) + "\n")
-    config = record["config"]
-    assert isinstance(config, Mapping)
-    _plot(rows, str(config["text"]), picture)
+    _plot(rows, name, picture)
     return [data, picture]
 
 

@@ -20,14 +20,10 @@ _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes to judge by, each (N,) uint8.
+    """Bytes to train on and bytes to judge by, each (N,) uint8."""
 
-    Attributes:
-        name: what it is, for titles.
-        train, held_out: no file is in both.
-    """
-
-    name: str
+    name: str  # what it is, for titles
+    # train, held_out: no file is in both.
     train: Tensor
     held_out: Tensor
 
@@ -50,7 +46,6 @@ def load(path: Path | None) -> Text:
 
     Raises:
         ReplfxError: there is no such path, or too little text in it.
-
     """
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])

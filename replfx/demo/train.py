@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 import replfx
 from replfx.demo.model import GPT
 from replfx.demo.text import CONTEXT, Text
-from replfx.measure import Training, trainable_parameters
+from replfx.measure import Training, clock_for, trainable_parameters
 
 BATCH, WIDTH, DEPTH, HEADS = 16, 32, 12, 2
 
@@ -55,20 +54,14 @@ VARIANTS = (
 
 @dataclass
 class Run:
-    """What came of one run.
+    """What came of one run."""
 
-    Attributes:
-        parameters: trainable ones at the start and at the end.
-        steps, seconds, losses: at each evaluation the steps taken, the training time until then, and the held-out loss
-            in nats a byte.
-        switched: the training time at which blocks were unrolled.
-    """
-
-    parameters: tuple[int, int]
+    parameters: tuple[int, int]  # trainable ones at the start and at the end
+    # At each evaluation: the steps taken, the training time until then, and the held-out loss in nats a byte.
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    switched: float | None = None
+    switched: float | None = None  # the training time at which blocks were unrolled
 
 
 def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -105,16 +98,16 @@ def train(
         unrolls = replfx.Schedule(model, optimizer, unroll_at=variant.unroll_at, total_steps=steps)
     generator, held_out = torch.Generator().manual_seed(seed), text.windows().to(device)
     before, marks = trainable_parameters(model), {max(1, steps * k // 12) for k in range(1, 13)}
-    run, seconds = Run((before, before)), 0.0
+    run, seconds, clock = Run((before, before)), 0.0, clock_for(device)
     for step in range(1, steps + 1):
-        started = _clock(device)
+        started = clock()
         optimizer.zero_grad()
         loss_of(model, text.batch(BATCH, generator).to(device)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rates.step()
         unrolled = unrolls.step() if unrolls is not None else []
-        seconds += _clock(device) - started
+        seconds += clock() - started
         if unrolled:
             run.switched = seconds
         if step in marks:
@@ -124,15 +117,6 @@ def train(
         on_step()
     run.parameters = (before, trainable_parameters(model))
     return run
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds: of one thread on the CPU its own time, which other programs hardly disturb; else wall time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
 
 
 @torch.no_grad()

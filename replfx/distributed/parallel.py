@@ -32,10 +32,10 @@ def parallelize_module(
 ) -> nn.Module:
     """`torch.distributed.tensor.parallel.parallelize_module`, for models with replaced blocks.
 
-    The plan is the one for the untransformed model. In a replaced block whose operator is `block` each layer gets its
+    The plan is the one for the untransformed model. Under operator `block` each layer of a replaced block gets its
     style: its synthesised weight then lies as the neighbours' lie, is used so, and is never gathered. Any other
     operator gathers its synthesised weights, and computes on every process what the block's own activation is there:
-    all of it, or with a `SequenceParallel()` among the block's styles a part.
+    all of it, or a part if a `SequenceParallel()` is among the block's styles.
 
     Call it after `replfx.transform` and before `fully_shard`.
 

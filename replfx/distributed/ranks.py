@@ -20,8 +20,8 @@ def check_ranks(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> N
     """Make sure that all ranks have transformed the model by the same plan; call it on every rank.
 
     DistributedDataParallel compares the shapes of parameters alone: ranks that deleted different blocks, or let other
-    parts of the gradient through, would train, and mix up their weights. What is compared here is the plans, whatever
-    wraps the model. One rank alone, or no process group at all, is always in agreement.
+    parts of the gradient through, would train, and mix up their weights. This compares the plans, whatever wraps the
+    model. One rank alone, or no process group at all, is always in agreement.
 
     Args:
         model: transformed or not, wrapped (DDP, FSDP, torch.compile) or not yet.
@@ -35,11 +35,9 @@ def check_ranks(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> N
         >>> replfx.check_ranks(model)
         >>> model = DistributedDataParallel(model)
     """
-    if not is_distributed():
+    if not is_distributed() or dist.get_rank(group) < 0:
         return
-    if dist.get_rank(group) < 0:
-        return
-    # What is no module is a difference too: a rank that raised before the others have heard of it would hang them.
+    # Something else than a module is a difference too: a rank that raised before the others know would hang them.
     plans: list[Plan] | None = plans_in(model) if isinstance(model, nn.Module) else None
     text = repr(None if plans is None else [plan.to_json() for plan in plans])
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)

@@ -33,11 +33,7 @@ class Unroll(Callback):
         >>> trainer.fit(module, loader)
     """
 
-    def __init__(
-        self,
-        unroll_at: UnrollAt = 0.8,
-        example_inputs: ExampleInputs | None = None,
-    ) -> None:
+    def __init__(self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None) -> None:
         self.unroll_at, self.example_inputs = unroll_at, example_inputs
         self.schedule: Schedule | None = None
 

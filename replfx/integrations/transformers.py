@@ -31,11 +31,7 @@ class Unroll(TrainerCallback):
         >>> trainer.train()
     """
 
-    def __init__(
-        self,
-        unroll_at: UnrollAt = 0.8,
-        example_inputs: ExampleInputs | None = None,
-    ) -> None:
+    def __init__(self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None) -> None:
         self.unroll_at, self.example_inputs = unroll_at, example_inputs
         self.schedule: Schedule | None = None
         self._max_steps = 0

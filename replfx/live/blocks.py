@@ -9,33 +9,27 @@ from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
 from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
-from replfx.live.graphs import bring_to_life, calls_synthesis, settle_graph
+from replfx.live.graphs import bring_to_life, settle_graph
 from replfx.live.synthesis import Synthesis
 from replfx.modules.tree import tensors_in
 
-__all__ = ["Slot", "Snapshot", "owners_of", "replace_block", "settle_block", "slots_of", "strip_block"]
+__all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_block"]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a block reads a parameter.
+class _Slot:
+    """Where a block reads a parameter."""
 
-    Attributes:
-        owner: the module that has it.
-        leaf: its name there.
-        name: its first name in the block.
-    """
-
-    owner: nn.Module
-    leaf: str
-    name: str
+    owner: nn.Module  # the module that has it
+    leaf: str  # its name there
+    name: str  # its first name in the block
 
 
-def slots_of(block: nn.Module, names: Mapping[str, object]) -> list[Slot]:
+def _slots_of(block: nn.Module, names: Mapping[str, object]) -> list[_Slot]:
     """All places in `block` of these parameters of its; a tied one has several."""
     known = {id(block.get_parameter(name)): name for name in names}
     return [
-        Slot(owner, leaf, known[id(parameter)])
+        _Slot(owner, leaf, known[id(parameter)])
         for owner in block.modules()
         for leaf, parameter in owner._parameters.items()
         if parameter is not None and id(parameter) in known
@@ -57,7 +51,7 @@ def replace_block(block: nn.Module, synthesis: Synthesis, holder: nn.Module | No
     if SUBMODULE in holder._modules or hasattr(holder, SUBMODULE):
         raise FusionError(f"it has an attribute `{SUBMODULE}` already, where replacing puts its coefficients")
     operator = synthesis.operator
-    slots = slots_of(block, operator.sources)
+    slots = _slots_of(block, operator.sources)
     _refuse_second_lists(block, slots)
     synthesis.marks = {slot.name: dict(vars(slot.owner._parameters[slot.leaf])) for slot in slots}
     of_graph = _read_by_graph(block, operator.sources)
@@ -84,14 +78,7 @@ def strip_block(block: nn.Module, synthesis: Synthesis) -> None:
 
 
 def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
-    """Give a replaced block weights of its own, and take away what replacing added; in place.
-
-    Args:
-        holder: has the synthesis.
-        synthesis: its own.
-        model: holds all modules of the block.
-        theta: the weights by name.
-    """
+    """Give a replaced block the weights `theta` as its own, and take away what replacing added; in place."""
     values = {name: nn.Parameter(tensor) for name, tensor in theta.items()}
     for name, value in values.items():
         vars(value).update(synthesis.marks.get(name, {}))
@@ -99,8 +86,7 @@ def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, thet
         settle_down(owner, {leaf: values[name] for leaf, name in links_of(owner).items()})
     del holder._modules[SUBMODULE]
     if isinstance(holder, fx.GraphModule):
-        used = {str(node.args[0]) for node in holder.graph.nodes if calls_synthesis(node)}
-        settle_graph(holder, {name: values[name] for name in used})
+        settle_graph(holder, values)
     else:
         settle_down(holder, {})
 
@@ -111,11 +97,7 @@ def owners_of(model: nn.Module, synthesis: Synthesis) -> Iterator[nn.Module]:
 
 
 def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
-    """Which of these parameters a block that is a graph reads itself.
-
-    Raises:
-        FusionError: a graph inside of the block does.
-    """
+    """Which of these parameters a block that is a graph reads itself; a FusionError if a graph inside of it does."""
     found: set[str] = set()
     for path, module in block.named_modules():
         if isinstance(module, fx.GraphModule):
@@ -129,12 +111,8 @@ def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
     return found
 
 
-def _refuse_second_lists(block: nn.Module, slots: list[Slot]) -> None:
-    """Refuse what keeps its weights a second time, and would go on with those.
-
-    Raises:
-        FusionError: an attribute that holds a parameter which is to be synthesised.
-    """
+def _refuse_second_lists(block: nn.Module, slots: list[_Slot]) -> None:
+    """Refuse a block with an attribute that holds a parameter too: it would go on with that."""
     wanted = {id(slot.owner._parameters[slot.leaf]): slot.name for slot in slots}
     for path, module in block.named_modules():
         for attribute, value in vars(module).items():
@@ -152,11 +130,7 @@ _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 
 
 class Snapshot:
-    """What modules are now, to make them so again.
-
-    Args:
-        modules: the blocks that will be changed.
-    """
+    """What modules are now, to make them so again."""
 
     def __init__(self, *modules: nn.Module) -> None:
         inside = dict.fromkeys(inner for module in dict.fromkeys(modules) for inner in module.modules())

@@ -71,12 +71,7 @@ def come_alive(module: nn.Module, traits: Traits, link: tuple[nn.Module, Mapping
 
 
 def settle_down(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
-    """Take the dynamic subclass off again.
-
-    Args:
-        module: changed in place.
-        values: its own parameters by name, for those that were computed.
-    """
+    """Take the dynamic subclass off again; `values` are own parameters by name, for those that were computed."""
     *_, order = module.__dict__.pop(LINK, ((),))
     module.__class__ = _without(type(module))
     known = {**module._parameters, **values}
@@ -277,7 +272,7 @@ def _forward(base: type[nn.Module], role: str) -> Callable[..., Any]:
 
 
 def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
-    """Of a block whose modules are freed: what it had, without weights."""
+    """A look-up of what a block had before its modules were freed, without weights."""
 
     def get(self: nn.Module, name: str) -> Any:
         try:
@@ -293,7 +288,7 @@ def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
 
 
 def _hiding(base: type[nn.Module]) -> _Namespace:
-    """What a block's `forward` goes through its modules by does so without the one that was added."""
+    """Iteration over a block's modules, as its `forward` may use it, without the module that was added."""
 
     @functools.wraps(base.named_children)
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -306,7 +301,7 @@ def _hiding(base: type[nn.Module]) -> _Namespace:
 
 
 def _of_container(base: type[nn.Module]) -> _Namespace:
-    """Of a container, whose `forward` goes through its modules: these without the one that was added."""
+    """A container's own iteration over its modules, without the module that was added."""
     if issubclass(base, nn.ModuleDict):
         return {
             "__len__": lambda self: len(_own_modules(self)),
@@ -317,7 +312,11 @@ def _of_container(base: type[nn.Module]) -> _Namespace:
             "values": lambda self: _own_modules(self).values(),
         }
     if issubclass(base, nn.Sequential | nn.ModuleList):
-        return {"__len__": _length, "__iter__": _iterate, "__getitem__": _item}
+        return {
+            "__len__": lambda self: len(_own_modules(self)),
+            "__iter__": lambda self: iter(_own_modules(self).values()),
+            "__getitem__": _item,
+        }
     return {}
 
 
@@ -325,16 +324,8 @@ def _own_modules(self: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in self._modules.items() if name != SUBMODULE and module is not None}
 
 
-def _length(self: nn.Module) -> int:
-    return len(self._modules) - (SUBMODULE in self._modules)
-
-
-def _iterate(self: nn.Module) -> Iterator[nn.Module]:
-    return iter([module for name, module in self._modules.items() if name != SUBMODULE and module is not None])
-
-
 def _item(self: nn.Module, index: int | slice) -> Any:
-    found = list(_iterate(self))
+    found = list(_own_modules(self).values())
     if isinstance(index, slice):
         return nn.Sequential(*found[index]) if isinstance(self, nn.Sequential) else nn.ModuleList(found[index])
     return found[index]

@@ -6,18 +6,13 @@ from torch import fx, nn
 
 from replfx.live.classes import SUBMODULE
 
-__all__ = ["bring_to_life", "calls_synthesis", "settle_graph"]
+__all__ = ["bring_to_life", "settle_graph"]
 
 
 def bring_to_life(graph_module: fx.GraphModule, names: Collection[str]) -> None:
-    """Let the graph ask its submodule `replfx` for these parameters, where it had attributes.
-
-    Args:
-        graph_module: changed in place; the parameters are none of its own any more.
-        names: of parameters that the graph reads itself.
-    """
+    """Let the graph ask its submodule `replfx` for these parameters, which are none of its own any more."""
     graph = graph_module.graph
-    for node in [node for node in graph.nodes if node.op == "get_attr" and node.target in names]:
+    for node in [node for node in graph.find_nodes(op="get_attr") if node.target in names]:
         with graph.inserting_before(node):
             made = graph.call_module(SUBMODULE, (node.target,))
         made.meta.update(node.meta)
@@ -29,20 +24,15 @@ def bring_to_life(graph_module: fx.GraphModule, names: Collection[str]) -> None:
     graph_module.recompile()
 
 
-def calls_synthesis(node: fx.Node) -> bool:
-    """Whether the node stands for a synthesised parameter."""
-    return node.op == "call_module" and node.target == SUBMODULE
-
-
 def settle_graph(graph_module: fx.GraphModule, values: Mapping[str, nn.Parameter]) -> None:
-    """Let the graph read attributes again; the other way round."""
+    """Undo `bring_to_life`, with these values for the parameters by name."""
     graph = graph_module.graph
-    for name, value in values.items():
+    for node in graph.find_nodes(op="call_module", target=SUBMODULE):
+        name = str(node.args[0])
         path, _, leaf = name.rpartition(".")
-        graph_module.get_submodule(path)._parameters[leaf] = value
-    for node in [node for node in graph.nodes if calls_synthesis(node)]:
+        graph_module.get_submodule(path)._parameters[leaf] = values[name]
         with graph.inserting_before(node):
-            made = graph.get_attr(str(node.args[0]))
+            made = graph.get_attr(name)
         made.meta.update(node.meta)
         node.replace_all_uses_with(made)
         graph.erase_node(node)

@@ -13,11 +13,7 @@ __all__ = ["made_by_hook"]
 def made_by_hook(owner: nn.Module, leaf: str) -> Tensor:
     """The weight as the hook would make it now.
 
-    What is in its place is of the module's last call: it may be stale, and its graph is gone after a backward pass.
-
-    Args:
-        owner: has the plain tensor `leaf` in the place of a parameter.
-        leaf: its name.
+    The tensor in its place is of the module's last call: it may be stale, and its graph is gone after a backward pass.
 
     Raises:
         FusionError: no hook that is known makes it.

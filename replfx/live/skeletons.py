@@ -17,10 +17,7 @@ __all__ = ["Skeleton"]
 class Skeleton:
     """A block's modules without weights.
 
-    Of parameters that no layer initialises (a LayerScale's, a table of relative positions) the values are kept.
-
-    Args:
-        block: stays as it is.
+    Parameters that no layer initialises (a LayerScale's, a table of relative positions) keep their values.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -52,7 +49,7 @@ class Skeleton:
     def full_block(self, neighbours: Sequence[nn.Module], like: Tensor) -> nn.Module:
         """A block of this structure; each parameter is the mean of the neighbours' of its name and shape.
 
-        What neither has the like of starts as its layer initialises it, or else as it was.
+        A parameter whose like neither has starts as its layer initialises it, or else as it was.
 
         Args:
             neighbours: the kept block before and the one after, or none.
@@ -113,5 +110,5 @@ def _like_theirs(block: nn.Module, neighbours: Sequence[nn.Module]) -> None:
 
 
 def _without_values(tensor: Tensor) -> Tensor:
-    """Of a parameter its shape and dtype alone; a buffer (a table of relative positions) as it is."""
+    """A parameter with shape and dtype alone; a buffer (a table of relative positions) as it is."""
     return nn.Parameter(tensor.to("meta"), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor

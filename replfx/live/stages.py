@@ -12,10 +12,10 @@ def check_stage(stage: nn.Module) -> None:
     """Make sure that each replaced block of a part of a model has its neighbours in that part.
 
     A replaced block reads the weights of the kept blocks beside it, and keeps them alive though the model is cut apart.
-    In another pipeline stage than they it would go on reading a copy that no optimizer trains. A plan made with
-    `split_at=` does not come to that. A transformed model from which blocks were taken away is checked in its first
-    forward pass, and what `torch.distributed.pipelining.pipeline` parts when it is exported; a stage that you put
-    together yourself is checked by this.
+    If they are in another pipeline stage, it would go on reading a copy that no optimizer trains. A plan made with
+    `split_at=` keeps them together. replfx checks a transformed model from which blocks were taken away in its first
+    forward pass, and one that `torch.distributed.pipelining.pipeline` parts when it is exported. Call this for a stage
+    that you put together yourself.
 
     Args:
         stage: what one rank runs: a copy of the model without the other ranks' blocks, `nn.Sequential(*blocks[4:])`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -47,21 +47,13 @@ __all__ = [
 
 
 class Reading(NamedTuple):
-    """A parameter that a synthesis reads. What is at its path is looked up at each call, and so is never stale.
+    """A parameter that a synthesis reads. Its path is looked up at each call, so that it is never stale."""
 
-    Attributes:
-        base: a module that stays in its place: the neighbour, or what holds it.
-        path: of the parameter's owner in `base`.
-        leaf: the parameter's name there.
-        known: what owned the parameter at first.
-        rows: which of its rows are read; None for all.
-    """
-
-    base: nn.Module
-    path: tuple[str, ...]
-    leaf: str
-    known: nn.Module
-    rows: tuple[int, int] | None = None
+    base: nn.Module  # a module that stays in its place: the neighbour, or what holds it
+    path: tuple[str, ...]  # of the parameter's owner in `base`
+    leaf: str  # the parameter's name there
+    known: nn.Module  # what owned the parameter at first
+    rows: tuple[int, int] | None = None  # which of its rows are read; None for all
 
     def owner(self) -> nn.Module:
         """The module that owns the parameter now: what is at its path, or what that wraps.
@@ -83,6 +75,11 @@ class Reading(NamedTuple):
             f"a replaced block reads `{'.'.join((*self.path, self.leaf))}` of its neighbour, a "
             f"{type(self.base).__name__}, and that is gone: call replfx.materialize before a model is rebuilt"
         )
+
+    def tensor(self) -> Tensor:
+        """The whole parameter as its owner gives it, unchecked."""
+        found: Tensor = getattr(self.owner(), self.leaf)
+        return found
 
 
 def _wraps(module: nn.Module, owner: nn.Module) -> bool:
@@ -117,12 +114,11 @@ class Synthesis(nn.Module):
             parameters.
         neighbour_gradient: factor λ on the gradient that flows through this into the neighbours; 1 is the
             paper's, 0 detaches them.
-        neighbours: the kept block before and the one after.
+        neighbours: the kept block before and the one after; none if the operator needs none.
         places: where these were in the model, for messages.
         skeleton: the structure of the block, if the operator does not keep it.
 
     Attributes:
-        neighbours: the kept block before and the one after; empty if the operator needs none.
         marks: the Python attributes that each synthesised parameter had.
         names: where the parts of a block that was no module were in the model, by their names in the block.
         shared: the weights that it runs with instead of synthesising them, within `replfx.synthesize_once`.
@@ -184,12 +180,7 @@ class Synthesis(nn.Module):
         return theta
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[object]:
-        """Within it each weight is synthesised once.
-
-        Args:
-            args: what the block is called with.
-            kwargs: the same, by keyword.
-        """
+        """A call of the block with these arguments: within it each weight is synthesised once."""
         if self.runs():
             return nullcontext()
         mesh = mesh_of_activation(args, kwargs) if is_distributed() else None
@@ -215,18 +206,14 @@ class Synthesis(nn.Module):
     def synthesized(self) -> dict[str, Tensor]:
         """The operator's weights as they stand: parameter name in the block → tensor.
 
-        Of a fused query-key-value projection the light operator takes the value rows alone. Empty for an
-        operator without weights. Gradients flow from these tensors into coefficients and neighbours. Where the
-        neighbours are sharded, these are whole tensors on each process.
+        The light operator takes the value rows alone of a fused query-key-value projection. Empty for an operator
+        without weights. Gradients flow from these tensors into coefficients and neighbours. They are whole tensors on
+        each process, also if the neighbours are sharded.
         """
         return gathered(self._synthesize(None, alone=True))
 
     def materialized(self) -> dict[str, Tensor]:
-        """The same without gradients, laid out as the block wants them.
-
-        Raises:
-            FusionError: its processes share a sequence.
-        """
+        """The same without gradients, laid out as the block wants them; raises as `check_lays_out` does."""
         self.check_lays_out()
         theta = laid_out(self._synthesize(None, alone=True), None, self.tensor_parallel)
         return {name: tensor.detach().clone() for name, tensor in theta.items()}
@@ -294,20 +281,19 @@ class Synthesis(nn.Module):
         """The parameters of both neighbours by the names of their like in the block: what is read, and all others."""
         sides = []
         for side, block in zip(self._readings or ({}, {}), self.neighbours, strict=False):
-            read = {name: getattr(r.owner(), r.leaf) for name, r in side.items()}
-            sides.append({**dict(block.named_parameters()), **read})
+            sides.append({**dict(block.named_parameters()), **{name: r.tensor() for name, r in side.items()}})
         return (sides[0], sides[1]) if sides else ({}, {})
 
     def read_parameters(self) -> list[nn.Parameter]:
         """The neighbours' parameters and the coefficients; each once."""
-        read = [getattr(reading.owner(), reading.leaf) for reading in self.readings()]
+        read = [reading.tensor() for reading in self.readings()]
         fusion = () if self.fusion is None else self.fusion.parameters()
         return list(dict.fromkeys(p for p in (*read, *fusion) if isinstance(p, nn.Parameter)))
 
     def not_finite(self) -> str | None:
         """The name of a synthesised weight with an element that is not finite; None if there is none.
 
-        Where the fusion knows a bound, nothing is synthesised: that takes memory as large as the block.
+        Nothing is synthesised if the fusion knows a bound: that would take memory as large as the block.
         """
         if self.fusion is None or self._readings is None:
             return None
@@ -374,20 +360,14 @@ def written_weights() -> Iterator[Callable[[], dict[Synthesis, list[str]]]]:
 
 @dataclass(slots=True)
 class _Call:
-    """Keeps the weights of one call of a block.
-
-    Attributes:
-        synthesis: the block's.
-        mesh: that of its activation, if that is a DTensor.
-        made: by whether gradients are recorded: a part of a block may run without.
-    """
+    """Keeps the weights of one call of a block."""
 
     synthesis: Synthesis
-    mesh: Any
-    made: dict[bool, dict[str, Tensor]] | None = None
+    mesh: Any  # that of its activation, if that is a DTensor
+    # The weights, by whether gradients are recorded: a part of a block may run without.
+    made: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
 
     def __enter__(self) -> None:
-        self.made = {}
         _running()[self.synthesis] = self
 
     def __exit__(self, *error: object) -> None:
@@ -395,7 +375,6 @@ class _Call:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of the block, synthesised when the first is asked for."""
-        assert self.made is not None
         recorded = torch.is_grad_enabled()
         if recorded not in self.made:
             alone = self.synthesis.tensor_parallel is not None or self.mesh is not None
@@ -408,7 +387,7 @@ def _out_of_sight() -> AbstractContextManager[object]:
     """Hide what a synthesis saves for its backward pass from activation checkpointing.
 
     `torch.utils.checkpoint` counts what is saved in the forward pass and in the repeated one. How often a weight is
-    synthesised may differ there, since the block's call as a whole is not repeated. What is saved are parameters alone,
+    synthesised may differ there, since the block's call as a whole is not repeated. A synthesis saves parameters alone,
     which take no memory.
     """
     if torch.compiler.is_compiling() or not saved_tensors_are_packed():
@@ -440,7 +419,7 @@ def _checked(owner: nn.Module, leaf: str, theta: object) -> Tensor:
             f"the `{leaf}` of a neighbour's {type(owner).__name__} is gone (it is {theta!r}): call replfx.materialize "
             "before a model is rebuilt"
         )
-    # Of a tensor without subclass its numbers are what they seem.
+    # The numbers of a tensor without subclass are what they seem.
     if is_wrapped(theta) or not (theta.dtype.is_floating_point or theta.dtype.is_complex):
         kind = type(theta).__name__ if is_wrapped(theta) else theta.dtype
         raise FusionError(
@@ -489,7 +468,7 @@ def check_neighbours(model: nn.Module) -> None:
     for path, synthesis in fusion_layers(model).items():
         for reading in synthesis.readings():
             owner = reading.owner()
-            if id(owner) not in present and id(getattr(owner, reading.leaf)) not in present:
+            if id(owner) not in present and id(reading.tensor()) not in present:
                 place = _place(synthesis, owner) or reading.leaf
                 raise FusionError(synthesis.parted(path, place, "that is not in the model or stage that runs"))
 

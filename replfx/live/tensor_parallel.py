@@ -1,8 +1,8 @@
 """Replaced blocks under tensor parallelism: where their synthesised weights and their activation lie.
 
-A kept block's layers are given layouts by torch's `parallelize_module`. A replaced block owns no weights,
-so `replfx.parallelize_module` notes here what they would have been given. Weights are synthesised on the neighbours'
-shards, and those that are wanted as the neighbours' lie stay where they are: nothing is gathered.
+torch's `parallelize_module` gives a kept block's layers their layouts. A replaced block owns no weights, so
+`replfx.parallelize_module` notes here what they would have got. Weights are synthesised on the neighbours' shards, and
+those that are wanted as the neighbours' lie stay where they are: nothing is gathered.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,12 @@ __all__ = ["TensorParallel", "laid_out", "mesh_of_activation", "refuse_unprepare
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a replaced block runs on a one-dimensional mesh of processes that share its work.
+    """How a replaced block runs on a one-dimensional mesh of processes that share its work."""
 
-    Attributes:
-        mesh: these processes.
-        layouts: of synthesised weights that are used as DTensors; all others are gathered.
-        sequence: the dimension of the main activation of which each process has a part; None if each has all of it.
-    """
-
-    mesh: "DeviceMesh"
+    mesh: "DeviceMesh"  # these processes
+    # Those of synthesised weights that are used as DTensors; all others are gathered.
     layouts: Mapping[str, Sequence["Placement"]] = field(default_factory=dict)
+    # The dimension of the main activation of which each process has a part; None if each has all of it.
     sequence: int | None = None
 
     def enter(

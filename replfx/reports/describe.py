@@ -88,14 +88,9 @@ def with_costs(
     inputs: Inputs | None,
     measured: tuple[int, int] | None = None,
 ) -> Report:
-    """The report with what the model cost before and costs after, where there are example inputs to run it on.
+    """The report with what the model cost before and costs after, if there are example inputs to run it on.
 
-    Args:
-        report: which may know the costs before.
-        before: the model as it was.
-        after: the model as it is.
-        inputs: the example inputs.
-        measured: the costs after, where they are known.
+    The report may know the costs before; `measured` are those after, if they are known.
     """
     if inputs is None:
         return report

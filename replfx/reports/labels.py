@@ -1,9 +1,9 @@
 """Short texts for tables and drawings: paths cut from the left, lists of paths, amounts."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["amount", "change", "listed", "mebibytes", "shortened"]
+__all__ = ["amount", "change", "changed", "listed", "mebibytes", "shortened"]
 
 _UNITS = ("", "k", "M", "G", "T")
 _NUMBERED = re.compile(r"(?P<head>.*?)(?P<number>\d+)(?P<tail>[^\d\[\]]*)")
@@ -51,6 +51,11 @@ def change(before: float, after: float) -> str:
     """By how many percent something changed."""
     percent = 100 * (after - before) / before if before else 0.0
     return f"{percent:+.1f} %".replace("-", "−")
+
+
+def changed(before: int, after: int, write: Callable[[int], str] = amount, unit: str = "") -> str:
+    """From what to what something changed, as in "1.18M → 590k (−50.0 %)"."""
+    return f"{write(before)} → {write(after)}{unit} ({change(before, after)})"
 
 
 def listed(paths: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType,
 from rich.table import Table
 from rich.text import Text
 
-from replfx.reports.labels import amount, change, listed, mebibytes, shortened
+from replfx.reports.labels import amount, changed, listed, mebibytes, shortened
 from replfx.reports.report import BlockReport, Report
 
 __all__ = ["ReportText", "hanging"]
@@ -42,7 +42,9 @@ class ReportText:
         others = sum(widths.values()) - widths[_BLOCK] + gap * len(columns) + 2  # 2: the edges of the box
         widths[_BLOCK] = min(widths[_BLOCK], max(width - others, 8))
         columns[_BLOCK] = [shortened(cell, widths[_BLOCK]) for cell in columns[_BLOCK]]
-        table = Table(title=_title(self.report), box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
+        chains = len(self.report.chains)
+        title = f"{self.report.model}: {chains} chain{'s' * (chains != 1)}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
         for name, size in widths.items():
             side: JustifyMethod = "left" if name in (_BLOCK, _ROLE) else "right"
             table.add_column(name, justify=side, vertical="bottom", min_width=size, no_wrap=True)
@@ -87,29 +89,21 @@ class ReportText:
         count = len(report.replaced)
         kinds = ", ".join(dict.fromkeys(block.how for block in report.blocks if block.operator is not None))
         yield f"{count} block{'s' * (count != 1)} replaced{f' by {kinds}' * bool(kinds)}"
-        before, after = report.parameters_before, report.parameters_after
-        yield f"trainable parameters: {before:,} → {after:,} ({change(before, after)})"
+        yield f"trainable parameters: {changed(report.parameters_before, report.parameters_after, '{:,}'.format)}"
         if report.expected is not None:
             yield from report.expected.lines()
         if report.before is None:
             return
-        now = report.after or report.before
+        before, after = report.before, report.after or report.before
         yield f"for {report.example or 'the example inputs'}:"
-        flops = change(report.before.flops, now.flops)
-        yield f"  forward FLOPs: {amount(report.before.flops)} → {amount(now.flops)} ({flops})"
-        saved = change(report.before.saved_bytes, now.saved_bytes)
-        sizes = [mebibytes(totals.saved_bytes) for totals in (report.before, now)]
-        yield f"  saved for backward: {sizes[0]} → {sizes[1]} MiB ({saved})"
+        yield f"  forward FLOPs: {changed(before.flops, after.flops)}"
+        yield f"  saved for backward: {changed(before.saved_bytes, after.saved_bytes, mebibytes, ' MiB')}"
 
     def _reasons(self) -> Iterator[RenderableType]:
         for (role, why), paths in self.report.reasons().items():
             yield hanging(f"{role}: {listed(paths)}: {why}")
         for note in self.report.notes:
             yield hanging(f"note: {note}")
-
-
-def _title(report: Report) -> str:
-    return f"{report.model}: {len(report.chains)} chain{'s' * (len(report.chains) != 1)}"
 
 
 def _or_blank(write: Callable[[int], str], value: int | None) -> str:

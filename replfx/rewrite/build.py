@@ -29,13 +29,7 @@ __all__ = ["Built", "build", "insertion", "install", "refuse_transformed"]
 
 @dataclass(frozen=True)
 class Built:
-    """A replaced block that is not put into its model yet.
-
-    Attributes:
-        path: of the block.
-        block: as it is.
-        synthesis: what it will have.
-    """
+    """A block as it is in its model, and the synthesis that it will have."""
 
     path: str
     block: nn.Module
@@ -48,7 +42,7 @@ def build(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] | None =
     Args:
         model: the model of the plan.
         plan: what to replace.
-        blocks: the blocks by their paths, for those that are no modules of the model.
+        blocks: by path, those that are no modules of the model.
 
     Raises:
         PlanError: the plan was made for another model, or the model is transformed already.
@@ -69,10 +63,7 @@ def refuse_transformed(model: nn.Module) -> None:
 
 
 def install(model: nn.Module, built: Sequence[Built]) -> Snapshot:
-    """Replace the blocks in their model, in place; after an error the model is as it was.
-
-    Returns:
-        What makes the model again what it was.
+    """Replace the blocks in their model, in place; gives what makes it what it was, as it is after an error.
 
     Raises:
         FusionError: a block that cannot do with synthesised weights.
@@ -115,11 +106,7 @@ def _homes(window: nn.Module, members: Sequence[str]) -> dict[str, str]:
 
 
 def insertion(model: nn.Module, found: Chains, plan: Plan) -> InsertFusion:
-    """The pass that carries out a plan whose blocks are regions of a captured graph.
-
-    Raises:
-        As `build` does.
-    """
+    """The pass that carries out a plan whose blocks are regions of a captured graph; raises as `build` does."""
     blocks = found.blocks
     built = build(model, plan, {path: block.site.block for path, block in blocks.items()})
     insertions = [
@@ -249,9 +236,7 @@ class _Builder:
     def _fusion(self, made: Operator, block: nn.Module, readings: tuple[Readings, Readings]) -> Fusion:
         choice = self.replacement.fusion
         like = next(block.parameters())
-        shapes = {
-            name: _part(_parameter(block, source.path).shape, source.rows) for name, source in made.sources.items()
-        }
+        shapes = {n: _part(block.get_parameter(s.path).shape, s.rows) for n, s in made.sources.items()}
         try:
             rule = fusions[choice.name](shapes, dtype=like.dtype, device=like.device, **choice.options)
         except TypeError as error:
@@ -259,7 +244,7 @@ class _Builder:
                 f"`{self.path}`: fusion {choice.name!r} does not take the options {dict(choice.options)}: "
                 f"{of_options(error)}"
             ) from error
-        sides = [{name: _part(_read(r).shape, r.rows) for name, r in side.items()} for side in readings]
+        sides = [{name: _part(r.tensor().shape, r.rows) for name, r in side.items()} for side in readings]
         if sides == [shapes, shapes]:
             return rule
         owners = {name: block.get_submodule(s.path.rpartition(".")[0]) for name, s in made.sources.items()}
@@ -284,20 +269,10 @@ def _readings_of(made: Operator, block: nn.Module, found: Counterparts, sides: M
             path[0] = names[path[0]]
         reading, rows = Reading(base, tuple(path), leaf, base.get_submodule(".".join(path))), source.rows
         if rows is not None:  # the value part of a wider or narrower neighbour's fused projection is its own
-            own, other = len(_parameter(block, source.path)), len(_read(reading))
+            own, other = len(block.get_parameter(source.path)), len(reading.tensor())
             rows = (rows[0] * other // own, rows[1] * other // own)
         readings[name] = reading._replace(rows=rows)
     return readings
-
-
-def _read(reading: Reading) -> torch.Tensor:
-    value = getattr(reading.owner(), reading.leaf)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _parameter(block: nn.Module, path: str) -> nn.Parameter:
-    return block.get_parameter(path)
 
 
 def _part(shape: torch.Size, rows: tuple[int, int] | None) -> torch.Size:

@@ -29,29 +29,18 @@ _MANY = 2_000  # nodes
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A plan for a captured model, with all that is needed to carry it out.
+    """A plan for a captured model, with all that is needed to carry it out."""
 
-    Attributes:
-        model: the user's.
-        target: what is changed: a copy of it, or `model` itself.
-        inputs: the example inputs.
-        plan: which blocks are replaced.
-        draft: the report of what was found, before anything is replaced.
-        seen: what the capture knows.
-        nothing: why nothing is replaced, if nothing is.
-        unsound: why the plan cannot be carried out, if it cannot.
-        graph: the captured graph with its chains, where blocks are regions of it; else the graph has done its work,
-            and of a deep model it takes more memory than verifying it does.
-    """
-
-    model: nn.Module
-    target: nn.Module
+    model: nn.Module  # the user's
+    target: nn.Module  # what is changed: a copy of it, or `model` itself
     inputs: Inputs | None
     plan: Plan
-    draft: Report
-    seen: CaptureInfo
-    nothing: str | None = None
-    unsound: str | None = None
+    draft: Report  # the report of what was found, before anything is replaced
+    seen: CaptureInfo  # what the capture knows
+    nothing: str | None = None  # why nothing is replaced, if nothing is
+    unsound: str | None = None  # why the plan cannot be carried out, if it cannot
+    # The captured graph with its chains, if blocks are regions of it; else it is not kept, as the graph of a deep model
+    # takes more memory than verifying the model does.
     graph: tuple[fx.GraphModule, Chains] | None = None
 
     def with_note(self, note: str) -> Report:
@@ -60,11 +49,7 @@ class Prepared:
 
 
 def prepare(model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, policy: Policy) -> Prepared:
-    """Capture a model, find its chains, and choose the blocks.
-
-    Raises:
-        CaptureError, PlanError, FusionError: as `replfx.transform` has them; the model is as it was.
-    """
+    """Capture a model, find its chains, and choose the blocks; raises as `replfx.transform` does."""
     prepared, nodes = _prepared(model, target, example_inputs, policy)
     if nodes > _MANY:
         gc.collect()  # they refer to each other, so that only the collector frees them; of few it is not worth its time

@@ -46,7 +46,7 @@ def hand_over(
         optimizer: is changed.
         old: the parameters of the block until now, some of which it may have kept.
         full: those that it has now, by their names in it.
-        like: of each neighbour its parameters, by the same names.
+        like: each neighbour's parameters, by the same names.
     """
     gone = old.difference(full.values())
     groups: dict[Tensor | None, dict[str, Any]] = {

@@ -67,7 +67,7 @@ def _save_pretrained(
 
 
 def _drop_older(*files: Path) -> None:
-    """Of weights in one file and the list of their shards one is of an earlier save, which would be read."""
+    """Delete what an earlier save left, and would be read: weights in one file, or the list of their shards."""
     if all(file.is_file() for file in files):
         min(files, key=lambda file: file.stat().st_mtime_ns).unlink()
 

@@ -20,9 +20,7 @@ from replfx.rewrite.saving import keep_plan_on_saving, stop_keeping_plan
 __all__ = [
     "Placement",
     "Transformed",
-    "follow_state_dicts",
     "forget",
-    "fusion_layers",
     "load_state_dict",
     "mark",
     "marked",
@@ -44,27 +42,22 @@ class Transformed:
     syntheses: dict[str, Synthesis]
     guard: RemovableHandle
     first: RemovableHandle
-    follow: Callable[[Sequence[str]], None] | None = None  # unrolls blocks which a state_dict has at full depth
+    follow: Callable[[Sequence[str]], None] | None = None  # unrolls the blocks that a state_dict has at full depth
     checked: int = 0  # the id of the model that was seen whole: a copy is another one
     here: list[str] = field(default_factory=list)  # the replaced blocks that are in the model
     seen: dict[str, int] = field(default_factory=dict)  # ids of what the neighbours were found in, by their places
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what follows: that is of one model and its optimizer, and not of a copy."""
+        """All but `follow`, which is of one model and its optimizer, and not of a copy."""
         return {**vars(self), "follow": None}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A replaced block in its model.
+    """A replaced block in its model."""
 
-    Attributes:
-        block: the block; of several modules the first, of a region of the graph what is called in its place.
-        synthesis: what computes its weights.
-    """
-
-    block: nn.Module
-    synthesis: Synthesis
+    block: nn.Module  # the block; of several modules the first, of a region of the graph what is called in its place
+    synthesis: Synthesis  # what computes its weights
 
 
 def placed_blocks(model: nn.Module) -> tuple[nn.Module, dict[str, Placement]]:
@@ -95,31 +88,31 @@ def marked(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise PlanError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     found = [module for module in model.modules() if isinstance(_memory(module).get(_ATTRIBUTE), Transformed)]
-    if model in found or len(found) == 1:
-        return model if model in found else found[0]
-    many = f"{len(found)} parts of this" if found else "this"
-    raise PlanError(
-        f"{many} {type(model).__name__} {'are transformed models' if found else 'is not a transformed model'}; "
-        + ("name one of them" if found else "call replfx.transform first")
-    )
+    if model in found:
+        return model
+    if len(found) == 1:
+        return found[0]
+    kind = type(model).__name__
+    if found:
+        raise PlanError(f"{len(found)} parts of this {kind} are transformed models; name one of them")
+    raise PlanError(f"this {kind} is not a transformed model; call replfx.transform first")
 
 
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     """Let a model that was just transformed remember how."""
     syntheses = fusion_layers(model)
-    hooks = (model.register_load_state_dict_pre_hook(_guard), model.register_forward_pre_hook(_check_whole))
     _memory(model)[_ATTRIBUTE] = Transformed(
-        plan, report, {r.path: syntheses[head_of(model, r.path)] for r in plan.replacements}, *hooks
+        plan,
+        report,
+        {r.path: syntheses[head_of(model, r.path)] for r in plan.replacements},
+        guard=model.register_load_state_dict_pre_hook(_guard),
+        first=model.register_forward_pre_hook(_check_whole),
     )
     keep_plan_on_saving(model)
 
 
 def forget(model: nn.Module, paths: Collection[str]) -> bool:
-    """Let a model forget some of its replaced blocks, that it was transformed if it has no others.
-
-    Returns:
-        whether it has others.
-    """
+    """Let a model forget some of its replaced blocks. If it has no others, it forgets all, and this gives False."""
     state = state_of(model)
     left = tuple(r for r in state.plan.replacements if r.path not in paths)
     if not left:
@@ -177,11 +170,7 @@ def _memory(model: nn.Module) -> dict[str, Any]:
 
 
 def state_of(model: nn.Module) -> Transformed:
-    """What a transformed model remembers.
-
-    Raises:
-        PlanError: the model is not transformed.
-    """
+    """What a transformed model remembers; raises as `marked` does."""
     state: Transformed = _memory(marked(model))[_ATTRIBUTE]
     return state
 
@@ -282,11 +271,6 @@ def _full_in(
         if gone is not None:
             found[path] = gone
     return found
-
-
-def follow_state_dicts(model: nn.Module, unroll: Callable[[Sequence[str]], None]) -> None:
-    """Have blocks unrolled, by a function of their paths, when a state_dict has them at full depth."""
-    state_of(model).follow = unroll
 
 
 def _gone(path: str, synthesis: Synthesis, block: nn.Module) -> Iterable[str]:

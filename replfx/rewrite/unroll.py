@@ -1,6 +1,7 @@
 """The ways out of a transformed model: materialize and unroll."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ def unroll(
     placed = _asked_for(placed, blocks)
     gather_nothing(root)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
-    before = {path: _parameters_before(root, at) for path, at in placed.items()}
+    # Of a window, `block` is the first member alone; it has the coefficients.
+    before = {p: {*at.block.parameters(), *_parameters(root, p, at).values()} for p, at in placed.items()}
     like = {path: at.synthesis.counterparts() for path, at in placed.items()}
     known = set(root.parameters())
     with torch.no_grad():
@@ -127,11 +129,7 @@ def unroll(
 
 
 def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
-    """Make sure that `unroll` would give all blocks back; changes nothing.
-
-    Raises:
-        As `unroll` does.
-    """
+    """Make sure that `unroll` would give all blocks back; changes nothing, and raises as `unroll` does."""
     _, placed = placed_blocks(model)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     with torch.no_grad():
@@ -258,18 +256,15 @@ def _complete(placement: Placement, full: nn.Module) -> None:
         getattr(block, name).update(getattr(full, name))
 
 
-def _parameters_before(root: nn.Module, placement: Placement) -> set[nn.Parameter]:
-    """The parameters of a replaced block, those of all its members."""
-    members = (root.get_parameter(home) for home in placement.synthesis.names.values() if _is_parameter(root, home))
-    return {*placement.block.parameters(), *members}
-
-
 def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, nn.Parameter]:
-    """The parameters of a block that is plain again, by their names in it."""
-    names = placement.synthesis.names
-    if names:
-        return {name: root.get_parameter(home) for name, home in names.items() if _is_parameter(root, home)}
-    return dict(placement.block.named_parameters())
+    """The parameters that a block and its members have now, by their names in it."""
+    if not placement.synthesis.names:
+        return dict(placement.block.named_parameters())
+    found = {}
+    for name, home in placement.synthesis.names.items():
+        with suppress(AttributeError):  # it is synthesised, or a part that the operator has freed
+            found[name] = root.get_parameter(home)
+    return found
 
 
 def _new_parameters(
@@ -287,17 +282,7 @@ def _new_parameters(
     }
 
 
-def _is_parameter(root: nn.Module, home: str) -> bool:
-    try:
-        root.get_parameter(home)
-    except AttributeError:
-        return False
-    return True
-
-
 def _finish(root: nn.Module, gone: Collection[str]) -> None:
     """Let the model forget replaced blocks that it has no more."""
-    if forget(root, gone):
-        return
-    if isinstance(root, Rewritten):
+    if not forget(root, gone) and isinstance(root, Rewritten):
         root.become_plain()

@@ -50,29 +50,25 @@ def reads_of_freed(graph_module: fx.GraphModule, found: Chains, plan: Plan) -> s
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of verifying a model.
+    """What came of verifying a model."""
 
-    Attributes:
-        notes: what could not be verified.
-        costs: FLOPs of a forward pass and the bytes that autograd keeps for backward, if it ran without compute.
-    """
-
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what could not be verified
+    # FLOPs of a forward pass and the bytes that autograd keeps for backward, if it ran without compute.
     costs: tuple[int, int] | None = None
 
 
 def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: CaptureInfo, plan: Plan) -> Verified:
     """Check a transformed model.
 
-    Always: synthesised weights are finite. With inputs, under fake tensors, so at no compute: the output has
-    the shapes that it had, every trainable parameter gets a gradient that had one before, and the model runs in
-    training as in evaluation mode if it did so before.
+    Synthesised weights must be finite. If there are inputs, a run on fake tensors, which takes no compute, must show
+    that the output has the shapes that it had, that every trainable parameter that had a gradient gets one, and that
+    the model runs in training and in evaluation mode if it did so before.
 
     Args:
         model: the transformed model.
-        original: the model before, or any twin of it in structure. It is run only where the transformed model does
-            not give what the capture saw, or leaves parameters without a gradient: then perhaps it did so before.
-        inputs: example inputs, or None.
+        original: the model before, or any twin of it in structure. It is run only if the transformed model does not
+            give what the capture saw, or leaves parameters without a gradient: perhaps the original did so too.
+        inputs: the example inputs.
         seen: what the capture of the original knows, with or without its graph.
         plan: what was carried out.
 
@@ -127,7 +123,7 @@ class _Check:
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
 
     def _had_gradient(self, name: str, before: "_Run") -> bool:
-        """Whether a parameter of the transformed model had a gradient; of what is new in a block, whether any there."""
+        """Whether a parameter of the transformed model had a gradient; for a new one, whether any of its block had."""
         had = dict(self.original.named_parameters()).keys() - before.without
         if name in before.without or name in had:
             return name in had
@@ -196,18 +192,14 @@ class _Run:
 def _check_synthesis(model: nn.Module) -> None:
     with torch.no_grad():
         for path, layer in fusion_layers(model).items():
-            name = layer.not_finite()
-            if name is not None:
+            if name := layer.not_finite():
                 raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
 
 class _Rehearsal:
     """Runs of a model under fake tensors, all on one copy: a copy takes memory for each of its modules.
 
-    Args:
-        model: any module.
-        inputs: the example inputs.
-        reachable: parameters that the model's code may reach although they are none of its own any more.
+    The model's code may reach the parameters in `reachable` although they are none of its own any more.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter]) -> None:
@@ -255,7 +247,7 @@ class _Rehearsal:
                     parameter.grad = gradient
 
     def _put_in_mode(self, ghost: nn.Module, training: bool) -> None:
-        """In a mode; in the model's own, what is inside may have another one, as a frozen norm has."""
+        """Put the copy in a mode; in the model's own mode, modules inside keep theirs, as a frozen norm does."""
         self.modes = self.modes or [(module, module.training) for module in ghost.modules()]
         for module, mode in self.modes:
             module.training = mode

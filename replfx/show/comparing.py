@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 import torch
@@ -10,14 +11,7 @@ from torch import nn
 from replfx.api import report, transform
 from replfx.chains.policy import Options, policy_of
 from replfx.errors import CaptureError, FusionError, NoChainError, VerifyError
-from replfx.measure import (
-    Sample,
-    Training,
-    interleaved_times,
-    mean_of_outputs,
-    pairwise_ratios,
-    trainable_parameters,
-)
+from replfx.measure import Sample, interleaved_times, pairwise_ratios, trainable_parameters, training_on
 from replfx.modules.copying import faithful_copy
 from replfx.operators.base import operators
 from replfx.reports.labels import amount, mebibytes
@@ -35,27 +29,16 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Compared:
-    """One operator on the model.
+    """One operator on the model."""
 
-    Attributes:
-        operator: its name, or "full" for the untouched model.
-        replaced: how many blocks it replaces.
-        parameters: trainable parameters that are left.
-        costs: FLOPs of a forward pass, and bytes that it saves for backward.
-        step: seconds of a training step, one value a repeat.
-        ratio: each of them divided by that of the full model in the same repeat.
-        unrolls: whether `replfx.unroll` can give all blocks back at full depth.
-        reason: why the operator replaces nothing; all the rest is None or 0 then.
-    """
-
-    operator: str
-    replaced: int = 0
-    parameters: int | None = None
-    costs: Totals | None = None
-    step: Sample | None = None
-    ratio: Sample | None = None
-    unrolls: bool | None = None
-    reason: str | None = None
+    operator: str  # its name, or "full" for the untouched model
+    replaced: int = 0  # how many blocks it replaces
+    parameters: int | None = None  # trainable parameters that are left
+    costs: Totals | None = None  # FLOPs of a forward pass, and bytes that it saves for backward
+    step: Sample | None = None  # seconds of a training step, one value a repeat
+    ratio: Sample | None = None  # each of them divided by that of the full model in the same repeat
+    unrolls: bool | None = None  # whether `replfx.unroll` can give all blocks back at full depth
+    reason: str | None = None  # why the operator replaces nothing; all the rest is None or 0 then
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
@@ -65,28 +48,16 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All operators on one model, on one batch.
+    """All operators on one model, on one batch."""
 
-    Attributes:
-        model: name of the model's class.
-        example: the batch, as in `Report.example`.
-        device: what the steps were timed on.
-        rows: the full model first, then every operator.
-    """
-
-    model: str
-    example: str
-    device: str
-    rows: Sequence[Compared]
+    model: str  # name of the model's class
+    example: str  # the batch, as in `Report.example`
+    device: str  # what the steps were timed on
+    rows: Sequence[Compared]  # the full model first, then every operator
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
-        return {
-            "model": self.model,
-            "example": self.example,
-            "device": self.device,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        return {**vars(self), "rows": [row.to_dict() for row in self.rows]}
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich import box
@@ -143,8 +114,7 @@ def compare(
         >>> [row.operator for row in comparison.rows]
         ['full', 'block', 'identity', 'light', 'mixer']
     """
-    # What is wrong with it is wrong for all operators.
-    policy_of(**options)
+    policy_of(**options)  # an impossible policy is so for all operators
     inputs = Inputs.of(example_inputs, model)
     if inputs is None:
         raise CaptureError("to compare operators replfx needs example_inputs: steps are timed on them")
@@ -164,7 +134,8 @@ def compare(
         found = report(made)
         models[name], example = made, found.example or example
         rows[name] = Compared(name, len(found.replaced), found.parameters_after, found.after, unrolls=found.unrolls)
-    return Comparison(type(model).__name__, example, _device_of(model), _timed(rows, models, inputs, repeats, on_round))
+    device = str(next(model.parameters()).device)
+    return Comparison(type(model).__name__, example, device, _timed(rows, models, inputs, repeats, on_round))
 
 
 def _timed(
@@ -175,25 +146,12 @@ def _timed(
     on_round: Callable[[], object],
 ) -> list[Compared]:
     with torch.random.fork_rng():
-        steps = {name: _training(model, inputs).step for name, model in models.items()}
+        # A rate of 0 leaves the weights where they are: the costs do not depend on them, and they cannot diverge.
+        still = partial(torch.optim.SGD, lr=0.0)
+        steps = {name: training_on(model, inputs, still).step for name, model in models.items()}
         samples = interleaved_times(steps, repeats, on_round=on_round)
     ratios = pairwise_ratios(samples, FULL)
     return [replace(row, step=samples.get(name), ratio=ratios.get(name)) for name, row in rows.items()]
-
-
-def _training(model: nn.Module, inputs: Inputs) -> Training:
-    """A step that leaves the weights where they are: its costs do not depend on them, and they cannot diverge."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Training(
-        model,
-        torch.optim.SGD(trained, lr=0.0),
-        lambda: mean_of_outputs(model, inputs.args, inputs.kwargs),
-        trained[0].device,
-    )
-
-
-def _device_of(model: nn.Module) -> str:
-    return str(next(model.parameters()).device)
 
 
 def _cells(row: Compared) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
 from xml.sax.saxutils import escape
@@ -9,7 +10,7 @@ from xml.sax.saxutils import escape
 from torch import nn
 
 from replfx.errors import ReplfxError
-from replfx.reports.labels import amount, change, listed, mebibytes, shortened
+from replfx.reports.labels import amount, changed, listed, mebibytes, shortened
 from replfx.reports.report import BlockReport, Report, Role
 from replfx.rewrite.state import state_of
 
@@ -104,17 +105,11 @@ class _Page:
     def text(self) -> str:
         self._heading()
         self._legend()
-        for number, blocks in enumerate(self._chains()):
-            self._chain(number, blocks)
+        for number, blocks in groupby(self.report.blocks, key=lambda block: block.chain):
+            self._chain(number, list(blocks))
         self._reasons()
         height = self.y + _MARGIN
         return "\n".join([_head(_WIDTH, height, _alternative(self.report)), *self.parts, "</svg>", ""])
-
-    def _chains(self) -> list[list[BlockReport]]:
-        chains: dict[int, list[BlockReport]] = {}
-        for block in self.report.blocks:
-            chains.setdefault(block.chain, []).append(block)
-        return list(chains.values())
 
     # ---- text
 
@@ -262,14 +257,12 @@ def _rows(blocks: Sequence[BlockReport]) -> Iterator[tuple[Sequence[BlockReport]
 
 
 def _totals(report: Report) -> Iterator[str]:
-    before, after = report.parameters_before, report.parameters_after
-    yield f"trainable parameters {amount(before)} → {amount(after)} ({change(before, after)})"
+    yield f"trainable parameters {changed(report.parameters_before, report.parameters_after)}"
     if report.before is not None:
-        was, now = report.before, report.after or report.before
-        flops = f"forward FLOPs {amount(was.flops)} → {amount(now.flops)} ({change(was.flops, now.flops)})"
-        sizes = f"{mebibytes(was.saved_bytes)} → {mebibytes(now.saved_bytes)} MiB"
-        saved = f"saved for backward {sizes} ({change(was.saved_bytes, now.saved_bytes)})"
-        yield f"for {report.example or 'the example inputs'}: {flops}; {saved}"
+        before, after = report.before, report.after or report.before
+        flops = changed(before.flops, after.flops)
+        saved = changed(before.saved_bytes, after.saved_bytes, mebibytes, " MiB")
+        yield f"for {report.example or 'the example inputs'}: forward FLOPs {flops}; saved for backward {saved}"
 
 
 def _some(paths: Iterable[str], most: int = 60) -> str:

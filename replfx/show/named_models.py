@@ -39,17 +39,11 @@ class UsersError(Exception):
 
 @dataclass(frozen=True)
 class Named:
-    """A model, and example inputs where it says which it takes.
+    """A model, and example inputs where it says which it takes."""
 
-    Attributes:
-        model: with random weights.
-        inputs: floats or integers of the right shapes; None for a factory.
-        vocabulary: how many tokens it knows, if it takes tokens.
-    """
-
-    model: nn.Module
-    inputs: ExampleInputs | None = None
-    vocabulary: int | None = None
+    model: nn.Module  # with random weights
+    inputs: ExampleInputs | None = None  # floats or integers of the right shapes; None for a factory
+    vocabulary: int | None = None  # how many tokens it knows, if it takes tokens
 
 
 def build(name: str, config: Sequence[str] = ()) -> Named:
@@ -57,7 +51,7 @@ def build(name: str, config: Sequence[str] = ()) -> Named:
 
     Args:
         name: in one of `FORMS`.
-        config: KEY=VALUE each, for a configuration of transformers alone.
+        config: KEY=VALUE each, for transformers alone.
 
     Raises:
         ReplfxError: there is no such model, or a package is not installed.
@@ -75,16 +69,7 @@ def build(name: str, config: Sequence[str] = ()) -> Named:
 
 
 def inputs_of(named: Named, shape: tuple[int, ...] | None, tokens: int | None) -> ExampleInputs | None:
-    """The example inputs: the model's own, or one tensor of this shape.
-
-    Args:
-        named: the model.
-        shape: of the one tensor; None takes the model's own inputs.
-        tokens: the tensor holds integers below this number, rather than floats.
-
-    Raises:
-        ReplfxError: `tokens` without a shape.
-    """
+    """The example inputs: the model's own, or one tensor of this shape, of integers below `tokens` if that is given."""
     if shape is None:
         if tokens is not None:
             raise ReplfxError("--tokens says what is in the input of --input: give its shape too, as in --input 2,64")

@@ -68,20 +68,13 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Once:
-    """What one layer synthesised.
+    """What one layer synthesised."""
 
-    Attributes:
-        path: where the layer is.
-        layer: itself.
-        made: its weights, with the graph that they came by.
-        shared: the same memory, where gradients add up.
-        read: the parameters that they were made of, and how often each had been written to.
-    """
-
-    path: str
+    path: str  # where the layer is
     layer: Synthesis
-    made: dict[str, Tensor]
-    shared: SharedWeights
+    made: dict[str, Tensor]  # its weights, with the graph that they came by
+    shared: SharedWeights  # the same memory, where gradients add up
+    # The parameters that they were made of, and how often each had been written to.
     read: list[tuple[nn.Parameter, int]]
 
     @classmethod

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from replfx.errors import PlanError, StateDictError
 from replfx.modules.paths import is_named
-from replfx.rewrite.state import follow_state_dicts, marked, placed_blocks
+from replfx.rewrite.state import placed_blocks, state_of
 from replfx.rewrite.unroll import check_unrolls, unroll
 from replfx.tracing import ExampleInputs
 
@@ -30,8 +30,8 @@ class Schedule:
         optimizer: gets the new parameters, as `replfx.unroll` has it.
         unroll_at: a number of optimizer steps (an int), or a share of `total_steps` (a float between 0 and 1). Several
             of them, in a sequence, unroll as many equal parts of the blocks, each spread over the depth; a mapping
-            from them to paths or globs says which. As the learning
-            rate begins to fall is what we found best (docs/findings.md).
+            from them to paths or globs says which. We found it best when the learning rate begins to fall
+            (docs/findings.md).
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
         example_inputs: as for `replfx.unroll`.
@@ -77,7 +77,7 @@ class Schedule:
         self._steps = 0
         self._done: list[list[str]] = []
         if follow:
-            follow_state_dicts(marked(model), self._unroll)
+            state_of(model).follow = self._unroll
 
     @property
     def steps(self) -> int:
@@ -102,7 +102,7 @@ class Schedule:
         """Take note that so many steps were taken in all, for trainers that count them themselves.
 
         Returns:
-            the same.
+            as `step` does.
         """
         self._steps = steps
         if self.is_done:
