@@ -26,7 +26,7 @@ class Replacement:
 
     Attributes:
         path: the block.
-        previous, next: its kept neighbours; None for an operator that needs none.
+        previous, next: its kept neighbours; None where there is none, which suits an operator that needs none.
         fusion, operator: what takes its place.
         interface: how the block is called.
         kind, previous_kind, next_kind: digests of the structure of the block and of its neighbours, by which `apply`

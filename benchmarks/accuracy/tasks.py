@@ -121,8 +121,8 @@ def _resnet(name: str, depth: int, small_depth: int, small_width: int) -> Task:
     return Task(name, cifar10, ACCURACY, models, {"small": SMALL_DEPTH, "full": HE}, FRAME)
 
 
-def _narrow(name: str, load: Callable[[Path], Data]) -> Task:
-    models = {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=True)}
+def _narrow(name: str, load: Callable[[Path], Data], *, scaled: bool = False) -> Task:
+    models = {"small": partial(GPT, 256, 64, width=32, depth=12, heads=2, scaled=scaled)}
     recipe = Recipe(5_000, 16, "adamw", 4e-3, "plateau", weight_decay=0.1, clip=1.0, beta2=0.95)
     return Task(name, load, NATS, models, {"small": recipe}, FRAME)
 
@@ -210,7 +210,9 @@ TASKS = {
             FRAME,
         ),
         _narrow("bytes-narrow", wikitext2_bytes_narrow),
+        _narrow("bytes-narrow-scaled", wikitext2_bytes_narrow, scaled=True),
         _narrow("python-bytes", python_bytes),
+        _narrow("python-bytes-scaled", python_bytes, scaled=True),
         Task(
             "svhn",
             svhn,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -198,6 +199,7 @@ def _replfx(name: str, options: Options) -> Variant:
     gradient = float(rest.pop("neighbour_gradient", 1.0))
     made_by = {"name": fusion, "initial": float(rest.pop("initial"))} if "initial" in rest else fusion
     unrolled, late = rest.pop("unroll", None), rest.pop("late", None)
+    start: Any = rest.pop("start", "outputs")
     policy = policy_of(rest)
 
     def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
@@ -218,7 +220,7 @@ def _replfx(name: str, options: Options) -> Variant:
         return Variant(name, lambda model, example: model, grow=replaced, grows_at=float(late))
     if unrolled is None:
         return Variant(name, prepare)
-    return Variant(name, prepare, grow=replfx.unroll, grows_at=float(unrolled))
+    return Variant(name, prepare, grow=partial(replfx.unroll, start=start), grows_at=float(unrolled))
 
 
 def _follow(optimizer: Optimizer, model: nn.Module) -> None:

@@ -117,13 +117,14 @@ class _Chooser:
     def kept(self, chain: Chain, made: Sequence[Replacement]) -> dict[str, str]:
         """For each block of the chain that stays, the rule that keeps it."""
         replaced = {replacement.path for replacement in made}
-        readers = {side: r.path for r in reversed(made) for side in (r.previous, r.next) if side}
+        read = reversed(made if self.operator.needs_neighbours else ())
+        readers = {side: r.path for r in read for side in (r.previous, r.next) if side}
         kept = {}
         for position, block in enumerate(chain.blocks):
             if block.path in replaced:
                 continue
-            read = f"`{readers[block.path]}` is made from it" if block.path in readers else None
-            kept[block.path] = block.obstacle or read or self.refused.get(block.path) or self._rule(chain, position)
+            reader = f"`{readers[block.path]}` is made from it" if block.path in readers else None
+            kept[block.path] = block.obstacle or reader or self.refused.get(block.path) or self._rule(chain, position)
         return kept
 
     def _rule(self, chain: Chain, position: int) -> str:
@@ -143,14 +144,11 @@ class _Chooser:
 
     def _replacement(self, chain: Chain, position: int, chosen: Set[int], match: Match) -> Replacement:
         site = chain.blocks[position].site
-        sides: list[tuple[str | None, str | None]] = [(None, None), (None, None)]
+        before, after = _sides(chain, position, chosen)
         fusion = self.policy.fusion
         if self.operator.needs_neighbours:
-            before, after = _sides(chain, position, chosen)
             fusion = _by_distance(fusion, position - before, after - position)
-            neighbours = (chain.blocks[side] for side in (before, after))
-            sides = [(block.path, block_digest(block.site.block)) for block in neighbours]
-        (previous, previous_kind), (next, next_kind) = sides
+        (previous, previous_kind), (next, next_kind) = (_named(chain, side) for side in (before, after))
         return Replacement(
             path=site.path,
             previous=previous,
@@ -163,6 +161,14 @@ class _Chooser:
             next_kind=next_kind,
             neighbour_gradient=float(self.policy.neighbour_gradient),
         )
+
+
+def _named(chain: Chain, position: int) -> tuple[str, str] | tuple[None, None]:
+    """Path and structure of a block, if the chain has one there."""
+    if not 0 <= position < len(chain.blocks):
+        return None, None
+    block = chain.blocks[position]
+    return block.path, block_digest(block.site.block)
 
 
 def _sides(chain: Chain, position: int, chosen: Set[int]) -> tuple[int, int]:

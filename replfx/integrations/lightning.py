@@ -8,6 +8,7 @@ except ImportError:  # the older name of the same package
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from replfx.errors import PlanError
+from replfx.rewrite.unroll import Start
 from replfx.tracing import ExampleInputs
 from replfx.training.schedule import Schedule, UnrollAt
 
@@ -22,7 +23,7 @@ class Unroll(Callback):
 
     Args:
         unroll_at: as for `replfx.Schedule`; shares are of `trainer.estimated_stepping_batches`.
-        example_inputs: as for `replfx.unroll`.
+        example_inputs, start: as for `replfx.unroll`.
 
     Raises:
         PlanError: when training starts: there is no transformed model, or more than one optimizer.
@@ -33,8 +34,10 @@ class Unroll(Callback):
         >>> trainer.fit(module, loader)
     """
 
-    def __init__(self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None) -> None:
-        self.unroll_at, self.example_inputs = unroll_at, example_inputs
+    def __init__(
+        self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None, *, start: Start = "outputs"
+    ) -> None:
+        self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -46,6 +49,7 @@ class Unroll(Callback):
             unroll_at=self.unroll_at,
             total_steps=lambda: int(trainer.estimated_stepping_batches),
             example_inputs=self.example_inputs,
+            start=self.start,
             follow=True,
         )
 

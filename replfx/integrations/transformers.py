@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from replfx.rewrite.unroll import Start
 from replfx.tracing import ExampleInputs
 from replfx.training.schedule import Schedule, UnrollAt
 
@@ -20,7 +21,7 @@ class Unroll(TrainerCallback):
 
     Args:
         unroll_at: as for `replfx.Schedule`; shares are of the Trainer's `max_steps`.
-        example_inputs: as for `replfx.unroll`.
+        example_inputs, start: as for `replfx.unroll`.
 
     Raises:
         PlanError: when the Trainer is made: its model is not transformed.
@@ -31,8 +32,10 @@ class Unroll(TrainerCallback):
         >>> trainer.train()
     """
 
-    def __init__(self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None) -> None:
-        self.unroll_at, self.example_inputs = unroll_at, example_inputs
+    def __init__(
+        self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None, *, start: Start = "outputs"
+    ) -> None:
+        self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None
         self._max_steps = 0
 
@@ -45,6 +48,7 @@ class Unroll(TrainerCallback):
             unroll_at=self.unroll_at,
             total_steps=lambda: self._max_steps,
             example_inputs=self.example_inputs,
+            start=self.start,
             follow=True,
         )
 

@@ -46,14 +46,15 @@ class Skeleton:
         """
         return getattr(self.module, name)
 
-    def full_block(self, neighbours: Sequence[nn.Module], like: Tensor) -> nn.Module:
-        """A block of this structure; each parameter is the mean of the neighbours' of its name and shape.
+    def full_block(self, neighbours: Sequence[nn.Module], like: Tensor, *, copies: bool) -> nn.Module:
+        """A block of this structure, made of the neighbours' parameters of its names and shapes.
 
         A parameter whose like neither has starts as its layer initialises it, or else as it was.
 
         Args:
             neighbours: the kept block before and the one after, or none.
             like: tells device and dtype.
+            copies: whether each parameter is that of the first neighbour that has it, rather than the mean of both.
         """
         block = copy.deepcopy(self.module)
         sides = [dict(neighbour.named_parameters()) for neighbour in neighbours]
@@ -61,7 +62,7 @@ class Skeleton:
         for name, meta in self._shapes.items():
             found = [side[name].detach() for side in sides if name in side and side[name].shape == meta.shape]
             if found:
-                values[name] = torch.stack(found).mean(0)
+                values[name] = torch.stack(found[:1] if copies else found).mean(0)
             elif name in self._starts:
                 values[name] = self._starts[name].to(like, copy=True)
             parameter = nn.Parameter(values.get(name, like.new_empty(meta.shape)), requires_grad=meta.requires_grad)

@@ -114,7 +114,8 @@ class Synthesis(nn.Module):
             parameters.
         neighbour_gradient: factor λ on the gradient that flows through this into the neighbours; 1 is the
             paper's, 0 detaches them.
-        neighbours: the kept block before and the one after; none if the operator needs none.
+        neighbours: the kept block before and the one after; if the operator needs none, those of them that there are,
+            of which a full block can be made.
         places: where these were in the model, for messages.
         skeleton: the structure of the block, if the operator does not keep it.
 
@@ -277,12 +278,12 @@ class Synthesis(nn.Module):
         """All that a synthesis reads of both neighbours."""
         return (reading for side in self._readings or () for reading in side.values())
 
-    def counterparts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The parameters of both neighbours by the names of their like in the block: what is read, and all others."""
-        sides = []
-        for side, block in zip(self._readings or ({}, {}), self.neighbours, strict=False):
-            sides.append({**dict(block.named_parameters()), **{name: r.tensor() for name, r in side.items()}})
-        return (sides[0], sides[1]) if sides else ({}, {})
+    def counterparts(self) -> list[dict[str, Tensor]]:
+        """Each neighbour's parameters by the names of their like in the block: what is read, and all others."""
+        return [
+            {**dict(block.named_parameters()), **{name: r.tensor() for name, r in side.items()}}
+            for side, block in zip(self._readings or ({}, {}), self.neighbours, strict=False)
+        ]
 
     def read_parameters(self) -> list[nn.Parameter]:
         """The neighbours' parameters and the coefficients; each once."""

@@ -49,13 +49,14 @@ def describe_plan(model: nn.Module, plan: Plan) -> Report:
     """What a plan alone says of `model`, where nothing was captured: the replaced blocks and their neighbours."""
     chains = _chains_of_plan(plan)
     replaced = {replacement.path for replacement in plan.replacements}
-    readers = {side: r.path for r in reversed(plan.replacements) for side in (r.previous, r.next) if side}
+    reading = [r for r in reversed(plan.replacements) if operators[r.operator.name].needs_neighbours]
+    readers = {side: r.path for r in reading for side in (r.previous, r.next) if side}
     blocks = [
         BlockReport(
             path,
             index,
             _trainable(parameters_of(model, path).values()),
-            kept=None if path in replaced else f"`{readers[path]}` is made from it",
+            kept=None if path in replaced else f"`{readers[path]}` is made from it" if path in readers else "it stays",
         )
         for index, paths in enumerate(chains)
         for path in paths
@@ -116,12 +117,12 @@ def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:
     for block in report.blocks:
         if block.path in planned:
             replacement = planned[block.path]
-            synthesis = syntheses[head_of(model, block.path)]
+            made = syntheses[head_of(model, block.path)].fusion is not None
             block = replace(
                 block,
-                previous=replacement.previous,
-                next=replacement.next,
-                fusion=replacement.fusion.name if synthesis.fusion is not None else None,
+                previous=replacement.previous if made else None,
+                next=replacement.next if made else None,
+                fusion=replacement.fusion.name if made else None,
                 operator=replacement.operator.name,
                 parameters_after=_trainable(parameters_of(model, block.path).values()),
                 not_unrolled=_why_not_unrolled(replacement),

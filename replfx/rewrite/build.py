@@ -160,15 +160,16 @@ class _Builder:
                 f"`{path}`: operator {replacement.operator.name!r} has nothing to synthesise: all weights of the block "
                 "stay its own, because neither neighbour has their like or the model reads them itself"
             )
-        if not made.sources:
-            return Synthesis(made, None, None, skeleton=skeleton)
-        if replacement.previous is None or replacement.next is None:
-            raise PlanError(f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none")
-        for side in (replacement.previous, replacement.next):
+        sides = ((replacement.previous, replacement.previous_kind), (replacement.next, replacement.next_kind))
+        for side, _ in sides:
             if side in self.replaced:
                 raise PlanError(f"`{path}`: its neighbour `{side}` is replaced in the same plan")
-        previous = self._block(replacement.previous, replacement.previous_kind)
-        next = self._block(replacement.next, replacement.next_kind)
+        neighbours = tuple(self._block(side, kind) for side, kind in sides if side is not None)
+        if not made.sources:
+            return Synthesis(made, None, None, skeleton=skeleton, neighbours=() if skeleton is None else neighbours)
+        if replacement.previous is None or replacement.next is None:
+            raise PlanError(f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none")
+        previous, next = neighbours
         _check_finite(((replacement.previous, previous), (path, block), (replacement.next, next)))
         if not 0 <= replacement.neighbour_gradient <= 1:
             raise PlanError(f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1")

@@ -34,7 +34,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def hand_over(
-    optimizer: Optimizer, old: set[nn.Parameter], full: Mapping[str, nn.Parameter], like: Sequence[Mapping[str, Tensor]]
+    optimizer: Optimizer,
+    old: set[nn.Parameter],
+    full: Mapping[str, nn.Parameter],
+    like: Sequence[Mapping[str, Tensor]],
+    *,
+    copies: bool,
 ) -> None:
     """Let the parameters of a block at full depth take the place of those of `old` that are gone.
 
@@ -47,6 +52,7 @@ def hand_over(
         old: the parameters of the block until now, some of which it may have kept.
         full: those that it has now, by their names in it.
         like: each neighbour's parameters, by the same names.
+        copies: whether the block is a copy of the first neighbour that has the parameter; so is its state then.
     """
     gone = old.difference(full.values())
     groups: dict[Tensor | None, dict[str, Any]] = {
@@ -61,7 +67,7 @@ def hand_over(
         sides = [side[name] for side in like if side.get(name) in groups]
         (groups[sides[0]] if sides else rest)["params"].append(parameter)
         states = [optimizer.state[side] for side in sides if _are_alike(side, parameter) and side in optimizer.state]
-        if state := _state_from(states):
+        if state := _state_from(states[:1] if copies else states):
             optimizer.state[parameter] = state
     for parameter in gone:
         optimizer.state.pop(parameter, None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,10 @@ from replfx.rewrite.state import Placement, forget, placed_blocks
 from replfx.rewrite.wrappers import gather_nothing, tell_of_change
 from replfx.tracing import ExampleInputs, Inputs
 
-__all__ = ["check_unrolls", "materialize", "unroll"]
+__all__ = ["Start", "check_unrolls", "materialize", "unroll"]
+
+Start: TypeAlias = Literal["outputs", "copies"]
+"""What blocks start as when they are unrolled; `unroll` says what each is."""
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -69,13 +72,19 @@ def unroll(
     example_inputs: ExampleInputs | None = None,
     *,
     blocks: str | Sequence[str] | None = None,
+    start: Start = "outputs",
 ) -> nn.Module:
-    """Give the replaced blocks back at full depth, starting from what they computed.
+    """Give the replaced blocks back at full depth.
 
     Under operator `block` the blocks have the weights that were synthesised last, and under `mixer` what it runs has
-    them, beside an MLP that begins as the mean of its neighbours' with a last layer of zero. Under `light` and
-    `identity` they start as the means of their neighbours, save that each computes exactly what its operator computed
-    (`replfx.operators.folding` says how; random dropping of branches and channels sets in).
+    them. What an operator had freed, `mixer` an MLP, `light` and `identity` the whole block, starts as `start` says:
+
+    - "outputs": the model computes what it computed. What was freed is the mean of the neighbours', changed so that
+      the block gives what its operator gave (`replfx.operators.folding` says how; random dropping of branches and
+      channels sets in).
+    - "copies": each parameter that was freed is a copy of the one in the nearest kept block before it (stacking: Gong
+      et al., ICML 2019), or, if that has not its shape, in the one after. The outputs change. Models that began without
+      some blocks ended at a lower loss than with "outputs" (docs/findings.md).
 
     It may be called in the middle of training, between two steps. Whatever wraps the model goes on with it: DDP
     reduces the gradients of the new parameters, FSDP2 shards them as their block's others, `torch.compile` compiles
@@ -85,18 +94,19 @@ def unroll(
         model: a transformed model, or what wraps it. It is changed in place, so that an optimizer goes on holding the
             parameters of the kept blocks.
         optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
-            coefficients. Their moments start as the means of their neighbours'; the state of all other parameters
-            stays, and so does what a learning-rate scheduler knows. It then is as if it had been made for the full
-            model: its state_dict fits that.
-        example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone:
-            their inner batch normalisation is set to the statistics of what it gets.
+            coefficients. Their moments start as the means of their neighbours', or as copies too; the state of all
+            other parameters stays, and so does what a learning-rate scheduler knows. It then is as if it had been made
+            for the full model: its state_dict fits that.
+        example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone,
+            whose outputs stay: their inner batch normalisation is set to the statistics of what it gets.
         blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.
+        start: what the blocks start as.
 
     Returns:
-        `model` itself, with the outputs that it had and the parameter names of the original.
+        `model` itself, with the parameter names of the original.
 
     Raises:
-        PlanError: the model is not transformed, or has no such replaced block.
+        PlanError: the model is not transformed, has no such replaced block, or `start` is neither.
         FusionError: an operator that does not go back into a full block (with tensor parallelism that is any but
             `block`), an optimizer whose parameters cannot be exchanged (LBFGS, ZeroRedundancyOptimizer), or example
             inputs that are needed; the model is left as it was.
@@ -111,6 +121,7 @@ def unroll(
     if optimizer is not None:
         check_optimizer(optimizer)
     placed = _asked_for(placed, blocks)
+    copies = _is_copies(start)
     gather_nothing(root)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     # Of a window, `block` is the first member alone; it has the coefficients.
@@ -118,19 +129,20 @@ def unroll(
     like = {path: at.synthesis.counterparts() for path, at in placed.items()}
     known = set(root.parameters())
     with torch.no_grad():
-        _unroll(root, placed, seen, next(model.parameters()))
+        _unroll(root, placed, seen, next(model.parameters()), copies=copies)
         tell_of_change(root, _new_parameters(root, placed, like, known))
         if optimizer is not None:
             for path, placement in placed.items():
-                hand_over(optimizer, before[path], _parameters(root, path, placement), like[path])
+                hand_over(optimizer, before[path], _parameters(root, path, placement), like[path], copies=copies)
             in_order(optimizer, model, set(root.parameters()) - known)
     _finish(root, placed)
     return model
 
 
-def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
+def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None, start: Start = "outputs") -> None:
     """Make sure that `unroll` would give all blocks back; changes nothing, and raises as `unroll` does."""
     _, placed = placed_blocks(model)
+    copies = _is_copies(start)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     with torch.no_grad():
         for path, placement in placed.items():
@@ -138,7 +150,8 @@ def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None)
             if synthesis.operator.unrolls:
                 synthesis.check_lays_out()
             else:
-                _full_block(path, synthesis, _theta(path, synthesis), next(model.parameters()), seen.get(path))
+                theta, like = _theta(path, synthesis), next(model.parameters())
+                _full_block(path, synthesis, theta, like, seen.get(path), copies=copies)
 
 
 def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None) -> dict[str, Placement]:
@@ -152,10 +165,18 @@ def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None)
     return {path: at for path, at in placed.items() if any(is_named(path, glob) for glob in globs)}
 
 
-def _unroll(root: nn.Module, placed: Mapping[str, Placement], seen: Mapping[str, Tensor], like: Tensor) -> None:
+def _is_copies(start: Start) -> bool:
+    if start not in get_args(Start):
+        raise PlanError(f'start={start!r}: blocks start with the model\'s "outputs", or as "copies" of neighbours')
+    return start == "copies"
+
+
+def _unroll(
+    root: nn.Module, placed: Mapping[str, Placement], seen: Mapping[str, Tensor], like: Tensor, *, copies: bool
+) -> None:
     theta = {path: _theta(path, placement.synthesis) for path, placement in placed.items()}
     full = {  # these may fail, and nothing is changed yet
-        path: _full_block(path, placement.synthesis, theta[path], like, seen.get(path))
+        path: _full_block(path, placement.synthesis, theta[path], like, seen.get(path), copies=copies)
         for path, placement in placed.items()
         if not placement.synthesis.operator.unrolls
     }
@@ -174,15 +195,16 @@ def _theta(path: str, synthesis: Synthesis) -> dict[str, Tensor]:
 
 
 def _full_block(
-    path: str, synthesis: Synthesis, theta: dict[str, Tensor], like: Tensor, inputs: Tensor | None
+    path: str, synthesis: Synthesis, theta: dict[str, Tensor], like: Tensor, inputs: Tensor | None, *, copies: bool
 ) -> nn.Module:
     try:
         if is_region(path) or synthesis.skeleton is None:
             raise FusionError("it was no module, and only operator='block' gives such a block back")
         if synthesis.tensor_parallel is not None:
             raise FusionError("it is tensor parallel, and only operator='block' gives such a block back")
-        block = synthesis.skeleton.full_block(synthesis.neighbours, like)
-        synthesis.operator.restore(theta, block, inputs)
+        block = synthesis.skeleton.full_block(synthesis.neighbours, like, copies=copies)
+        if not copies:
+            synthesis.operator.restore(theta, block, inputs)
     except FusionError as error:
         raise FusionError(f"`{path}` cannot be unrolled: {error}") from error
     return block

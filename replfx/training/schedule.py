@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from replfx.errors import PlanError, StateDictError
 from replfx.modules.paths import is_named
 from replfx.rewrite.state import placed_blocks, state_of
-from replfx.rewrite.unroll import check_unrolls, unroll
+from replfx.rewrite.unroll import Start, check_unrolls, unroll
 from replfx.tracing import ExampleInputs
 
 __all__ = ["Schedule", "UnrollAt", "When"]
@@ -34,7 +34,7 @@ class Schedule:
             (docs/findings.md).
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
-        example_inputs: as for `replfx.unroll`.
+        example_inputs, start: as for `replfx.unroll`.
         averages: copies of the model with averaged weights (EMA), which are unrolled with it.
         follow: whether a state_dict with blocks at full depth, loaded into the model while these are replaced, unrolls
             them. For trainers that load a model's weights before anything else; without it that is an error.
@@ -65,12 +65,14 @@ class Schedule:
         unroll_at: UnrollAt,
         total_steps: int | Callable[[], int] | None = None,
         example_inputs: ExampleInputs | None = None,
+        start: Start = "outputs",
         averages: Iterable[nn.Module] = (),
         follow: bool = False,
     ) -> None:
         self._paths = list(placed_blocks(model)[1])
-        check_unrolls(model, example_inputs)
-        self._model, self._example_inputs, self._averages = model, example_inputs, list(averages)
+        check_unrolls(model, example_inputs, start)
+        self._model, self._averages = model, list(averages)
+        self._example_inputs, self._start = example_inputs, start
         self.optimizer = optimizer
         self._unroll_at, self._total = unroll_at, total_steps
         _parts(unroll_at, 1_000_000 if callable(total_steps) else total_steps, self._paths)  # it may be impossible
@@ -122,9 +124,9 @@ class Schedule:
         return _parts(self._unroll_at, total, self._paths)
 
     def _unroll(self, paths: Sequence[str]) -> None:
-        unroll(self._model, self.optimizer, self._example_inputs, blocks=paths)
+        unroll(self._model, self.optimizer, self._example_inputs, blocks=paths, start=self._start)
         for average in self._averages:
-            unroll(average, None, self._example_inputs, blocks=paths)
+            unroll(average, None, self._example_inputs, blocks=paths, start=self._start)
         self._done.append(list(paths))
 
     def state_dict(self) -> dict[str, Any]:
