@@ -1,6 +1,6 @@
-"""Train an image classifier of timm's with shared weights first and at full depth later, in Accelerate's loop.
+"""Train an image classifier of timm's, some of its blocks replaced at first, in Accelerate's loop.
 
-    python examples/train_images.py --data-root DIR --model vit_tiny_patch16_224 --unroll-at 0.8
+    python examples/train_images.py --data-root DIR --operator identity --unroll-at 0.4 --start copies
     accelerate launch examples/train_images.py --data-root DIR --model resnet50 --operator light --epochs 90
 
 DIR has train/CLASS/*.png and val/CLASS/*.png (or .jpg, …). The folder of --output gets a checkpoint an epoch, a log for
@@ -41,6 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=2, help="replace every k-th block of each chain")
     parser.add_argument("--operator", default="auto", help="block, mixer, light or identity")
     parser.add_argument("--unroll-at", type=float, metavar="SHARE", help="at full depth after this share of the steps")
+    parser.add_argument("--start", default="outputs", choices=("outputs", "copies"), help="of the unrolled blocks")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64, help="images a step and process")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -93,7 +94,9 @@ def train(args: argparse.Namespace) -> float:
     accelerator.register_for_checkpointing(rates)
     schedule = None
     if args.unroll_at is not None and not args.no_replace:
-        schedule = replfx.Schedule(model, optimizer, unroll_at=args.unroll_at, total_steps=steps, follow=True)
+        schedule = replfx.Schedule(
+            model, optimizer, unroll_at=args.unroll_at, total_steps=steps, start=args.start, follow=True
+        )
         accelerator.register_for_checkpointing(schedule)
 
     done = sorted(args.output.glob("epoch-*"))

@@ -1,6 +1,6 @@
-"""Train a small language model on the bytes of a text: transformers' Trainer, weights shared first, full depth later.
+"""Train a small language model on the bytes of a text, some of its blocks replaced at first: transformers' Trainer.
 
-    python examples/train_language.py --text wikitext.txt --model gpt2 --unroll-at 0.8
+    python examples/train_language.py --text wikitext.txt --operator identity --unroll-at 0.4 --start copies
     torchrun --nproc-per-node=2 examples/train_language.py --text wikitext.txt --model llama --no-replace
 
 The last tenth of the text is for validation. The folder of --output gets checkpoints, a log for TensorBoard, and at the
@@ -41,6 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-replace", action="store_true", help="train the model as it is")
     parser.add_argument("--operator", default="auto", help="block, mixer, light or identity")
     parser.add_argument("--unroll-at", type=float, metavar="SHARE", help="at full depth after this share of the steps")
+    parser.add_argument("--start", default="outputs", choices=("outputs", "copies"), help="of the unrolled blocks")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=32, help="windows a step and process")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -83,7 +84,7 @@ def train(args: argparse.Namespace) -> float:
         use_cache=False,
     )
     model = AutoModelForCausalLM.from_config(config)
-    unroll = None if args.no_replace or args.unroll_at is None else Unroll(args.unroll_at)
+    unroll = None if args.no_replace or args.unroll_at is None else Unroll(args.unroll_at, start=args.start)
     if not args.no_replace:
         example = {"input_ids": torch.zeros(2, args.context, dtype=torch.long)}
         model = replfx.transform(model, example, operator=args.operator)

@@ -63,7 +63,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(other[name], theta) for name, theta in one.items())
 
 
-@pytest.mark.parametrize("more", [["--unroll-at", "0.5"], ["--operator", "mixer"], ["--no-replace"]])
+GROWN = ["--operator", "identity", "--unroll-at", "0.5", "--start", "copies"]
+
+
+@pytest.mark.parametrize("more", [["--unroll-at", "0.5"], GROWN, ["--operator", "mixer"], ["--no-replace"]])
 def test_images(pictures: Path, tmp_path: Path, more: list[str]) -> None:
     """And goes on from the checkpoints of before the switch and of after it."""
     import timm
