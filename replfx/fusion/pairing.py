@@ -72,14 +72,11 @@ def counterparts(
         next: what it gave for the one after.
         names: the parameters to synthesise; those without a counterpart on either side are left out.
     """
-    before: Counterparts = {}
-    after: Counterparts = {}
+    before, after = Counterparts(), Counterparts()
+    sides: tuple[tuple[Side, Mapping[str, str]], ...] = ("previous", previous), ("next", next)
     for name in names:
-        one: Counterpart | None = ("previous", previous[name]) if name in previous else None
-        other: Counterpart | None = ("next", next[name]) if name in next else None
-        if one is not None or other is not None:
-            before[name] = one or other  # type: ignore[assignment]
-            after[name] = other or one  # type: ignore[assignment]
+        if found := [(side, theirs[name]) for side, theirs in sides if name in theirs]:
+            before[name], after[name] = found[0], found[-1]
     return before, after
 
 
