@@ -21,7 +21,7 @@ from replfx.fusion.pairing import synthesizable
 from replfx.modules.structure import set_submodule
 from replfx.operators.base import BlockOperator, Match, Site, operators
 from replfx.operators.folding import Fold, branch_silencers, silence
-from replfx.operators.probe import Unmeasured, name_of
+from replfx.operators.probe import Unmeasured, modules_around, name_of
 from replfx.operators.residual import Branch, Residual, gives
 from replfx.tracing.info import info_of
 
@@ -240,7 +240,7 @@ def _dropped(branch: Branch) -> Dropped | str:
 
 
 def _is_in_one(site: Site, node: fx.Node, units: Sequence[str]) -> bool:
-    return any(_is_in(path, unit) for unit in units for path in _owners(site, node)[-1:])
+    return any(_is_in(path, unit) for unit in units for path in modules_around(site, node)[-1:])
 
 
 def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str], *, spread: bool) -> bool:
@@ -291,22 +291,13 @@ def _units(site: Site, nodes: Sequence[fx.Node], calls: Collection[str]) -> tupl
     """The largest of the modules called within these nodes alone, by their names in the block."""
     inside = set(nodes)
     nodes = [node for node in nodes if node.all_input_nodes]  # no parameters, and no flags that capturing put in
-    elsewhere = {path for node in site.nodes if node not in inside for path in _owners(site, node)}
+    elsewhere = {path for node in site.nodes if node not in inside for path in modules_around(site, node)}
     found: list[str] = []
     for node in nodes:
-        whole = [path for path in _owners(site, node) if path not in elsewhere and path in calls]
+        whole = [path for path in modules_around(site, node) if path not in elsewhere and path in calls]
         if whole and not any(_is_in(whole[0], unit) for unit in found):
             found.append(whole[0])
     return tuple(found)
-
-
-def _owners(site: Site, node: fx.Node) -> list[str]:
-    """The modules inside of the block that were running when a node was recorded, the outermost first."""
-    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module":
-        stack.append(str(node.target))
-    within = [site.name(path) for path in stack if site.holds(path)]
-    return [name for name in dict.fromkeys(within) if name]
 
 
 def _is_in(path: str, unit: str) -> bool:

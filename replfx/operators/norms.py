@@ -1,13 +1,13 @@
 """The normalisations of a residual block: found by what they do to numbers, whatever they are called."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from replfx.operators.probe import module_at, number_of
+from replfx.operators.probe import module_at, modules_around, number_of
 from replfx.operators.residual import Branch, Residual, is_passing
 
 __all__ = ["Norm", "first_norm", "is_entry", "is_norm", "is_normalised", "last_norm", "nameless_norm", "norm_behind"]
@@ -56,7 +56,7 @@ def norm_behind(residual: Residual, node: fx.Node) -> Norm | None:
 def last_norm(branch: Branch) -> Norm | None:
     """The last normalisation that a branch applies."""
     for node in reversed(branch.nodes):
-        for path in _modules_around_node(branch.residual, node):
+        for path in modules_around(branch.residual.site, node):
             if is_norm(branch.residual, path):
                 return _norm(branch.residual, path, first=False)
     return None
@@ -154,15 +154,5 @@ def _readers(branch: Branch) -> list[fx.Node]:
 
 def _modules_around(branch: Branch, nodes: list[fx.Node]) -> list[str]:
     """The modules inside of which all of some nodes are, the outermost first."""
-    around = [list(_modules_around_node(branch.residual, node)) for node in nodes]
+    around = [modules_around(branch.residual.site, node) for node in nodes]
     return [path for path in around[0] if all(path in paths for paths in around)] if around else []
-
-
-def _modules_around_node(residual: Residual, node: fx.Node) -> Iterator[str]:
-    """The modules inside of the block that were running when a node was recorded, the outermost first."""
-    site = residual.site
-    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module":
-        stack.append(str(node.target))
-    within = [site.name(path) for path in dict.fromkeys(stack) if site.holds(path)]
-    yield from (name for name in dict.fromkeys(within) if name)

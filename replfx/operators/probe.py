@@ -25,6 +25,7 @@ __all__ = [
     "is_cast",
     "is_layout",
     "module_at",
+    "modules_around",
     "name_of",
     "number_of",
     "rounding_of",
@@ -399,6 +400,15 @@ def is_layout(node: fx.Node) -> bool:
 def module_at(site: Site, node: fx.Node) -> nn.Module | None:
     """The module that a node calls."""
     return site.block.get_submodule(site.inside(node)) if node.op == "call_module" else None
+
+
+def modules_around(site: Site, node: fx.Node) -> list[str]:
+    """The modules inside of the block that were running when a node was recorded, the outermost first."""
+    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module":
+        stack.append(str(node.target))
+    within = [site.name(path) for path in stack if site.holds(path)]
+    return [name for name in dict.fromkeys(within) if name]
 
 
 def activations_of(node: fx.Node) -> list[fx.Node]:
