@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from replfx.operators.base import Site
 from replfx.operators.norms import Norm, first_norm, is_normalised, last_norm, nameless_norm, norm_behind
-from replfx.operators.probe import Unmeasured, module_at, name_of
+from replfx.operators.probe import Unmeasured, module_at, name_of, rounding_of
 from replfx.operators.residual import ACTIVATIONS, Branch, Residual
 
 __all__ = ["Anatomy", "MapPair", "activation_of", "dissect"]
@@ -224,7 +224,8 @@ class _Maps:
         self.branch, self.residual = branch, branch.residual
         self.probe = branch.residual.probe
         self.norm = first_norm(branch)
-        self.close = max(_CLOSE, self.probe.rounding)  # numbers that were drawn are apart by about their own size
+        # Numbers that were drawn are apart by about their own size.
+        self.close = max(_CLOSE, rounding_of(self.probe.dtype))
         readings = [(name, node) for node in branch.nodes for name, p in self.probe.parameters_at(node) if p.dim() >= 2]
         self.readers: dict[str, fx.Node] = dict(readings)
 

@@ -180,7 +180,7 @@ class Branch:
                 changed = {entry: self._changed(value, axes[entry], position) for entry, value in start.items()}
                 # Experts get other numbers of tokens then, and what sums these up rounds in another way.
                 moved = (self._tokens(self.gives(changed)[self.end], ending) - base).abs()
-                apart = (moved > self.residual.probe.rounding * base.abs().max()).any(1)
+                apart = (moved > rounding_of(self.residual.probe.dtype) * base.abs().max()).any(1)
                 apart[position] = False
                 if bool(apart.any()):
                     return True
