@@ -101,10 +101,8 @@ def _dissected(residual: Residual) -> Anatomy:
     Raises:
         Unmeasured: it has none.
     """
-    depthwise, norms = (
-        _depthwise(residual),
-        {branch: _norm_of(branch) for branch in residual.branches if branch.entries},
-    )
+    depthwise = _depthwise(residual)
+    norms = {branch: _norm_of(branch) for branch in residual.branches if branch.entries}
     activation = _activation(residual.site)
     if depthwise is None:
         branch, pair = _narrowest(residual)
@@ -328,7 +326,8 @@ class _Maps:
 
     def _normalised(self, start: dict[fx.Node, Tensor]) -> Tensor:
         """What the maps get of such a token."""
-        value, axis = start[self.branch.entries[0]], self.residual.axis_of(self.branch.entries[0])
+        entry = self.branch.entries[0]
+        value, axis = start[entry], self.residual.axis_of(entry)
         if self.norm is not None:
             module = self.probe.block.get_submodule(self.norm.path).eval()
             with torch.no_grad():
@@ -336,8 +335,8 @@ class _Maps:
         return value.movedim(axis, -1).flatten(0, -2)[0]
 
     def _has_channels_last(self) -> bool:
-        start: Tensor = self.residual.values[self.branch.entries[0]]
-        return self.residual.axis_of(self.branch.entries[0]) == start.dim() - 1
+        entry = self.branch.entries[0]
+        return bool(self.residual.axis_of(entry) == self.residual.values[entry].dim() - 1)
 
     def _rows_of(self, reading: _Reading) -> Tensor:
         """A map with a row for each output; of a kernel with the sum of its taps."""

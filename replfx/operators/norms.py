@@ -1,7 +1,6 @@
 """The normalisations of a residual block: found by what they do to numbers, whatever they are called."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,16 +90,16 @@ def nameless_norm(residual: Residual) -> str | None:
 
 def is_norm(residual: Residual, path: str) -> bool:
     """Whether a module has one value a channel, and gives the same whatever the scale of what it gets is."""
-    return _acts_by_channel(residual, path, _ignores_scale)
+    return _acts_by_channel(residual, path, at_any_scale=True)
 
 
 def is_entry(residual: Residual, path: str) -> bool:
     """Whether a module has one value a channel and keeps its input's shape: a norm, or what stands in its place."""
-    return _acts_by_channel(residual, path, lambda one, other: True)
+    return _acts_by_channel(residual, path, at_any_scale=False)
 
 
-def _acts_by_channel(residual: Residual, path: str, holds: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether a module has one value a channel, and something holds of what it gives for an input and one scaled."""
+def _acts_by_channel(residual: Residual, path: str, *, at_any_scale: bool) -> bool:
+    """Whether a module has one value a channel and keeps its input's shape, and perhaps gives the same at any scale."""
     module = residual.probe.block.get_submodule(path)
     parameters = list(module.parameters())
     if not path or not parameters or any(p.shape != (residual.width,) for p in parameters):
@@ -113,13 +112,10 @@ def _acts_by_channel(residual: Residual, path: str, holds: Callable[[Tensor, Ten
                 one, other = twin(layout / _SCALE), twin(layout * _SCALE)
         except Exception:  # it takes another layout, or more than one input
             continue
-        if isinstance(one, Tensor) and one.shape == layout.shape and holds(one, other):
+        keeps_shape = isinstance(one, Tensor) and one.shape == layout.shape
+        if keeps_shape and (not at_any_scale or (_alike(one, other) and bool(one.any()))):
             return True
     return False
-
-
-def _ignores_scale(one: Tensor, other: Tensor) -> bool:
-    return _alike(one, other) and bool(one.any())
 
 
 def _norm(residual: Residual, path: str, *, first: bool) -> Norm:
