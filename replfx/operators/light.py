@@ -210,12 +210,9 @@ def _normalise(x: Tensor, recipe: LightRecipe, norm: nn.Module | None) -> Tensor
 def _plain_map(matrix: Tensor, bias: Tensor | None, dims: int) -> nn.Module:
     """A 1×1 map of torch.nn with these weights."""
     rows, columns = matrix.shape
-    made: nn.Module
-    if dims == 2:
-        made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    else:
-        conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[dims]
-        made = conv(columns, rows, 1, bias=bias is not None, device="meta")
+    layer: Any = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[dims]
+    sizes = (columns, rows) if dims == 2 else (columns, rows, 1)
+    made: nn.Module = layer(*sizes, bias=bias is not None, device="meta")
     made._parameters["weight"] = nn.Parameter(matrix.view(*matrix.shape, *[1] * (dims - 2)))
     if bias is not None:
         made._parameters["bias"] = nn.Parameter(bias.detach())

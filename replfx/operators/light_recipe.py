@@ -95,9 +95,10 @@ class LightRecipe:
         if anatomy.depthwise is not None:
             return cls("depthwise", (anatomy.depthwise,), None, *rest)
         assert pair is not None  # dissect gives one or the other
-        if residual.axis != 1 and (_taps(block, pair.last) > 1 or not residual.linear):
+        taps = block.get_parameter(pair.last)[0, 0].numel()
+        if residual.axis != 1 and (taps > 1 or not residual.linear):
             return f"`{pair.last}` takes channels elsewhere than in dimension {residual.axis}, where the block has them"
-        if _taps(block, pair.last) > 1:
+        if taps > 1:
             square = block.get_parameter(pair.last).shape[:2] == (residual.width, residual.width)
             return cls("conv", (pair.last,), None, *rest) if square else f"its map `{pair.last}` is grouped"
         dims = 2 if residual.linear else residual.probe.x.dim()
@@ -114,8 +115,3 @@ class LightRecipe:
 def _is_range(value: Any) -> bool:
     start, stop = value if len(value) == 2 else (0, 0)
     return type(start) is int and type(stop) is int and 0 <= start < stop
-
-
-def _taps(block: nn.Module, name: str) -> int:
-    weight = block.get_parameter(name)
-    return weight[0, 0].numel() if weight.dim() > 2 else 1

@@ -19,7 +19,7 @@ from replfx.errors import FusionError
 from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import synthesizable
 from replfx.modules.structure import set_submodule
-from replfx.operators.base import BlockOperator, Match, Site, operators
+from replfx.operators.base import BlockOperator, Match, Site, is_in, operators
 from replfx.operators.folding import Fold, branch_silencers, silence
 from replfx.operators.probe import Unmeasured, modules_around, name_of
 from replfx.operators.residual import Branch, Residual, gives
@@ -113,17 +113,18 @@ class MixerOperator(BlockOperator):
         rest = _rest(site.block, found.units, found.scales)
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
+        kept = [name for name in site.without_counterpart() if name in rest]
+        if len(kept) == len(rest):
+            return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
         options = {
             "dropped": list(found.units),
             **({"items": dict(found.items)} if found.items else {}),
             **({} if found.spread else {"spread": False}),
             "scales": list(found.scales),
             "fold": asdict(found.fold) if isinstance(found.fold, Fold) else found.fold,
+            **({"keep": kept} if kept else {}),
         }
-        kept = [name for name in site.without_counterpart() if name in rest]
-        if len(kept) == len(rest):
-            return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
-        return Match({**options, "keep": kept} if kept else options)
+        return Match(options)
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
         if isinstance(self.fold, str):
@@ -134,7 +135,7 @@ class MixerOperator(BlockOperator):
 def _rest(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> list[str]:
     """The matrices of a block that are left without some of its modules."""
     return [
-        name for name in synthesizable(block) if name not in scales and not any(_is_in(name, unit) for unit in dropped)
+        name for name in synthesizable(block) if name not in scales and not any(is_in(name, unit) for unit in dropped)
     ]
 
 
@@ -240,7 +241,7 @@ def _dropped(branch: Branch) -> Dropped | str:
 
 
 def _is_in_one(site: Site, node: fx.Node, units: Sequence[str]) -> bool:
-    return any(_is_in(path, unit) for unit in units for path in modules_around(site, node)[-1:])
+    return any(is_in(path, unit) for unit in units for path in modules_around(site, node)[-1:])
 
 
 def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str], *, spread: bool) -> bool:
@@ -295,10 +296,6 @@ def _units(site: Site, nodes: Sequence[fx.Node], calls: Collection[str]) -> tupl
     found: list[str] = []
     for node in nodes:
         whole = [path for path in modules_around(site, node) if path not in elsewhere and path in calls]
-        if whole and not any(_is_in(whole[0], unit) for unit in found):
+        if whole and not any(is_in(whole[0], unit) for unit in found):
             found.append(whole[0])
     return tuple(found)
-
-
-def _is_in(path: str, unit: str) -> bool:
-    return path == unit or path.startswith(f"{unit}.")

@@ -34,8 +34,9 @@ class Norm:
 
 def first_norm(branch: Branch) -> Norm | None:
     """The normalisation, or what stands for one (an affine map, a bounded one), through which a branch gets all."""
-    for path in _modules_around(branch, _readers(branch)):
-        if is_entry(branch.residual, path):
+    around = [modules_around(branch.residual.site, node) for node in _readers(branch)]
+    for path in around[0] if around else ():
+        if all(path in paths for paths in around) and is_entry(branch.residual, path):
             return _norm(branch.residual, path, first=True)
     return None
 
@@ -146,9 +147,3 @@ def _readers(branch: Branch) -> list[fx.Node]:
             else:
                 found.append(node)
     return found
-
-
-def _modules_around(branch: Branch, nodes: list[fx.Node]) -> list[str]:
-    """The modules inside of which all of some nodes are, the outermost first."""
-    around = [modules_around(branch.residual.site, node) for node in nodes]
-    return [path for path in around[0] if all(path in paths for paths in around)] if around else []
