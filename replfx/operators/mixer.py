@@ -32,17 +32,9 @@ _PRODUCTS = ("mul", "mul_", "imul")
 
 @dataclass(frozen=True)
 class Dropped:
-    """A branch that is left out.
+    """An MLP that is left out, as `MixerOperator` takes it; `dropped` are the largest modules that are all in it."""
 
-    Attributes:
-        units: the modules that it is made of, the largest that are all in it.
-        items: of those of them that give a tuple, which of its items are tensors; the others are None.
-        spread: whether their zero may be one that a sum spreads; else it is as large as what they get.
-        scales: parameters of the block itself that scale it.
-        fold: how the branch is made to give nothing, or why it cannot be.
-    """
-
-    units: tuple[str, ...]
+    dropped: tuple[str, ...]
     items: Mapping[str, list[bool]]
     spread: bool
     scales: tuple[str, ...]
@@ -110,21 +102,15 @@ class MixerOperator(BlockOperator):
         found = _mlp(site)
         if isinstance(found, str):
             return Match(reason=found)
-        rest = _rest(site.block, found.units, found.scales)
+        rest = _rest(site.block, found.dropped, found.scales)
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
         kept = [name for name in site.without_counterpart() if name in rest]
         if len(kept) == len(rest):
             return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
-        options = {
-            "dropped": list(found.units),
-            **({"items": dict(found.items)} if found.items else {}),
-            **({} if found.spread else {"spread": False}),
-            "scales": list(found.scales),
-            "fold": asdict(found.fold) if isinstance(found.fold, Fold) else found.fold,
-            **({"keep": kept} if kept else {}),
-        }
-        return Match(options)
+        options = asdict(found) | ({"keep": kept} if kept else {})
+        few = {"items": found.items, "spread": not found.spread}  # a plan names only where there are such
+        return Match({name: value for name, value in options.items() if few.get(name, True)})
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
         if isinstance(self.fold, str):
