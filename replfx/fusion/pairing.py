@@ -109,11 +109,8 @@ def first_unpaired(block: nn.Module, neighbour: nn.Module) -> str | None:
     if mine.owner is not theirs.owner:
         return f"`{path or 'class'}`: {mine.owner.__qualname__} ≠ {theirs.owner.__qualname__}"
     if mine.kernel != theirs.kernel:
-        differs, one, other = (
-            f"{mine.kernel} ≠ {theirs.kernel}",
-            block.get_submodule(path),
-            neighbour.get_submodule(path),
-        )
+        differs = f"{mine.kernel} ≠ {theirs.kernel}"
+        one, other = block.get_submodule(path), neighbour.get_submodule(path)
         for setting in ("kernel_size", "groups"):
             values = getattr(one, setting, None), getattr(other, setting, None)
             if values[0] != values[1]:

@@ -403,12 +403,13 @@ def set_linear(block: nn.Module, fold: Fold, inward: Tensor, outward: Tensor, bi
     w1[: 2 * rank] = torch.cat([inward, -inward]).view(2 * rank, *w1.shape[1:])
     w2.zero_()
     w2[:, : 2 * rank] = torch.cat([outward, -outward], 1).view(len(w2), 2 * rank, *w2.shape[2:])
-    for layer, value in ((first, None), (last, bias)):
-        own = layer._parameters.get("bias")
-        if own is not None:
-            own[: 2 * rank if layer is first else None] = 0.0 if value is None else value
-        elif value is not None:
-            raise FusionError(f"`{fold.last}` has no bias to carry the light operator's")
+    b1, b2 = (layer._parameters.get("bias") for layer in (first, last))
+    if b1 is not None:
+        b1[: 2 * rank] = 0.0
+    if b2 is not None:
+        b2[:] = 0.0 if bias is None else bias
+    elif bias is not None:
+        raise FusionError(f"`{fold.last}` has no bias to carry the light operator's")
 
 
 def _weight(layer: nn.Module, columns: bool) -> Tensor:

@@ -68,7 +68,6 @@ class Probe:
         self._wanted = shape
         if any(is_wrapped(p) for p in site.block.parameters()):
             raise Unmeasured("its weights are of a class of their own")
-        self._inside = frozenset(site.nodes)
         reasons = [reason for dtype in _PRECISIONS if (reason := self._starts_in(dtype)) is not None]
         if len(reasons) == len(_PRECISIONS):
             raise Unmeasured(reasons[-1])
