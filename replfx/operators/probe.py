@@ -39,7 +39,6 @@ _HANDLES = ("getattr", "detach", *_CASTS)  # which leave a weight what it is
 _MOVES = ("cpu", "cuda")
 _FLAG = "training_flag"
 _DEPTH = 32
-_PRECISIONS = (torch.float64, torch.float32)
 _ROUNDINGS = 2.0**10
 
 
@@ -68,9 +67,11 @@ class Probe:
         self._wanted = shape
         if any(is_wrapped(p) for p in site.block.parameters()):
             raise Unmeasured("its weights are of a class of their own")
-        reasons = [reason for dtype in _PRECISIONS if (reason := self._starts_in(dtype)) is not None]
-        if len(reasons) == len(_PRECISIONS):
-            raise Unmeasured(reasons[-1])
+        for dtype in (torch.float64, torch.float32):
+            reason = self._starts_in(dtype)
+            if reason is None:
+                return
+        raise Unmeasured(reason)
 
     def _starts_in(self, dtype: torch.dtype) -> str | None:
         """Draw all numbers in one precision; gives the reason why the block does not run on them."""
