@@ -79,7 +79,7 @@ def dissect(site: Site) -> Anatomy | str:
         return _dissected(residual)
     except Unmeasured as error:
         reason = str(error)
-    try:  # windows that reach over the edges hold more than tokens: of a larger picture the middle one does not
+    try:  # windows that reach over the edges hold padding too; the middle one of a larger picture holds tokens alone
         return _dissected(Residual(site, _larger(residual)))
     except Unmeasured:
         return reason
@@ -89,7 +89,7 @@ def _larger(residual: Residual) -> tuple[int, ...]:
     """The shape of a larger picture of the same channels.
 
     Raises:
-        Unmeasured: it is no picture, or large enough.
+        Unmeasured: it is no picture, or it is large enough.
     """
     shape = tuple(residual.probe.x.shape)
     made = tuple(n if d in (0, residual.axis) else n * math.ceil(_LARGE / n) for d, n in enumerate(shape))
@@ -405,7 +405,7 @@ class _Maps:
 
 
 def _column(gradient: Tensor, vector: Tensor, close: float, *, outward: bool) -> bool | None:
-    """Whether a map has its outputs in columns, if its gradient is an outer product with a vector; None if it is none.
+    """Whether a map whose gradient is an outer product with a vector has its outputs in columns; None for no such map.
 
     Args:
         gradient: for the map.
@@ -424,7 +424,7 @@ def _column(gradient: Tensor, vector: Tensor, close: float, *, outward: bool) ->
 
 
 def _differences(vectors: Sequence[Tensor]) -> Tensor:
-    """What tells the vectors from the first one, in columns: without what is added to all, as a bias is."""
+    """The vectors but the first, less the first, in columns: what is added to all of them, as a bias is, is gone."""
     return torch.stack([vector - vectors[0] for vector in vectors[1:]], 1)
 
 

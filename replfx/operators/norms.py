@@ -12,7 +12,7 @@ from replfx.operators.residual import Branch, Residual, is_passing
 __all__ = ["Norm", "first_norm", "is_entry", "is_norm", "is_normalised", "last_norm", "nameless_norm", "norm_behind"]
 
 _SCALE = 8.0
-_APART = 0.1  # what a norm adds to a variance to keep it from zero is seen
+_APART = 0.1  # a norm adds an epsilon to a variance, which shows
 _SIDES = (3, 5, 7, 4)
 _FUNCTIONS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")  # of torch.nn.functional
 

@@ -90,7 +90,7 @@ class Probe:
     # ---- numbers
 
     def draw(self, shape: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Numbers at random, of any sign; floats whatever their `dtype` is in the precision of this probe."""
+        """Numbers at random, of any sign; floats of any `dtype` are drawn in the precision of this probe."""
         dtype = dtype or self.dtype
         if dtype == torch.bool:
             return self._mask(tuple(shape))

@@ -3,8 +3,8 @@
 To run a block alone takes longer than all else in a plan, and the blocks of one model are mostly the same thing over
 and over. Two are twins if nothing that a measurement sees tells them apart: what their modules are and how they are
 set, what their part of the graph does, what they are given, what their neighbours are. Weights' values don't count, for
-these are drawn (`replfx.operators.probe`). Where it is not seen to be so, as of two objects that may be alike, they are
-none.
+these are drawn (`replfx.operators.probe`). Blocks of which it cannot be seen, as of two objects that may be alike, are
+no twins.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ __all__ = ["twin_key"]
 
 _REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
-_MOST = 1 << 22  # numbers in a buffer; of a larger one it is not worth to know
+_MOST = 1 << 22  # numbers in a buffer; a larger one is not worth hashing
 
 
 def twin_key(site: Site) -> Hashable | None:
@@ -81,7 +81,7 @@ def _tensor(tensor: Tensor) -> tuple[Hashable, ...]:
 
 
 def _digest(tensor: Tensor) -> str:
-    """Of a buffer's numbers, which are not drawn."""
+    """A hash of a buffer's numbers, which are not drawn."""
     if tensor.device.type == "meta":
         return "none"
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.numel() > _MOST:
