@@ -1,6 +1,6 @@
 """Least squares from sums of products alone, so that memory does not grow with the number of rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Gram:
         sums: (channels, k, k), or None before the first row.
     """
 
-    sums: Tensor | None = field(default=None)
+    sums: Tensor | None = None
 
     def add(self, columns: list[Tensor], weights: Tensor | None = None) -> None:
         """Add rows.

@@ -1,12 +1,12 @@
 """calibrate: watch the original model on batches, and fit the replaced blocks of its transformed twin."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from operator import length_hint
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from replfx.calibration.fits import Fit, fit_for
 from replfx.errors import CalibrationError
@@ -16,6 +16,9 @@ from replfx.modules.tree import tensors_in, with_tensors
 from replfx.rewrite.state import placed_blocks
 
 __all__ = ["calibrate"]
+
+_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], object]
+"""Copies of a block's arguments, and of what it gave for them: a layer may write into its input."""
 
 
 def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *, progress: bool = True) -> None:
@@ -42,29 +45,22 @@ def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *
         >>> model = replfx.transform(pretrained, images, operator="light")
         >>> replfx.calibrate(model, pretrained, loader)
     """
-    _, placed = placed_blocks(model)
+    root, placed = placed_blocks(model)
     pairs = {path: (at.synthesis, _block(original, path)) for path, at in placed.items()}
     fits = {path: fit for path, (layer, block) in pairs.items() if (fit := fit_for(layer, block)) is not None}
-    first: dict[str, _Seen] = {}
-    replaced = {path: block_at(model, path) for path in placed}
-    with _evaluating(original), _evaluating(model), torch.no_grad(), _hooks() as handles:
+    first: dict[str, _Call] = {}
+    replaced = {path: block_at(root, path) for path in placed}
+    with _evaluating(original), _evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for path, (_, block) in pairs.items():
-            handles.append(block.register_forward_hook(_keep_first(path, first), with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(_keep_first(path, first), with_kwargs=True))
         for fit in fits.values():
-            handles += fit.watch()
+            for handle in fit.watch():
+                hooks.enter_context(handle)
         _run(original, loader, progress)
     with torch.no_grad():
         for path, fit in fits.items():
             if path in first:
                 _fit_or_keep(fit, first[path], replaced[path])
-
-
-class _Seen:
-    """One call of a block: what it was given, and what it gave."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        # Copies, for a layer may write into its input.
-        self.args, self.kwargs, self.output = with_tensors((args, kwargs, output), Tensor.clone)
 
 
 def _block(original: nn.Module, path: str) -> nn.Module:
@@ -79,14 +75,14 @@ def _block(original: nn.Module, path: str) -> nn.Module:
     return block
 
 
-def _keep_first(path: str, first: dict[str, "_Seen"]) -> Any:
+def _keep_first(path: str, first: dict[str, _Call]) -> Callable[..., None]:
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         if not all(bool(t.isfinite().all()) for t in tensors_in(output) if t.is_floating_point()):
             raise CalibrationError(
                 f"what `{path}` gives for a batch of the loader is not finite; leave such batches out"
             )
         if path not in first:
-            first[path] = _Seen(args, kwargs, output)
+            first[path] = with_tensors((args, kwargs, output), Tensor.clone)
 
     return keep
 
@@ -94,11 +90,10 @@ def _keep_first(path: str, first: dict[str, "_Seen"]) -> Any:
 def _run(model: nn.Module, loader: Iterable[object], progress: bool) -> None:
     from rich.progress import Progress
 
-    length = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("calibrating", total=length)
+        task = bar.add_task("calibrating", total=length_hint(loader) or None)
         for count, batch in enumerate(loader, 1):
             args, kwargs = _call_of(batch, device)
             try:
@@ -122,7 +117,7 @@ def _call_of(batch: object, device: torch.device) -> tuple[tuple[Any, ...], dict
     return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
 
 
-def _fit_or_keep(fit: Fit, seen: _Seen, block: nn.Module) -> None:
+def _fit_or_keep(fit: Fit, seen: _Call, block: nn.Module) -> None:
     """Fit what a replaced block synthesises with, unless it imitated the block better before."""
     start = {name: value.clone() for name, value in fit.layer.state_dict().items()}
     before = _error(fit, seen, block)
@@ -131,12 +126,13 @@ def _fit_or_keep(fit: Fit, seen: _Seen, block: nn.Module) -> None:
         fit.layer.load_state_dict(start)
 
 
-def _error(fit: Fit, seen: _Seen, block: nn.Module) -> float:
+def _error(fit: Fit, seen: _Call, block: nn.Module) -> float:
     """Squared distance of its activation from the block's, in evaluation mode."""
-    interface = fit.layer.operator.interface
+    main_of = fit.layer.operator.interface.main_of
+    args, kwargs = with_tensors(seen[:2], Tensor.clone)
     with _evaluating(block):
-        given = block(*with_tensors(seen.args, Tensor.clone), **with_tensors(seen.kwargs, Tensor.clone))
-    return float((interface.main_of(given).double() - interface.main_of(seen.output).double()).square().sum())
+        given = main_of(block(*args, **kwargs))
+    return float((given.double() - main_of(seen[2]).double()).square().sum())
 
 
 @contextmanager
@@ -148,13 +144,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _hooks() -> Iterator[list[RemovableHandle]]:
-    handles: list[RemovableHandle] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

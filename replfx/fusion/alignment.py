@@ -249,19 +249,10 @@ class AlignedFusion(Fusion):
         nn.Module.__init__(self)
         self.rule = rule
         self.separate = rule.separate
-        self.align_previous = previous if previous.steps else None
-        self.align_next = next if next.steps else None
+        self.align_previous, self.align_next = previous, next
 
     def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.align_previous is not None:
-            previous = self.align_previous.forward(previous)
-        if self.align_next is not None:
-            next = self.align_next.forward(next)
-        return self.rule.forward(previous, next)
+        return self.rule.forward(self.align_previous.forward(previous), self.align_next.forward(next))
 
     def bound(self, previous: Mapping[str, float], next: Mapping[str, float]) -> float:
-        if self.align_previous is not None:
-            previous = self.align_previous.bound(previous)
-        if self.align_next is not None:
-            next = self.align_next.bound(next)
-        return self.rule.bound(previous, next)
+        return self.rule.bound(self.align_previous.bound(previous), self.align_next.bound(next))

@@ -42,8 +42,7 @@ class Filled:
 
     def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], activation: Tensor) -> None:
         """Let the cache, if the call has one, count the tokens of an activation."""
-        position = int(self.slot) if self.slot.isdigit() else None
-        given = kwargs.get(self.slot) if position is None else args[position] if position < len(args) else None
+        given = dict(enumerate(args)).get(int(self.slot)) if self.slot.isdigit() else kwargs.get(self.slot)
         cache: Any = reduce(lambda held, name: getattr(held, name, None), self.at, given)
         if is_cache(cache):
             batch, tokens, _ = activation.shape

@@ -143,10 +143,8 @@ class LinearFusion(Fusion):
 def _both(initial: object) -> tuple[float, float]:
     """The start of a and that of b."""
     both: list[Any] = list(initial) if isinstance(initial, list | tuple) else [initial, initial]
-    for number in both:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise FusionError(f"option `initial` must be a finite number, or two, not {initial!r}")
-    if len(both) != 2:
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in both)
+    if len(both) != 2 or not numbers or not all(map(math.isfinite, both)):
         raise FusionError(f"option `initial` must be a finite number, or two, not {initial!r}")
     return float(both[0]), float(both[1])
 

@@ -61,7 +61,7 @@ class Interface:
         raise PlanError(f"the plan's output template {self.output!r} names no activation")
 
     def result(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], main: Any) -> Any:
-        """What takes the block's place gives: `with_main`; and caches are kept in step."""
+        """The output of what takes the block's place, which keeps the caches in step too."""
         for filled in self.fills:
             filled.pass_over(args, kwargs, main)
         return self.with_main(args, kwargs, main)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from replfx.fusion.sharded import gathered
+from replfx.fusion.sharded import gather
 
 __all__ = ["is_finite", "largest"]
 
@@ -15,9 +15,9 @@ def largest(tensor: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0
     values = tensor.detach()
-    low, high = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
-    ends = gathered({"low": low, "high": high})  # of a sharded tensor, over all shards
-    return float(torch.stack([*ends.values()]).abs().max())  # a tensor's max gives NaN where there is one
+    ends = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
+    whole = [gather(end) for end in ends]  # of a sharded tensor, over all shards
+    return float(torch.stack(whole).abs().max())  # a tensor's max gives NaN where there is one
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -72,14 +72,11 @@ def counterparts(
         next: what it gave for the one after.
         names: the parameters to synthesise; those without a counterpart on either side are left out.
     """
-    before: Counterparts = {}
-    after: Counterparts = {}
+    before, after = Counterparts(), Counterparts()
+    sides: tuple[tuple[Side, Mapping[str, str]], ...] = ("previous", previous), ("next", next)
     for name in names:
-        one: Counterpart | None = ("previous", previous[name]) if name in previous else None
-        other: Counterpart | None = ("next", next[name]) if name in next else None
-        if one is not None or other is not None:
-            before[name] = one or other  # type: ignore[assignment]
-            after[name] = other or one  # type: ignore[assignment]
+        if found := [(side, theirs[name]) for side, theirs in sides if name in theirs]:
+            before[name], after[name] = found[0], found[-1]
     return before, after
 
 
@@ -112,11 +109,8 @@ def first_unpaired(block: nn.Module, neighbour: nn.Module) -> str | None:
     if mine.owner is not theirs.owner:
         return f"`{path or 'class'}`: {mine.owner.__qualname__} ≠ {theirs.owner.__qualname__}"
     if mine.kernel != theirs.kernel:
-        differs, one, other = (
-            f"{mine.kernel} ≠ {theirs.kernel}",
-            block.get_submodule(path),
-            neighbour.get_submodule(path),
-        )
+        differs = f"{mine.kernel} ≠ {theirs.kernel}"
+        one, other = block.get_submodule(path), neighbour.get_submodule(path)
         for setting in ("kernel_size", "groups"):
             values = getattr(one, setting, None), getattr(other, setting, None)
             if values[0] != values[1]:

@@ -158,6 +158,4 @@ def _managed(readings: Parameters) -> list[Tensor]:
     return [getattr(owner, leaf) for owner, leaf in readings if is_managed_by_fsdp(owner)]
 
 
-@_disable_dynamo  # in compiled code too it has to happen at each call
-def _shard_again(parameters: set[int]) -> None:
-    reshard(parameters)
+_shard_again = _disable_dynamo(reshard)  # in compiled code too it has to happen at each call

@@ -82,8 +82,7 @@ def synthesize(previous: Tensors, next: Tensors, a: Tensors, b: Tensors) -> list
     if previous and runs_triton(previous[0]):
         made: list[Tensor] = synthesize_operator(list(previous), list(next), list(a), list(b))
         return made
-    _check(previous, next, a, b)
-    return [_plain(*each) for each in zip(previous, next, a, b, strict=True)]
+    return _forward(previous, next, a, b)
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -198,12 +197,12 @@ class Rows:
         """Columns of a tile."""
         return next((width for width in _WIDTHS if width >= self.inner), _WIDTHS[-1])
 
-    def launch(self, kernel: Any, outer: int, across: int, tensors: Tensors, height: int, *options: int) -> None:
-        """Run one program for each tile of height × width, or for each `height` rows if `across` is 1."""
+    def launch(self, kernel: Any, across: int, tensors: Tensors, height: int, *options: int) -> None:
+        """Run `across` programs for each `height` rows."""
         launcher = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
         numbers = (self.previous.numel(), self.inner, *self.steps)
         with _device_of(self.previous):
-            launcher[(outer * across,)](
+            launcher[(-(-self.count // height) * across,)](
                 *tensors, *numbers, height, self.width, self.previous.dtype == torch.float64, *options
             )
 
@@ -214,7 +213,7 @@ def _launch(rows: Rows) -> Tensor:
     if made.numel():
         height = _TILE // rows.width
         tensors = (rows.previous, rows.next, rows.a, rows.b, made)
-        rows.launch(synthesis_kernel, -(-rows.count // height), -(-rows.inner // rows.width), tensors, height)
+        rows.launch(synthesis_kernel, -(-rows.inner // rows.width), tensors, height)
     return made
 
 
@@ -227,12 +226,12 @@ def _launch_backward(grad: Tensor, rows: Rows, needs: Needs) -> tuple[Tensor, ..
         return results
     scalar = [bool(needs & bit) and not step for bit, step in zip((4, 8), rows.steps, strict=True)]
     sums = [
-        result.new_empty(rows.count, dtype=_accumulator(grad.dtype)) if partial else result
+        result.new_empty(rows.count, dtype=torch.promote_types(grad.dtype, torch.float32)) if partial else result
         for result, partial in zip(results[2:], scalar, strict=True)
     ]
     height = _STRIP // rows.width
     tensors = (_in_order_of(rows.previous, grad), rows.previous, rows.next, rows.a, rows.b, *results[:2], *sums)
-    rows.launch(gradients_kernel, -(-rows.count // height), 1, tensors, height, needs)
+    rows.launch(gradients_kernel, 1, tensors, height, needs)
     summed = [
         each.sum().to(result.dtype).view(result.shape) if partial else result
         for each, result, partial in zip(sums, results[2:], scalar, strict=True)
@@ -244,11 +243,6 @@ def _gradients_like(rows: Rows, needs: Needs) -> tuple[Tensor, ...]:
     """Room for the gradients of θ_prev, θ_next, a and b; no elements where one is not needed."""
     tensors = (rows.previous, rows.next, rows.a, rows.b)
     return tuple(torch.empty_like(t) if needs >> k & 1 else t.new_empty(0) for k, t in enumerate(tensors))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums of tensors of a dtype are made in: float32 for the half types."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
@@ -270,9 +264,8 @@ def _strides(tensor: Tensor) -> list[int]:
 
 def _is_dense_by_channel(tensor: Tensor) -> bool:
     """No gaps, no overlaps, and the first dimension the outermost in memory."""
-    expected = 1
-    order = sorted((stride, size) for stride, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True))
-    for stride, size in [*order, *zip(tensor.stride()[:1], tensor.shape[:1], strict=True)]:
+    dims, expected = list(zip(tensor.stride(), tensor.shape, strict=True)), 1
+    for stride, size in (*sorted(dims[1:]), *dims[:1]):
         if size != 1 and stride != expected:
             return False
         expected *= size
@@ -308,7 +301,8 @@ def _dot(grad: Tensor, theta: Tensor, coefficients: Tensor) -> Tensor:
     """<grad, θ> over all that one coefficient multiplies."""
     count = coefficients.numel()
     products = (grad * theta).reshape(count, theta.numel() // max(count, 1))
-    return products.sum(1, dtype=_accumulator(grad.dtype)).to(grad.dtype).view(coefficients.shape)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return products.sum(1, dtype=wide).to(grad.dtype).view(coefficients.shape)
 
 
 # ---- operators

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 
 from replfx.operators.base import Site
 from replfx.operators.norms import Norm, first_norm, is_normalised, last_norm, nameless_norm, norm_behind
-from replfx.operators.probe import Unmeasured, module_at, name_of
+from replfx.operators.probe import Unmeasured, module_at, name_of, rounding_of
 from replfx.operators.residual import ACTIVATIONS, Branch, Residual
 
 __all__ = ["Anatomy", "MapPair", "activation_of", "dissect"]
+
+_Values: TypeAlias = dict[fx.Node, Tensor]
 
 _CLOSE = 1e-6
 _DRAWS = 4
@@ -76,7 +79,7 @@ def dissect(site: Site) -> Anatomy | str:
         return _dissected(residual)
     except Unmeasured as error:
         reason = str(error)
-    try:  # windows that reach over the edges hold more than tokens: of a larger picture the middle one does not
+    try:  # windows that reach over the edges hold padding too; the middle one of a larger picture holds tokens alone
         return _dissected(Residual(site, _larger(residual)))
     except Unmeasured:
         return reason
@@ -86,7 +89,7 @@ def _larger(residual: Residual) -> tuple[int, ...]:
     """The shape of a larger picture of the same channels.
 
     Raises:
-        Unmeasured: it is no picture, or large enough.
+        Unmeasured: it is no picture, or it is large enough.
     """
     shape = tuple(residual.probe.x.shape)
     made = tuple(n if d in (0, residual.axis) else n * math.ceil(_LARGE / n) for d, n in enumerate(shape))
@@ -101,10 +104,8 @@ def _dissected(residual: Residual) -> Anatomy:
     Raises:
         Unmeasured: it has none.
     """
-    depthwise, norms = (
-        _depthwise(residual),
-        {branch: _norm_of(branch) for branch in residual.branches if branch.entries},
-    )
+    depthwise = _depthwise(residual)
+    norms = {branch: _norm_of(branch) for branch in residual.branches if branch.entries}
     activation = _activation(residual.site)
     if depthwise is None:
         branch, pair = _narrowest(residual)
@@ -236,7 +237,8 @@ class _Maps:
         self.branch, self.residual = branch, branch.residual
         self.probe = branch.residual.probe
         self.norm = first_norm(branch)
-        self.close = max(_CLOSE, self.probe.rounding)  # numbers that were drawn are apart by about their own size
+        # Numbers that were drawn are apart by about their own size.
+        self.close = max(_CLOSE, rounding_of(self.probe.dtype))
         readings = [(name, node) for node in branch.nodes for name, p in self.probe.parameters_at(node) if p.dim() >= 2]
         self.readers: dict[str, fx.Node] = dict(readings)
 
@@ -260,9 +262,7 @@ class _Maps:
                 return replace(self._paired(first, last, order, len(made)), proven=True)
         return self._by_width(firsts, last, len(change), starts[0])
 
-    def _row_by_row(
-        self, first: _Reading, last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
-    ) -> list[int] | None:
+    def _row_by_row(self, first: _Reading, last: _Reading, hidden: int, start: _Values) -> list[int] | None:
         """The rows of which each of what the last map gets is a multiple, where heads weigh values in their own way.
 
         What reaches a row's gradient is scaled as the one input of the last map is that the row makes.
@@ -282,15 +282,13 @@ class _Maps:
         return [int(rows[inputs.index(place)]) for place in range(hidden)]
 
     def _row_gradients(
-        self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor], along: Tensor, weights: dict[str, Tensor]
+        self, first: _Reading, last: _Reading, start: _Values, along: Tensor, weights: Mapping[str, Tensor]
     ) -> Tensor:
-        gradient = self._gradient(first.name, last.node, last.axis, start, along, weights)
+        gradient = self._gradient(first.name, last, start, along, weights)
         assert gradient is not None
         return (gradient.T if first.column else gradient) @ self._normalised(start)
 
-    def _by_width(
-        self, firsts: Sequence[_Reading], last: _Reading, hidden: int, start: dict[fx.Node, Tensor]
-    ) -> MapPair | None:
+    def _by_width(self, firsts: Sequence[_Reading], last: _Reading, hidden: int, start: _Values) -> MapPair | None:
         """The pair where the branch is no attention: layers with something between that is no matter of order."""
         if self._has_channels_last() and firsts and self.branch.mixes_tokens:
             names = " or ".join(f"`{first.name}`" for first in firsts)
@@ -326,7 +324,7 @@ class _Maps:
 
     # ---- running the branch
 
-    def _alike(self) -> dict[fx.Node, Tensor]:
+    def _alike(self) -> _Values:
         """Activations of which all tokens are one drawn at random."""
         token = self.probe.draw((self.residual.width,), self.probe.x.dtype)
         start = {}
@@ -337,9 +335,10 @@ class _Maps:
             start[entry] = token.view(shape).expand_as(value).clone()
         return start
 
-    def _normalised(self, start: dict[fx.Node, Tensor]) -> Tensor:
+    def _normalised(self, start: _Values) -> Tensor:
         """What the maps get of such a token."""
-        value, axis = start[self.branch.entries[0]], self.residual.axis_of(self.branch.entries[0])
+        entry = self.branch.entries[0]
+        value, axis = start[entry], self.residual.axis_of(entry)
         if self.norm is not None:
             module = self.probe.block.get_submodule(self.norm.path).eval()
             with torch.no_grad():
@@ -347,8 +346,8 @@ class _Maps:
         return value.movedim(axis, -1).flatten(0, -2)[0]
 
     def _has_channels_last(self) -> bool:
-        start: Tensor = self.residual.values[self.branch.entries[0]]
-        return self.residual.axis_of(self.branch.entries[0]) == start.dim() - 1
+        entry = self.branch.entries[0]
+        return bool(self.residual.axis_of(entry) == self.residual.values[entry].dim() - 1)
 
     def _rows_of(self, reading: _Reading) -> Tensor:
         """A map with a row for each output; of a kernel with the sum of its taps."""
@@ -357,22 +356,16 @@ class _Maps:
         return weight.T if reading.column else weight
 
     def _gradient(
-        self,
-        name: str,
-        node: fx.Node,
-        axis: int,
-        start: dict[fx.Node, Tensor],
-        along: Tensor,
-        weights: Mapping[str, Tensor] | None = None,
+        self, name: str, last: _Reading, start: _Values, along: Tensor, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor | None:
-        """Of what a node gives for one token along one direction of its channels at `axis`, for a parameter.
+        """The gradient, for a parameter, of what the last map gives for one token along a direction of its channels.
 
         It is a token in the middle: what a block pads its activation with is another one than all the others.
         """
         parameter = self.probe.block.get_parameter(name)
         with torch.enable_grad():
-            made = self.branch.gives(start, watch=[node], weights=weights)[node]
-            tokens = made.movedim(axis, -1)
+            made = self.branch.gives(start, watch=[last.node], weights=weights)[last.node]
+            tokens = made.movedim(last.axis, -1)
             token = tokens[tuple(size // 2 for size in tokens.shape[:-1])]
             (gradient,) = torch.autograd.grad((token * along).sum(), [parameter], allow_unused=True)
         return None if gradient is None else gradient if gradient.dim() == 2 else gradient.flatten(2).sum(2)
@@ -387,30 +380,31 @@ class _Maps:
                 if not isinstance(made, Tensor) or made.numel() != self.probe.x.numel():
                     continue
                 for axis in self.residual.axes_of(made):
-                    gradient = self._gradient(name, node, axis, start, along)
+                    last = _Reading(name, node, column=False, axis=axis)
+                    gradient = self._gradient(name, last, start, along)
                     column = None if gradient is None else _column(gradient, along, self.close, outward=True)
                     if column is not None:
-                        return _Reading(name, node, column, axis)
+                        return replace(last, column=column)
         return None
 
-    def _what_goes_in(self, last: _Reading, start: dict[fx.Node, Tensor]) -> Tensor:
+    def _what_goes_in(self, last: _Reading, start: _Values) -> Tensor:
         """What the last map gets: its gradient is that, times the direction."""
         along = self.probe.draw((self.residual.width,))
-        gradient = self._gradient(last.name, last.node, last.axis, start, along)
+        gradient = self._gradient(last.name, last, start, along)
         assert gradient is not None
         return (gradient if last.column else gradient.T) @ along / (along @ along)
 
-    def _as_first(self, name: str, last: _Reading, start: dict[fx.Node, Tensor]) -> _Reading | None:
+    def _as_first(self, name: str, last: _Reading, start: _Values) -> _Reading | None:
         """The parameter as a map that is applied to the normalised activation and changes what the last one gets."""
         if name == last.name:
             return None
-        gradient = self._gradient(name, last.node, last.axis, start, self.probe.draw((self.residual.width,)))
+        gradient = self._gradient(name, last, start, self.probe.draw((self.residual.width,)))
         if gradient is None or gradient.abs().max() < self.close:
             return None
         column = _column(gradient, self._normalised(start), self.close, outward=False)
         return None if column is None else _Reading(name, self.readers[name], column)
 
-    def _is_linear_in(self, first: _Reading, last: _Reading, start: dict[fx.Node, Tensor]) -> bool:
+    def _is_linear_in(self, first: _Reading, last: _Reading, start: _Values) -> bool:
         """Whether what the last map gives is linear in the first one: the gate of a gated MLP is not."""
         weight = self.probe.block.get_parameter(first.name).detach()
         step = self.probe.draw(weight.shape)
@@ -423,7 +417,7 @@ class _Maps:
 
 
 def _column(gradient: Tensor, vector: Tensor, close: float, *, outward: bool) -> bool | None:
-    """Whether a map has its outputs in columns, if its gradient is an outer product with a vector; None if it is none.
+    """Whether a map whose gradient is an outer product with a vector has its outputs in columns; None for no such map.
 
     Args:
         gradient: for the map.
@@ -442,7 +436,7 @@ def _column(gradient: Tensor, vector: Tensor, close: float, *, outward: bool) ->
 
 
 def _differences(vectors: Sequence[Tensor]) -> Tensor:
-    """What tells the vectors from the first one, in columns: without what is added to all, as a bias is."""
+    """The vectors but the first, less the first, in columns: what is added to all of them, as a bias is, is gone."""
     return torch.stack([vector - vectors[0] for vector in vectors[1:]], 1)
 
 

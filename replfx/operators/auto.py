@@ -9,9 +9,6 @@ from replfx.operators.base import operators
 
 __all__ = ["resolve_auto"]
 
-# For every kind of block that was measured, so that the block at hand need not be asked.
-_OPERATOR, _FUSION = "block", "scalar"
-
 
 def resolve_auto(operator: Choice, fusion: Choice) -> tuple[Choice, Choice]:
     """Put in what our measurements speak for where the choice was left to them.
@@ -23,18 +20,16 @@ def resolve_auto(operator: Choice, fusion: Choice) -> tuple[Choice, Choice]:
         >>> resolve_auto(Choice("auto"), Choice("channel"))
         (Choice(name='block', options={}), Choice(name='channel', options={}))
     """
-    _check(operator, operators)
-    _check(fusion, fusions)
-    if operator.name == AUTO:
-        operator = Choice(_OPERATOR)
-    if fusion.name == AUTO:
-        fusion = Choice(_FUSION)
-    return operator, fusion
+    # For every kind of block that was measured, so that the block at hand need not be asked.
+    return _resolve(operator, operators, "block"), _resolve(fusion, fusions, "scalar")
 
 
-def _check(choice: Choice, registry: Registry[Any]) -> None:
+def _resolve(choice: Choice, registry: Registry[Any], auto: str) -> Choice:
     what = registry.what
-    if choice.name != AUTO and choice.name not in registry:
-        raise FusionError(f"unknown {what} {choice.name!r}; there are: {', '.join([AUTO, *registry])}")
-    if choice.name == AUTO and choice.options:
+    if choice.name != AUTO:
+        if choice.name not in registry:
+            raise FusionError(f"unknown {what} {choice.name!r}; there are: {', '.join([AUTO, *registry])}")
+        return choice
+    if choice.options:
         raise FusionError(f"{what} {AUTO!r} takes no options, so not {min(choice.options)!r}: name the {what}")
+    return Choice(auto)

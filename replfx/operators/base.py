@@ -18,6 +18,7 @@ __all__ = [
     "Operator",
     "Site",
     "Source",
+    "is_in",
     "operators",
     "register_operator",
     "run_with",
@@ -74,13 +75,13 @@ class Site:
     def name(self, target: str) -> str:
         """The name in `block` of what is at a path in the model; a path outside of the block stays."""
         for path, name in self.names.items():
-            if target == path or target.startswith(f"{path}."):
+            if is_in(target, path):
                 return f"{name}.{target[len(path) + 1 :]}".strip(".")
         return target
 
     def holds(self, target: str) -> bool:
         """Whether a path in the model is in the block."""
-        return any(target == path or target.startswith(f"{path}.") for path in self.names)
+        return any(is_in(target, path) for path in self.names)
 
     def without_counterpart(self) -> list[str]:
         """Parameters of two dimensions and up that neither neighbour has the like of."""
@@ -88,6 +89,11 @@ class Site:
             return []
         found = {**pair(self.block, self.previous), **pair(self.block, self.next)}
         return [name for name in synthesizable(self.block) if name not in found]
+
+
+def is_in(path: str, module: str) -> bool:
+    """Whether a path is that of a module, or of something inside of it."""
+    return path == module or path.startswith(f"{module}.")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ A scale on the branch that carries the map (LayerScale) starts at one.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class Fold:
         try:
             lists = {name: tuple(options.get(name, ())) for name in _LISTS}
             fold = cls(**{**options, **lists})
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise FusionError(f"the fold is malformed: {error!r}") from error
         paths = [path for name in _PATHS if (path := getattr(fold, name)) is not None]
         if not all(isinstance(path, str) for path in (*fold.silenced, *fold.scales, *fold.columns, *paths)):
@@ -234,8 +234,7 @@ def fold_of(residual: Residual, carrier: str) -> Fold | str:
         silenced += found
     if carrying is None:
         return f"none of its branches is {_WANTED[carrier]}"
-    silenced += carrying.pop("silenced")
-    return Fold(tuple(silenced), **carrying)
+    return replace(carrying, silenced=(*silenced, *carrying.silenced))
 
 
 _WANTED = {
@@ -254,45 +253,36 @@ class _Reader:
         self.silenced: list[str] = []
         self.columns: list[str] = []
 
-    def as_mlp(self) -> dict[str, Any] | None:
+    def as_mlp(self) -> Fold | None:
         """Read it as norm → layer → activation → layer → scale; None if it is anything else."""
         last, node = self._layer(self._behind(self.branch.end, scales=True))
         node = self._behind(node)
         if last is None or node is None or not self._is_activation(node):
             return None
         first, node = self._layer(self._behind(node.all_input_nodes[0]))
-        node = self._behind(node)
-        norm = None if node is None else self._norm(node, is_entry)
-        if first is None or node is None or norm is None:
-            return None
-        entry, before = None, self._behind(node.all_input_nodes[0])
-        if before is not None and before not in self.branch.residual.main:
-            entry, before = self._layer(before)
+        norm, node = self._norm(self._behind(node), is_entry)
+        entry, before = None, self._behind(node)
         if before not in self.branch.residual.main:
+            entry, before = self._layer(before)
+        if first is None or norm is None or before not in self.branch.residual.main:
             return None
-        return {"norm": norm, "first": first, "last": last, "entry": entry, **self._rest()}
+        return self._fold(norm=norm, first=first, last=last, entry=entry)
 
-    def as_convolutions(self) -> dict[str, Any] | None:
+    def as_convolutions(self) -> Fold | None:
         """Read it as layer → norm → activation → layer → norm; None if it is anything else."""
-        node = self._behind(self.branch.end)
-        norm = None if node is None else self._norm(node)
-        if norm is None or node is None:
-            return None
-        last, node = self._layer(self._behind(node.all_input_nodes[0]))
+        norm, node = self._norm(self._behind(self.branch.end))
+        last, node = self._layer(self._behind(node))
         node = self._behind(node)
-        if last is None or node is None or not self._gives_on_inputs(node):
+        if norm is None or last is None or node is None or not self._gives_on_inputs(node):
             return None
-        node = self._behind(node.all_input_nodes[0])
-        inner = None if node is None else self._norm(node)
-        if inner is None or node is None:
+        inner, node = self._norm(self._behind(node.all_input_nodes[0]))
+        first, node = self._layer(self._behind(node))
+        if inner is None or first is None or node not in self.branch.residual.main:
             return None
-        first, node = self._layer(self._behind(node.all_input_nodes[0]))
-        if first is None or node not in self.branch.residual.main:
-            return None
-        return {"norm": norm, "first": first, "inner": inner, "last": last, **self._rest()}
+        return self._fold(norm=norm, first=first, inner=inner, last=last)
 
-    def _rest(self) -> dict[str, Any]:
-        return {"scales": tuple(self.scales), "silenced": tuple(self.silenced), "columns": tuple(self.columns)}
+    def _fold(self, **paths: str | None) -> Fold:
+        return Fold(tuple(self.silenced), scales=tuple(self.scales), columns=tuple(self.columns), **paths)
 
     def _behind(self, node: fx.Node | None, *, scales: bool = False) -> fx.Node | None:
         """Go back over dropout, layout, what passes all on, and if wanted scales; gives the node that is there."""
@@ -335,10 +325,13 @@ class _Reader:
             self.columns.append(path)
         return path, node.all_input_nodes[0]
 
-    def _norm(self, node: fx.Node, fits: Callable[[Residual, str], bool] = is_norm) -> str | None:
-        module = module_at(self.site, node)
-        path = self.site.inside(node)
-        return path if module is not None and fits(self.branch.residual, path) else None
+    def _norm(
+        self, node: fx.Node | None, fits: Callable[[Residual, str], bool] = is_norm
+    ) -> tuple[str | None, fx.Node | None]:
+        """The path of the normalisation that a node is, and the node before it."""
+        if node is None or node.op != "call_module" or not fits(self.branch.residual, self.site.inside(node)):
+            return None, node
+        return self.site.inside(node), node.all_input_nodes[0]
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether it is an a with a(z) − a(−z) = z."""
@@ -410,16 +403,16 @@ def set_linear(block: nn.Module, fold: Fold, inward: Tensor, outward: Tensor, bi
     w1[: 2 * rank] = torch.cat([inward, -inward]).view(2 * rank, *w1.shape[1:])
     w2.zero_()
     w2[:, : 2 * rank] = torch.cat([outward, -outward], 1).view(len(w2), 2 * rank, *w2.shape[2:])
-    for layer, value in ((first, None), (last, bias)):
-        own = layer._parameters.get("bias")
-        if own is not None:
-            own[: 2 * rank if layer is first else None] = 0.0 if value is None else value
-        elif value is not None:
-            raise FusionError(f"`{fold.last}` has no bias to carry the light operator's")
+    b1, b2 = (layer._parameters.get("bias") for layer in (first, last))
+    if b1 is not None:
+        b1[: 2 * rank] = 0.0
+    if b2 is not None:
+        b2[:] = 0.0 if bias is None else bias
+    elif bias is not None:
+        raise FusionError(f"`{fold.last}` has no bias to carry the light operator's")
 
 
 def _weight(layer: nn.Module, columns: bool) -> Tensor:
     """The weight of a layer with a row for each output."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
+    weight = layer.get_parameter("weight")
     return weight.T if columns else weight

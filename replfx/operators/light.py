@@ -71,19 +71,16 @@ class LightOperator(Operator):
         if self.norm is not None and not recipe.norm_first:
             _scale_weight(self.norm, initial_gain)
         self.activation: Any = activation_of(block, recipe.activation)
-        self.map = None if recipe.kind == "product" else self._bare_map(block)
+        owner, _, self.leaf = first.rpartition(".")
+        self.map = None
+        if recipe.kind != "product":  # the convolution without its kernel: stride, padding, dilation, bias are its own
+            self.map = structural_copy(block.get_submodule(owner))
+            self.map._parameters[self.leaf] = None
         own = recipe.kind == "product" and (recipe.norm_first or self.norm is None)
         width = weight.shape[1 if recipe.maps[-1] in recipe.columns else 0]
         start = torch.full((width,), float(initial_gain), dtype=weight.dtype, device=weight.device)
         self.gain = nn.Parameter(start) if own else None
         self.bias = nn.Parameter(torch.zeros_like(start)) if own else None
-
-    def _bare_map(self, block: nn.Module) -> nn.Module:
-        """The convolution without its kernel: stride, padding, dilation and bias are its own."""
-        path, _, leaf = self.recipe.maps[0].rpartition(".")
-        bare = structural_copy(block.get_submodule(path))
-        bare._parameters[leaf] = None
-        return bare
 
     @classmethod
     def match(cls, site: Site) -> Match:
@@ -117,22 +114,21 @@ class LightOperator(Operator):
         """
         h = _normalise(x, self.recipe, self.norm) if self.recipe.norm_first else x
         if self.map is not None:
-            leaf = self.recipe.maps[0].rpartition(".")[2]
-            given = {leaf: theta[self.recipe.maps[0]]}
-            if isinstance(self.map.bias, Tensor):
-                given["bias"] = torch.zeros_like(self.map.bias)
-            z: Tensor = run_with(given, self.map, (h,), {})
+            bias = self.map.bias
+            none = {"bias": torch.zeros_like(bias)} if isinstance(bias, Tensor) else {}
+            h = self._convolve(self.map, h, theta, **none)
         else:
-            z = h
             for name in self.recipe.maps:
-                z = self._apply_matrix(z, self.recipe.matrix(name, theta[name]), None)
-        return _normalise(z, self.recipe, self.norm) if normalised and not self.recipe.norm_first else z
+                h = self._apply_matrix(h, self.recipe.matrix(name, theta[name]), None)
+        return _normalise(h, self.recipe, self.norm) if normalised and not self.recipe.norm_first else h
+
+    def _convolve(self, bare: nn.Module, h: Tensor, theta: dict[str, Tensor], **own: Tensor) -> Tensor:
+        made: Tensor = run_with({self.leaf: theta[self.recipe.maps[0]], **own}, bare, (h,), {})
+        return made
 
     def _apply_maps(self, h: Tensor, theta: dict[str, Tensor]) -> Tensor:
         if self.map is not None:
-            leaf = self.recipe.maps[0].rpartition(".")[2]
-            mapped: Tensor = run_with({leaf: theta[self.recipe.maps[0]]}, self.map, (h,), {})
-            return mapped
+            return self._convolve(self.map, h, theta)
         *before, last = self.matrices(theta)
         for matrix in before:
             h = self._apply_matrix(h, matrix, None)
@@ -160,7 +156,7 @@ class LightOperator(Operator):
 
     def plain(self, theta: dict[str, Tensor]) -> nn.Module:
         if self.map is not None:
-            self.map._parameters[self.recipe.maps[0].rpartition(".")[2]] = nn.Parameter(theta[self.recipe.maps[0]])
+            self.map._parameters[self.leaf] = nn.Parameter(theta[self.recipe.maps[0]])
             maps: list[nn.Module] = [self.map]
         else:
             *before, last = self.matrices(theta)
@@ -214,12 +210,9 @@ def _normalise(x: Tensor, recipe: LightRecipe, norm: nn.Module | None) -> Tensor
 def _plain_map(matrix: Tensor, bias: Tensor | None, dims: int) -> nn.Module:
     """A 1×1 map of torch.nn with these weights."""
     rows, columns = matrix.shape
-    made: nn.Module
-    if dims == 2:
-        made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    else:
-        conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[dims]
-        made = conv(columns, rows, 1, bias=bias is not None, device="meta")
+    layer: Any = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[dims]
+    sizes = (columns, rows) if dims == 2 else (columns, rows, 1)
+    made: nn.Module = layer(*sizes, bias=bias is not None, device="meta")
     made._parameters["weight"] = nn.Parameter(matrix.view(*matrix.shape, *[1] * (dims - 2)))
     if bias is not None:
         made._parameters["bias"] = nn.Parameter(bias.detach())

@@ -1,7 +1,8 @@
 """How a light operator goes back into the full block; `replfx.operators.folding` has the formulas."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,10 @@ from replfx.operators.folding import Fold, fold_of, set_linear, silence
 from replfx.operators.light_recipe import LightRecipe
 from replfx.operators.residual import Residual
 
+if TYPE_CHECKING:
+    from replfx.operators.light import LightOperator
+
 __all__ = ["light_fold", "restore_light"]
-
-
-class LightParts(Protocol):
-    """What of a light operator goes back into the block; `replfx.operators.light` says what is what."""
-
-    recipe: LightRecipe
-    norm: nn.Module | None
-    map: nn.Module | None
-    bias: nn.Parameter | None
-
-    def factors(self, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """W_in and W_out."""
 
 
 def light_fold(residual: Residual, recipe: LightRecipe) -> Fold | str:
@@ -84,10 +76,6 @@ def _as_convolutions(block: nn.Module, recipe: LightRecipe, fold: Fold) -> Fold 
     return fold
 
 
-def _width(block: nn.Module, recipe: LightRecipe) -> int:
-    return len(block.get_parameter(recipe.maps[-1]))
-
-
 def _alike(block: nn.Module, one: str | None, other: str | None) -> bool:
     """Whether two normalisations differ in nothing but their values."""
     if one is None or other is None:
@@ -98,7 +86,7 @@ def _alike(block: nn.Module, one: str | None, other: str | None) -> bool:
 
 
 def restore_light(
-    operator: LightParts, fold: Fold, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None
+    operator: "LightOperator", fold: Fold, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None
 ) -> None:
     """Let a full block compute what the operator computes.
 
@@ -113,44 +101,27 @@ def restore_light(
         FusionError: it needs inputs and has none.
     """
     silence(block, fold)
+    weight = theta[operator.recipe.maps[0]]
+    eye = partial(torch.eye, dtype=weight.dtype, device=weight.device)
     if fold.norm is not None and operator.norm is not None:
-        _take_over(block.get_submodule(fold.norm), operator.norm)
+        block.get_submodule(fold.norm).load_state_dict(operator.norm.state_dict())
     if operator.recipe.kind == "product":
         inward, outward = operator.factors(theta)
         if len(inward) > len(outward):  # more hidden channels than the product has rows: it is of their rank
-            inward, outward = outward @ inward, torch.eye(len(outward), **_like(outward))
+            inward, outward = outward @ inward, eye(len(outward))
         set_linear(block, fold, inward, outward, operator.bias)
         return
     assert operator.map is not None
     target = fold.entry if operator.recipe.kind == "depthwise" else fold.last
     assert target is not None
-    _set_layer(block.get_submodule(target), theta[operator.recipe.maps[0]], operator.map._parameters.get("bias"))
+    layer, bias = block.get_submodule(target), operator.map._parameters.get("bias")
+    layer.get_parameter("weight").copy_(weight)
+    if bias is not None:
+        layer.get_parameter("bias").copy_(bias)  # the map is a copy of this layer
     if operator.recipe.kind == "depthwise":
-        eye = torch.eye(_width(block, operator.recipe), **_like(theta[operator.recipe.maps[0]]))
-        set_linear(block, fold, eye, eye, None)
+        set_linear(block, fold, eye(len(weight)), eye(len(weight)), None)
     else:
         _pass_on(block, fold, inputs)
-
-
-def _like(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": tensor.dtype, "device": tensor.device}
-
-
-def _take_over(norm: nn.Module, source: nn.Module) -> None:
-    for mine, theirs in zip(
-        (*norm.parameters(), *norm.buffers()), (*source.parameters(), *source.buffers()), strict=True
-    ):
-        mine.copy_(theirs)
-
-
-def _set_layer(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    own = layer._parameters["weight"]
-    assert own is not None
-    own.copy_(weight)
-    if bias is not None:
-        target = layer._parameters["bias"]
-        assert target is not None  # the operator's map is a copy of this layer
-        target.copy_(bias)
 
 
 def _pass_on(block: nn.Module, fold: Fold, inputs: Tensor | None) -> None:
@@ -164,11 +135,9 @@ def _pass_on(block: nn.Module, fold: Fold, inputs: Tensor | None) -> None:
     assert fold.inner is not None
     first, norm = block.get_submodule(fold.first), block.get_submodule(fold.inner)
     assert isinstance(norm, _BatchNorm)
-    weight = first._parameters["weight"]
-    assert weight is not None
-    nn.init.dirac_(weight)
+    nn.init.dirac_(first.get_parameter("weight"))
     if first._parameters.get("bias") is not None:
-        first._parameters["bias"].zero_()  # type: ignore[union-attr]
+        first.get_parameter("bias").zero_()
     rest = [dim for dim in range(inputs.dim()) if dim != 1]
     variance, mean = torch.var_mean(inputs, rest, correction=0)
     if norm.running_mean is not None and norm.running_var is not None:

@@ -75,14 +75,13 @@ class LightRecipe:
             recipe = cls(**{**options, **read})
         except (KeyError, TypeError, ValueError) as error:
             raise FusionError(f"the light operator's options are malformed: {error!r}") from error
-        for name, wanted in _FIELDS.items():
-            if not isinstance(getattr(recipe, name), wanted):
-                raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
-        if not all(isinstance(item, str) for item in recipe.maps) or recipe.norm == "":
-            raise FusionError(f"the light operator's options are malformed: {recipe}")
-        for name, ranges in (("rows", [recipe.rows] if recipe.rows else []), ("taken", recipe.taken or ())):
-            if not all(_is_range(each) for each in ranges):
-                raise FusionError(f"the light operator's options are malformed: {name}={getattr(recipe, name)!r}")
+        fits = {name: isinstance(getattr(recipe, name), wanted) for name, wanted in _FIELDS.items()}
+        fits["norm"] = fits["norm"] and recipe.norm != ""
+        fits["maps"] = all(isinstance(item, str) for item in recipe.maps)
+        fits["rows"] = not recipe.rows or _is_range(recipe.rows)
+        fits["taken"] = all(map(_is_range, recipe.taken or ()))
+        if wrong := [name for name, fit in fits.items() if not fit]:
+            raise FusionError(f"the light operator's options are malformed: {wrong[0]}={getattr(recipe, wrong[0])!r}")
         if recipe.kind not in _KINDS or len(recipe.maps) != 1 + (recipe.kind == "product"):
             raise FusionError(f"the light operator has no kind {recipe.kind!r} with {len(recipe.maps)} maps")
         return recipe
@@ -90,22 +89,17 @@ class LightRecipe:
     @classmethod
     def choose(cls, anatomy: Anatomy, block: nn.Module) -> "LightRecipe | str":
         """The formula for a block, or why there is none."""
-        norm = anatomy.norm
-        rest = (
-            norm.path if norm else None,
-            norm.first if norm else False,
-            norm.last_dim if norm else False,
-            anatomy.activation,
-        )
+        norm, pair, residual = anatomy.norm, anatomy.pair, anatomy.residual
+        path, first, last_dim = (norm.path, norm.first, norm.last_dim) if norm else (None, False, False)
+        rest = path, first, last_dim, anatomy.activation
         if anatomy.depthwise is not None:
             return cls("depthwise", (anatomy.depthwise,), None, *rest)
-        pair, width = anatomy.pair, anatomy.residual.width
         assert pair is not None  # dissect gives one or the other
-        residual = anatomy.residual
-        if residual.axis != 1 and (_taps(block, pair.last) > 1 or not residual.linear):
+        taps = block.get_parameter(pair.last)[0, 0].numel()
+        if residual.axis != 1 and (taps > 1 or not residual.linear):
             return f"`{pair.last}` takes channels elsewhere than in dimension {residual.axis}, where the block has them"
-        if _taps(block, pair.last) > 1:
-            if block.get_parameter(pair.last).shape[:2] != (width, width):
+        if taps > 1:
+            if block.get_parameter(pair.last).shape[:2] != (residual.width, residual.width):
                 return f"its map `{pair.last}` is grouped"
             if not fits_alone(residual, pair.last):
                 return f"the layer of its map `{pair.last}` gives an activation of another shape than the block's"
@@ -124,8 +118,3 @@ class LightRecipe:
 def _is_range(value: Any) -> bool:
     start, stop = value if len(value) == 2 else (0, 0)
     return type(start) is int and type(stop) is int and 0 <= start < stop
-
-
-def _taps(block: nn.Module, name: str) -> int:
-    weight = block.get_parameter(name)
-    return weight[0, 0].numel() if weight.dim() > 2 else 1

@@ -19,9 +19,9 @@ from replfx.errors import FusionError
 from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import synthesizable
 from replfx.modules.structure import set_submodule
-from replfx.operators.base import BlockOperator, Match, Site, operators
+from replfx.operators.base import BlockOperator, Match, Site, is_in, operators
 from replfx.operators.folding import Fold, branch_silencers, silence
-from replfx.operators.probe import Unmeasured, name_of
+from replfx.operators.probe import Unmeasured, modules_around, name_of
 from replfx.operators.residual import Branch, Residual, gives
 from replfx.tracing.info import info_of
 
@@ -32,17 +32,9 @@ _PRODUCTS = ("mul", "mul_", "imul")
 
 @dataclass(frozen=True)
 class Dropped:
-    """A branch that is left out.
+    """An MLP that is left out, as `MixerOperator` takes it; `dropped` are the largest modules that are all in it."""
 
-    Attributes:
-        units: the modules that it is made of, the largest that are all in it.
-        items: of those of them that give a tuple, which of its items are tensors; the others are None.
-        spread: whether their zero may be one that a sum spreads; else it is as large as what they get.
-        scales: parameters of the block itself that scale it.
-        fold: how the branch is made to give nothing, or why it cannot be.
-    """
-
-    units: tuple[str, ...]
+    dropped: tuple[str, ...]
     items: Mapping[str, list[bool]]
     spread: bool
     scales: tuple[str, ...]
@@ -110,20 +102,15 @@ class MixerOperator(BlockOperator):
         found = _mlp(site)
         if isinstance(found, str):
             return Match(reason=found)
-        rest = _rest(site.block, found.units, found.scales)
+        rest = _rest(site.block, found.dropped, found.scales)
         if not rest:
             return Match(reason="what is left without its MLP has no parameter to synthesise")
-        options = {
-            "dropped": list(found.units),
-            **({"items": dict(found.items)} if found.items else {}),
-            **({} if found.spread else {"spread": False}),
-            "scales": list(found.scales),
-            "fold": asdict(found.fold) if isinstance(found.fold, Fold) else found.fold,
-        }
         kept = [name for name in site.without_counterpart() if name in rest]
         if len(kept) == len(rest):
             return Match(reason="neither neighbour has the like of any weight that is left without its MLP")
-        return Match({**options, "keep": kept} if kept else options)
+        options = asdict(found) | ({"keep": kept} if kept else {})
+        few = {"items": found.items, "spread": not found.spread}  # a plan names only where there are such
+        return Match({name: value for name, value in options.items() if few.get(name, True)})
 
     def restore(self, theta: dict[str, Tensor], block: nn.Module, inputs: Tensor | None) -> None:
         if isinstance(self.fold, str):
@@ -134,7 +121,7 @@ class MixerOperator(BlockOperator):
 def _rest(block: nn.Module, dropped: Sequence[str], scales: Sequence[str]) -> list[str]:
     """The matrices of a block that are left without some of its modules."""
     return [
-        name for name in synthesizable(block) if name not in scales and not any(_is_in(name, unit) for unit in dropped)
+        name for name in synthesizable(block) if name not in scales and not any(is_in(name, unit) for unit in dropped)
     ]
 
 
@@ -240,7 +227,7 @@ def _dropped(branch: Branch) -> Dropped | str:
 
 
 def _is_in_one(site: Site, node: fx.Node, units: Sequence[str]) -> bool:
-    return any(_is_in(path, unit) for unit in units for path in _owners(site, node)[-1:])
+    return any(is_in(path, unit) for unit in units for path in modules_around(site, node)[-1:])
 
 
 def _silent(branch: Branch, nodes: Sequence[fx.Node], units: Sequence[str], *, spread: bool) -> bool:
@@ -291,23 +278,10 @@ def _units(site: Site, nodes: Sequence[fx.Node], calls: Collection[str]) -> tupl
     """The largest of the modules called within these nodes alone, by their names in the block."""
     inside = set(nodes)
     nodes = [node for node in nodes if node.all_input_nodes]  # no parameters, and no flags that capturing put in
-    elsewhere = {path for node in site.nodes if node not in inside for path in _owners(site, node)}
+    elsewhere = {path for node in site.nodes if node not in inside for path in modules_around(site, node)}
     found: list[str] = []
     for node in nodes:
-        whole = [path for path in _owners(site, node) if path not in elsewhere and path in calls]
-        if whole and not any(_is_in(whole[0], unit) for unit in found):
+        whole = [path for path in modules_around(site, node) if path not in elsewhere and path in calls]
+        if whole and not any(is_in(whole[0], unit) for unit in found):
             found.append(whole[0])
     return tuple(found)
-
-
-def _owners(site: Site, node: fx.Node) -> list[str]:
-    """The modules inside of the block that were running when a node was recorded, the outermost first."""
-    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module":
-        stack.append(str(node.target))
-    within = [site.name(path) for path in stack if site.holds(path)]
-    return [name for name in dict.fromkeys(within) if name]
-
-
-def _is_in(path: str, unit: str) -> bool:
-    return path == unit or path.startswith(f"{unit}.")

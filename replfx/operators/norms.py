@@ -1,19 +1,18 @@
 """The normalisations of a residual block: found by what they do to numbers, whatever they are called."""
 
 import copy
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from replfx.operators.probe import module_at, number_of
+from replfx.operators.probe import module_at, modules_around, number_of
 from replfx.operators.residual import Branch, Residual, is_passing
 
 __all__ = ["Norm", "first_norm", "is_entry", "is_norm", "is_normalised", "last_norm", "nameless_norm", "norm_behind"]
 
 _SCALE = 8.0
-_APART = 0.1  # what a norm adds to a variance to keep it from zero is seen
+_APART = 0.1  # a norm adds an epsilon to a variance, which shows
 _SIDES = (3, 5, 7, 4)
 _FUNCTIONS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")  # of torch.nn.functional
 
@@ -35,8 +34,9 @@ class Norm:
 
 def first_norm(branch: Branch) -> Norm | None:
     """The normalisation, or what stands for one (an affine map, a bounded one), through which a branch gets all."""
-    for path in _modules_around(branch, _readers(branch)):
-        if is_entry(branch.residual, path):
+    around = [modules_around(branch.residual.site, node) for node in _readers(branch)]
+    for path in around[0] if around else ():
+        if all(path in paths for paths in around) and is_entry(branch.residual, path):
             return _norm(branch.residual, path, first=True)
     return None
 
@@ -56,7 +56,7 @@ def norm_behind(residual: Residual, node: fx.Node) -> Norm | None:
 def last_norm(branch: Branch) -> Norm | None:
     """The last normalisation that a branch applies."""
     for node in reversed(branch.nodes):
-        for path in _modules_around_node(branch.residual, node):
+        for path in modules_around(branch.residual.site, node):
             if is_norm(branch.residual, path):
                 return _norm(branch.residual, path, first=False)
     return None
@@ -91,16 +91,16 @@ def nameless_norm(residual: Residual) -> str | None:
 
 def is_norm(residual: Residual, path: str) -> bool:
     """Whether a module has one value a channel, and gives the same whatever the scale of what it gets is."""
-    return _acts_by_channel(residual, path, _ignores_scale)
+    return _acts_by_channel(residual, path, at_any_scale=True)
 
 
 def is_entry(residual: Residual, path: str) -> bool:
     """Whether a module has one value a channel and keeps its input's shape: a norm, or what stands in its place."""
-    return _acts_by_channel(residual, path, lambda one, other: True)
+    return _acts_by_channel(residual, path, at_any_scale=False)
 
 
-def _acts_by_channel(residual: Residual, path: str, holds: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether a module has one value a channel, and something holds of what it gives for an input and one scaled."""
+def _acts_by_channel(residual: Residual, path: str, *, at_any_scale: bool) -> bool:
+    """Whether a module has one value a channel and keeps its input's shape, and perhaps gives the same at any scale."""
     module = residual.probe.block.get_submodule(path)
     parameters = list(module.parameters())
     if not path or not parameters or any(p.shape != (residual.width,) for p in parameters):
@@ -113,13 +113,10 @@ def _acts_by_channel(residual: Residual, path: str, holds: Callable[[Tensor, Ten
                 one, other = twin(layout / _SCALE), twin(layout * _SCALE)
         except Exception:  # it takes another layout, or more than one input
             continue
-        if isinstance(one, Tensor) and one.shape == layout.shape and holds(one, other):
+        keeps_shape = isinstance(one, Tensor) and one.shape == layout.shape
+        if keeps_shape and (not at_any_scale or (_alike(one, other) and bool(one.any()))):
             return True
     return False
-
-
-def _ignores_scale(one: Tensor, other: Tensor) -> bool:
-    return _alike(one, other) and bool(one.any())
 
 
 def _norm(residual: Residual, path: str, *, first: bool) -> Norm:
@@ -150,19 +147,3 @@ def _readers(branch: Branch) -> list[fx.Node]:
             else:
                 found.append(node)
     return found
-
-
-def _modules_around(branch: Branch, nodes: list[fx.Node]) -> list[str]:
-    """The modules inside of which all of some nodes are, the outermost first."""
-    around = [list(_modules_around_node(branch.residual, node)) for node in nodes]
-    return [path for path in around[0] if all(path in paths for paths in around)] if around else []
-
-
-def _modules_around_node(residual: Residual, node: fx.Node) -> Iterator[str]:
-    """The modules inside of the block that were running when a node was recorded, the outermost first."""
-    site = residual.site
-    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module":
-        stack.append(str(node.target))
-    within = [site.name(path) for path in dict.fromkeys(stack) if site.holds(path)]
-    yield from (name for name in dict.fromkeys(within) if name)

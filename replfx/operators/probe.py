@@ -5,8 +5,7 @@ hide what depends on what; and a model on the meta device has none. All floats a
 precision where the block has operations that know no other (grouped matrix products of experts).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import reduce
+from collections.abc import Collection, Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
-from replfx.modules.structure import is_wrapped
+from replfx.modules.structure import attribute_at, is_wrapped
 from replfx.operators.base import Site
 
 __all__ = [
@@ -24,7 +23,9 @@ __all__ = [
     "activations_of",
     "is_cast",
     "is_layout",
+    "makers_of",
     "module_at",
+    "modules_around",
     "name_of",
     "number_of",
     "rounding_of",
@@ -37,10 +38,7 @@ _CASTS = (*_FLOATS, "to", "type_as")
 _HANDLES = ("getattr", "detach", *_CASTS)  # which leave a weight what it is
 _MOVES = ("cpu", "cuda")
 _FLAG = "training_flag"
-_DIMS = (3, 4, 2, 5)  # of an activation whose shape is not known, the likely ones first
-_SIDES = (7, 6, 5)
 _DEPTH = 32
-_PRECISIONS = (torch.float64, torch.float32)
 _ROUNDINGS = 2.0**10
 
 
@@ -69,10 +67,11 @@ class Probe:
         self._wanted = shape
         if any(is_wrapped(p) for p in site.block.parameters()):
             raise Unmeasured("its weights are of a class of their own")
-        self._inside = frozenset(site.nodes)
-        reasons = [reason for dtype in _PRECISIONS if (reason := self._starts_in(dtype)) is not None]
-        if len(reasons) == len(_PRECISIONS):
-            raise Unmeasured(reasons[-1])
+        for dtype in (torch.float64, torch.float32):
+            reason = self._starts_in(dtype)
+            if reason is None:
+                return
+        raise Unmeasured(reason)
 
     def _starts_in(self, dtype: torch.dtype) -> str | None:
         """Draw all numbers in one precision; gives the reason why the block does not run on them."""
@@ -88,15 +87,10 @@ class Probe:
         self.x = fitting
         return None
 
-    @property
-    def rounding(self) -> float:
-        """How far apart two results may be that would be equal without rounding, as a share of the largest."""
-        return rounding_of(self.dtype)
-
     # ---- numbers
 
     def draw(self, shape: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Numbers at random, of any sign; floats whatever their `dtype` is in the precision of this probe."""
+        """Numbers at random, of any sign; floats of any `dtype` are drawn in the precision of this probe."""
         dtype = dtype or self.dtype
         if dtype == torch.bool:
             return self._mask(tuple(shape))
@@ -172,41 +166,25 @@ class Probe:
         found: list[tuple[int, ...]] = []
         for width in widths:
             found += [(2, side, width) for side in widths if side != width]  # tokens that a map mixes
-            for dims in _DIMS:
-                sides = _SIDES[: dims - 2]
-                found += [(2, *sides, width), (2, width, *sides)] if dims == 3 else [(2, width, *sides)]
-                found += [(2, *sides, width)] if dims == 4 else []
+            found += [(2, 7, width), (2, width, 7), (2, width, 7, 6), (2, 7, 6, width)]  # the likely ones first
+            found += [(2, width), (2, width, 7, 6, 5)]
         return found
 
     def _drawn_input(self, shape: tuple[int, ...]) -> Tensor:
         """What the parameterless operations before the block make of numbers drawn at random."""
-        makers: list[fx.Node] = []
-        node = self.site.input
-        while len(makers) < _DEPTH and self._is_bare(node):
-            makers.append(node)
-            node = node.all_input_nodes[0]
+        makers = makers_of(self.site.input)
         for count in range(len(makers), -1, -1):
             value: Any = self.draw(
                 shape if count == 0 else makers[count - 1].all_input_nodes[0].meta.get("shape", shape)
             )
             try:
                 for maker in reversed(makers[:count]):
-                    value = self._call(maker, {maker.all_input_nodes[0]: value}, self.site.block, False, {})
+                    value = self._call(maker, {maker.all_input_nodes[0]: value})
             except Exception:  # it needs another shape, which is not known
                 continue
             if isinstance(value, Tensor) and value.shape == shape:
                 return value.detach().clone()
         return self.draw(shape)
-
-    def _is_bare(self, node: fx.Node) -> bool:
-        """Whether it is a function of one tensor without weights."""
-        if node.op not in ("call_module", "call_function", "call_method") or len(node.all_input_nodes) != 1:
-            return False
-        if node.op != "call_module":
-            return True
-        root = node.graph.owning_module
-        module = None if root is None else _at(root, str(node.target))
-        return isinstance(module, nn.Module) and number_of(module) == 0
 
     def _outside(self, node: fx.Node, depth: int = 0) -> Any:
         """The value of a node that is no part of the block."""
@@ -231,19 +209,15 @@ class Probe:
         if node.op == "placeholder" or depth > _DEPTH:
             raise Unmeasured(f"it reads `{node.name}`, of which no shape is known; give example_inputs")
         values = {each: self._outside(each, depth + 1) for each in node.all_input_nodes}
-        return self._call(node, values, self.block, False, {})
+        return self._call(node, values)
 
     # ---- what nodes read
 
     def parameters_at(self, node: fx.Node) -> list[tuple[str, nn.Parameter]]:
         """The block's parameters that a node reads: those of the module that it calls, or its arguments."""
-        module = module_at(self.site, node) if self.site.holds(str(node.target)) or node.op != "call_module" else None
-        if module is not None:
+        if node.op == "call_module" and self.site.holds(str(node.target)):
             path = self.site.inside(node)
-            return [
-                (f"{path}.{name}".lstrip("."), self.block.get_parameter(f"{path}.{name}".lstrip(".")))
-                for name, _ in module.named_parameters()
-            ]
+            return list(self.block.get_submodule(path).named_parameters(prefix=path))
         if node.op == "get_attr" or is_layout(node) or name_of(node) in _HANDLES:
             return []
         known = dict(self.block.named_parameters())
@@ -309,7 +283,7 @@ class Probe:
                     for each in node.all_input_nodes:
                         if each not in values:
                             values[each] = _clone(self._outside(each))
-                    values[node] = self._call(node, values, self.block, training, weights or {})
+                    values[node] = self._call(node, values, training, weights)
                     if node in watch:
                         seen[node] = _clone(values[node])
         finally:
@@ -320,11 +294,10 @@ class Probe:
         self,
         node: fx.Node,
         values: Mapping[fx.Node, Any],
-        block: nn.Module,
-        training: bool,
-        weights: Mapping[str, Tensor],
+        training: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        target = str(node.target)
+        target, weights = str(node.target), weights or {}
         if node.op == "get_attr":
             return self._attribute(node, weights)
         args, kwargs = self._mapped((node.args, node.kwargs), values)
@@ -337,7 +310,7 @@ class Probe:
                 return _at(node.graph.owning_module, target)(*args, **kwargs)
             path = self.site.inside(node)
             inner = {n[len(path) + 1 :]: w for n, w in weights.items() if n.startswith(f"{path}.")}
-            return torch.func.functional_call(block.get_submodule(path), inner, args, kwargs)
+            return torch.func.functional_call(self.block.get_submodule(path), inner, args, kwargs)
         if node.op == "call_method":
             if target in _MOVES:
                 return args[0]
@@ -367,6 +340,22 @@ class Probe:
         if self.site.holds(str(node.target)) or name in own:
             return own[name] if name in own else _at(self.block, name)
         return self._outside(node)
+
+
+def makers_of(node: fx.Node) -> list[fx.Node]:
+    """The functions of one tensor without weights that made a value, the last first, as far back as a probe looks."""
+    found: list[fx.Node] = []
+    while len(found) < _DEPTH and _is_bare(node):
+        found.append(node)
+        node = node.all_input_nodes[0]
+    return found
+
+
+def _is_bare(node: fx.Node) -> bool:
+    if node.op not in ("call_module", "call_function", "call_method") or len(node.all_input_nodes) != 1:
+        return False
+    root = node.graph.owning_module
+    return node.op != "call_module" or (root is not None and number_of(root.get_submodule(str(node.target))) == 0)
 
 
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -401,6 +390,15 @@ def module_at(site: Site, node: fx.Node) -> nn.Module | None:
     return site.block.get_submodule(site.inside(node)) if node.op == "call_module" else None
 
 
+def modules_around(site: Site, node: fx.Node) -> list[str]:
+    """The modules inside of the block that were running when a node was recorded, the outermost first."""
+    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module":
+        stack.append(str(node.target))
+    within = [site.name(path) for path in stack if site.holds(path)]
+    return [name for name in dict.fromkeys(within) if name]
+
+
 def activations_of(node: fx.Node) -> list[fx.Node]:
     """What a node takes, but for flags that capturing put in."""
     return [
@@ -423,8 +421,7 @@ def _clone(value: Any) -> Any:
 
 
 def _at(root: Any, path: str) -> Any:
-    step: Callable[[Any, str], Any] = getattr
     try:
-        return reduce(step, path.split("."), root)
+        return attribute_at(root, path)
     except AttributeError as error:
         raise Unmeasured(f"nothing is known of `{path}`") from error

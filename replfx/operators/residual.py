@@ -44,11 +44,6 @@ ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish")  # of torch.nn.func
 # ---- the sum, as the graph has it
 
 
-def is_residual(site: Site) -> bool:
-    """Whether the block is a sum that has its own input as a term, before an activation or not."""
-    return _is_sum_with_input(site, layouts=True)
-
-
 def not_residual(site: Site) -> str:
     """What to say of a block that is not."""
     module = module_at(site, site.output) if site.output in site.nodes else None
@@ -65,7 +60,13 @@ def _called_whole(path: str) -> str:
     return "it is called whole, as its code branches on `training` or is compiled"
 
 
-def _is_sum_with_input(site: Site, *, layouts: bool) -> bool:
+def is_residual(site: Site, *, layouts: bool = True) -> bool:
+    """Whether the block is a sum that has its own input as a term, before an activation or not.
+
+    Args:
+        site: the block.
+        layouts: it may lay its activation out anew before, or give it in another type.
+    """
     node = _behind(site, site.output, layouts)
     if not _is_sum(node) and _is_elementwise(site, node):
         node = _behind(site, activations_of(node)[0], layouts)
@@ -95,7 +96,7 @@ def keeps_shape(site: Site) -> bool:
     A residual block does if nothing in it lays its activation out anew; so does a window whose one layer maps as many
     channels as it gives, at stride 1.
     """
-    if _is_sum_with_input(site, layouts=False):
+    if is_residual(site, layouts=False):
         return True
     layers = [m for m in site.block.modules() if any(p.dim() >= 2 for p in m._parameters.values() if p is not None)]
     if len(layers) != 1:
@@ -180,7 +181,7 @@ class Branch:
                 changed = {entry: self._changed(value, axes[entry], position) for entry, value in start.items()}
                 # Experts get other numbers of tokens then, and what sums these up rounds in another way.
                 moved = (self._tokens(self.gives(changed)[self.end], ending) - base).abs()
-                apart = (moved > self.residual.probe.rounding * base.abs().max()).any(1)
+                apart = (moved > rounding_of(self.residual.probe.dtype) * base.abs().max()).any(1)
                 apart[position] = False
                 if bool(apart.any()):
                     return True
@@ -202,7 +203,7 @@ class Residual:
     """A residual block that can be run alone.
 
     Args:
-        site: the block.
+        site: the block, of which `is_residual` holds.
         shape: of the activation to run it on; without it the one that the graph knows.
 
     Attributes:
@@ -213,12 +214,10 @@ class Residual:
         values: of the nodes of `main`, in one run.
 
     Raises:
-        Unmeasured: it does not run alone, or it is not residual.
+        Unmeasured: it does not run alone.
     """
 
     def __init__(self, site: Site, shape: tuple[int, ...] | None = None) -> None:
-        if not is_residual(site):
-            raise Unmeasured(not_residual(site))
         self.site = site
         self.main, ends = _way_through(site)
         self.branches = [Branch(self, end, _cone(site, end, self.main)) for end in ends]

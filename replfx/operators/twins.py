@@ -3,8 +3,8 @@
 To run a block alone takes longer than all else in a plan, and the blocks of one model are mostly the same thing over
 and over. Two are twins if nothing that a measurement sees tells them apart: what their modules are and how they are
 set, what their part of the graph does, what they are given, what their neighbours are. Weights' values don't count, for
-these are drawn (`replfx.operators.probe`). Where it is not seen to be so, as of two objects that may be alike, they are
-none.
+these are drawn (`replfx.operators.probe`). Blocks of which it cannot be seen, as of two objects that may be alike, are
+no twins.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from torch import Tensor, fx, nn
 
 from replfx.modules.structure import signature
 from replfx.operators.base import Site
+from replfx.operators.probe import makers_of
 
 __all__ = ["twin_key"]
 
 _REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
-_DEPTH = 32  # as far back as `Probe` looks at what made the activation
-_MOST = 1 << 22  # numbers in a buffer; of a larger one it is not worth to know
+_MOST = 1 << 22  # numbers in a buffer; a larger one is not worth hashing
 
 
 def twin_key(site: Site) -> Hashable | None:
@@ -81,7 +81,7 @@ def _tensor(tensor: Tensor) -> tuple[Hashable, ...]:
 
 
 def _digest(tensor: Tensor) -> str:
-    """Of a buffer's numbers, which are not drawn."""
+    """A hash of a buffer's numbers, which are not drawn."""
     if tensor.device.type == "meta":
         return "none"
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.numel() > _MOST:
@@ -108,17 +108,13 @@ def _graph(site: Site) -> Hashable:
 
 
 def _arguments(node: fx.Node, numbers: dict[fx.Node, int]) -> Hashable:
-    numbered: Any = fx.node.map_arg((node.args, node.kwargs), lambda term: _Numbered(numbers[term]))
-    return _frozen((tuple(numbered[0]), dict(numbered[1])))
+    return _frozen(fx.node.map_arg((node.args, node.kwargs), lambda term: _Numbered(numbers[term])))
 
 
 class _Numbered(str):
-    """In the place of a node: a value of a type that no model has."""
+    """In the place of a node: its number, as a value of a type that no model has."""
 
     __slots__ = ()
-
-    def __new__(cls, number: int) -> "_Numbered":
-        return super().__new__(cls, number)
 
 
 def _target(site: Site, node: fx.Node) -> Hashable:
@@ -141,18 +137,14 @@ def _meta(node: fx.Node) -> Hashable:
 
 
 def _made(site: Site) -> Hashable:
-    """The operations without weights that made the activation, as `Probe` goes back through them."""
+    """The operations without weights that made the activation, for a probe draws what they give."""
     found: list[Hashable] = []
-    node, root = site.input, site.input.graph.owning_module
-    for _ in range(_DEPTH):
-        if node.op not in ("call_module", "call_function", "call_method") or len(node.all_input_nodes) != 1:
-            break
+    root = site.input.graph.owning_module
+    for node in makers_of(site.input):
         what: Hashable = node.target
         if node.op == "call_module":
-            if root is None:
-                raise _Unlike
-            module = root.get_submodule(str(node.target))
-            what = tuple(_modules(module))
-        node, before = node.all_input_nodes[0], node
-        found.append((before.op, what, _arguments(before, {node: 0}), _meta(node)))
+            assert root is not None
+            what = tuple(_modules(root.get_submodule(str(node.target))))
+        (before,) = node.all_input_nodes
+        found.append((node.op, what, _arguments(node, {before: 0}), _meta(before)))
     return tuple(found)
