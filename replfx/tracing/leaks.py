@@ -72,7 +72,8 @@ class Traces:
 
         To be called when nothing of the dry run is referred to any more.
         """
-        for step in (_collect_young, self._clean, gc.collect):
+        # Circles among what was made during the dry run are in the first two generations.
+        for step in (functools.partial(gc.collect, 1), self._clean, gc.collect):
             if not self._alive():
                 break
             step()
@@ -151,11 +152,6 @@ def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
         attributes = object.__getattribute__(value, "__dict__")
         for name in [n for n, item in list(attributes.items()) if gone(item)]:
             attributes[name] = None
-
-
-def _collect_young() -> None:
-    """Circles among what was made during the dry run: it is in the first two generations."""
-    gc.collect(1)
 
 
 def _is_link(value: object) -> bool:

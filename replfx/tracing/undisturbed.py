@@ -19,7 +19,6 @@ from replfx.tracing.chance import kept_random_states
 __all__ = ["patched", "undisturbed"]
 
 _LOCK = threading.RLock()  # what is watched is the whole process's, as are Python's random states
-_LOUD = ("torch._subclasses.fake_tensor",)
 
 
 @contextmanager
@@ -39,15 +38,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What fails under fake tensors is tried again for real: PyTorch need not print it."""
-    logs = [logging.getLogger(name) for name in _LOUD]
-    before = [log.disabled for log in logs]
-    for log in logs:
-        log.disabled = True
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
     try:
         yield
     finally:
-        for log, disabled in zip(logs, before, strict=True):
-            log.disabled = disabled
+        log.disabled = before
 
 
 @contextmanager
