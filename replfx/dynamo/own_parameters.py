@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from replfx.dynamo.nodes import path_in_model, source_of, value_of
 from replfx.dynamo.stand_ins import modules_of
 from replfx.regions.region import put_value
-from replfx.tracing.info import META_KEY, CaptureInfo
+from replfx.tracing import CaptureInfo
 
 __all__ = ["Owned", "own_parameters"]
 
@@ -53,7 +53,7 @@ def own_parameters(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Ow
         if node.op == "placeholder":
             owned.append(path)
     made = fx.GraphModule(root, graph)
-    made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
+    made.meta["replfx"] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
     return Owned(made, tuple(owned))
 
 

@@ -6,11 +6,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
 
+from replfx.modules.tree import parts_of
 from replfx.tracing.chance import Draws
 
 __all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "Place", "info_of", "nodes_in"]
-
-META_KEY = "replfx"
 
 Place: TypeAlias = tuple[object, ...]
 
@@ -116,25 +115,15 @@ class Cost:
 
 def info_of(graph_module: fx.GraphModule) -> CaptureInfo:
     """The `CaptureInfo` of a graph that `replfx.capture` made."""
-    info = graph_module.meta.get(META_KEY)
+    info = graph_module.meta.get("replfx")
     if not isinstance(info, CaptureInfo):
         raise TypeError("this GraphModule was not made by replfx.capture")
     return info
 
 
 def nodes_in(tree: object) -> list[fx.Node]:
-    """All nodes in nested tuples, lists and dicts, left to right."""
-    found: list[fx.Node] = []
-
-    def visit(item: object) -> None:
-        if isinstance(item, fx.Node):
-            found.append(item)
-        elif isinstance(item, tuple | list):
-            for part in item:
-                visit(part)
-        elif isinstance(item, dict):
-            for part in item.values():
-                visit(part)
-
-    visit(tree)
-    return found
+    """All nodes in nested tuples, lists, dicts and slices, left to right."""
+    if isinstance(tree, fx.Node):
+        return [tree]
+    parts = parts_of(tree) if isinstance(tree, tuple | list | dict | slice) else ()
+    return [node for _, part in parts for node in nodes_in(part)]
