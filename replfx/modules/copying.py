@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replfx.errors import CaptureError
-from replfx.modules.tree import tensors_in
+from replfx.modules.tree import leaf_copy, tensors_in
 
 __all__ = ["MODULE_HOOKS", "faithful_copy", "held_in", "structural_copy"]
 
@@ -49,7 +49,7 @@ def faithful_copy(model: nn.Module) -> nn.Module:
             working on them.
     """
     _check_hooks(model)
-    memo: dict[int, Any] = {id(t): _detached(t) for t in _plain_tensors(model) if not t.is_leaf}
+    memo: dict[int, Any] = {id(t): leaf_copy(t) for t in _plain_tensors(model) if not t.is_leaf}
     twin, memo = _deepcopy(model, memo, lasting=True)
     copies = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -88,7 +88,7 @@ def structural_copy(
             memo[id(tensor)] = _marked(replace(tensor), tensor) if replace else tensor
     for tensor in _plain_tensors(model):
         if id(tensor) not in memo:  # deepcopy refuses those that autograd made
-            memo[id(tensor)] = plain(tensor) if plain else _detached(tensor)
+            memo[id(tensor)] = plain(tensor) if plain else leaf_copy(tensor)
     twin, _ = _deepcopy(model, memo, lasting=False)
     if not hooks:
         for module in twin.modules():
@@ -224,10 +224,6 @@ def _plain_tensors(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         attributes.update((id(value), value) for name, value in vars(module).items() if name not in _REGISTERED)
     return tensors_in(list(attributes.values()))
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _marked(tensor: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["arguments_hold", "is_cache", "parts_of", "shapes_in", "tensors_in", "with_tensors"]
+__all__ = ["arguments_hold", "is_cache", "leaf_copy", "parts_of", "shapes_in", "tensors_in", "with_tensors"]
 
 T = TypeVar("T")
 
@@ -41,8 +41,6 @@ def tensors_in(tree: object, *, caches: bool = True) -> list[Tensor]:
         tree: anything.
         caches: look into caches of keys and values too.
     """
-    if isinstance(tree, Tensor):
-        return [tree]
     found: list[Tensor] = []
     seen: set[int] = set()
 
@@ -86,6 +84,11 @@ def arguments_hold(
 def shapes_in(tree: object) -> list[tuple[int, ...]]:
     """The shapes of all tensors in `tree`, in order, but those in caches: a block that is left out keeps others."""
     return [tuple(tensor.shape) for tensor in tensors_in(tree, caches=False)]
+
+
+def leaf_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that autograd knows as a leaf, and that asks for a gradient if the tensor does."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def with_tensors(tree: T, replace: Callable[[Tensor], Tensor]) -> T:

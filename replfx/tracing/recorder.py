@@ -65,7 +65,7 @@ class Recorder(TorchFunctionMode):
         self.held = held
         self.opened = opened
         self.real = real
-        self.meter = Meter((*ghost.parameters(), *ghost.buffers()), self.run_operator)
+        self.meter = Meter(ghost, self.run_operator)
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
