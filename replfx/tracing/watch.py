@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -49,25 +48,22 @@ class ApplyFunction:
         return hash(self.function)
 
 
-@dataclass
 class _Open:
-    """A context that was entered by a node of a graph, for another node to leave."""
+    """A context that is entered by a node of a graph, for another node to leave."""
 
-    context: Any
+    def __init__(self, context: Any) -> None:
+        context.__enter__()
+        self.context = context
 
 
 def enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> _Open:
     """`with torch.autocast(...)`, as a node."""
-    context = autocast(device, dtype, enabled, cache)
-    context.__enter__()
-    return _Open(context)
+    return _Open(autocast(device, dtype, enabled, cache))
 
 
 def enter_inference(mode: bool) -> _Open:
     """`with torch.inference_mode(...)`, as a node."""
-    context = torch.inference_mode(mode)
-    context.__enter__()
-    return _Open(context)
+    return _Open(torch.inference_mode(mode))
 
 
 def leave(entered: _Open) -> None:
