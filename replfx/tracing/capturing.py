@@ -269,7 +269,7 @@ def record_on_fakes(
         root = structural_copy(model, plain=_same)
         restart()
         with mode:
-            return record(root, ghost, fakes, held or Held(model, None), opened=opened)
+            return record(root, ghost, fakes, held or Held(model, None), opened=opened, real=False)
 
     return _opening(attempt)
 

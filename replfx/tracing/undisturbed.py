@@ -16,7 +16,7 @@ from torch import nn
 
 from replfx.tracing.chance import kept_random_states
 
-__all__ = ["patched", "undisturbed"]
+__all__ = ["having", "patched", "undisturbed"]
 
 _LOCK = threading.RLock()  # what is watched is the whole process's, as are Python's random states
 
@@ -44,6 +44,17 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+@contextmanager
+def having(holder: object, **attributes: object) -> Iterator[None]:
+    """Let an object have these attributes, while open."""
+    before = {name: getattr(holder, name) for name in attributes}
+    vars(holder).update(attributes)
+    try:
+        yield
+    finally:
+        vars(holder).update(before)
 
 
 @contextmanager
