@@ -25,6 +25,7 @@ from replfx.dynamo.own_parameters import Owned, own_parameters
 from replfx.errors import CompileError, ReplfxError
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
+from replfx.modules.tree import named_tensors
 from replfx.passes.pipeline import run_passes
 from replfx.plans import Plan, Replacement
 from replfx.regions.region import Region
@@ -373,7 +374,7 @@ def _graph_breaks() -> str:
 
 
 def _places(owned: Sequence[str | None], root: nn.Module, fresh: nn.Module) -> tuple[str | None, ...]:
-    where = {id(tensor): name for name, tensor in (*fresh.named_parameters(), *fresh.named_buffers())}
+    where = {id(tensor): name for name, tensor in named_tensors(fresh)}
     return tuple("" if path is None else where.get(id(attribute_at(root, path))) for path in owned)
 
 

@@ -8,11 +8,35 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["arguments_hold", "is_cache", "leaf_copy", "parts_of", "shapes_in", "tensors_in", "with_tensors"]
+__all__ = [
+    "REGISTRIES",
+    "arguments_hold",
+    "attributes_of",
+    "is_cache",
+    "leaf_copy",
+    "named_tensors",
+    "parts_of",
+    "shapes_in",
+    "tensors_in",
+    "with_tensors",
+]
+
+REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 
 T = TypeVar("T")
 
 _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module)
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module itself holds besides its parameters, buffers and submodules, by name."""
+    return ((name, value) for name, value in vars(module).items() if name not in REGISTRIES)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a model by their names, each once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def parts_of(value: object) -> Iterator[tuple[object, object]]:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.modules.structure import set_submodule
-from replfx.modules.tree import arguments_hold, parts_of, shapes_in, tensors_in
+from replfx.modules.tree import arguments_hold, named_tensors, parts_of, shapes_in, tensors_in
 from replfx.torch_internals import functorch_is_active
 from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
@@ -79,8 +79,7 @@ class Recorder(TorchFunctionMode):
         self._cast: list[tuple[Tensor, fx.Node | None]] = []  # what calls gave back as it was, with its node before
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        own = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
-        self._names = {**held.names, **own}
+        self._names = {**held.names, **{id(t): n for n, t in named_tensors(ghost)}}
         self._targets = frozenset(self._names.values())
         self._modules = list(ghost.modules())  # kept: a model may drop some on the way, and their ids would be others'
         self._paths = {id(m): path for path, m in ghost.named_modules()}

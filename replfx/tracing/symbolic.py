@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from replfx.modules.structure import class_of
-from replfx.modules.tree import arguments_hold
+from replfx.modules.tree import arguments_hold, named_tensors
 from replfx.tracing.info import CaptureInfo, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
@@ -150,7 +150,7 @@ class SymbolicTracer(fx.Tracer):
         self.branched: set[str] = set()  # paths of modules whose code branches on `training`
         self._flags: dict[str, nn.Module] = {}
         # By identity: torch.fx searches all parameters at each access.
-        self._names = {id(t): n for n, t in (*root.named_parameters(), *root.named_buffers())}
+        self._names = {id(t): n for n, t in named_tensors(root)}
         self._own = {id(m): own_tensors(m) for m in root.modules()}
         self.inside = False  # of a Function that runs modules; autograd turns gradients off, the graph must not
 
