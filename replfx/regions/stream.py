@@ -51,7 +51,7 @@ class Stream:
         self.readers: dict[int, tuple[int, int]] = {}
         self.calls: Counter[int] = Counter()
         self._note_readers()
-        self._tokens = Tokens(self.root, self.values.__getitem__)
+        self._tokens = Tokens(self.root, self.values)
         parameters = [self._parameters(node) for node in self.nodes]
         self.has_parameters = [bool(read) for read in parameters]
         self.matrices = [0, *accumulate(sum(p.dim() >= 2 for p in read) for read in parameters)]
