@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 __all__ = [
+    "are_settled",
     "epochs",
     "handed_out",
+    "has_known_sizes",
     "is_plain",
     "is_pure",
     "is_untouched",
@@ -158,6 +160,23 @@ def is_plain(value: object) -> bool:
     if not isinstance(value, FakeTensor) or value.layout != torch.strided:
         return False
     return type(value) is FakeTensor or isinstance(value, nn.Parameter)
+
+
+def are_settled(nodes: Iterable[fx.Node]) -> bool:
+    """Whether the nodes give plain tensors of one dtype and device that nothing writes into, of sizes that are known.
+
+    Of several dtypes, as under autocast, each result is rounded, and another order of operations would show.
+    """
+    nodes = list(nodes)
+    values = [value_of(node) for node in nodes]
+    if not all(map(is_plain, values)) or not all(map(is_untouched, nodes)):
+        return False
+    return has_known_sizes(values) and len({(value.dtype, value.device) for value in values}) == 1
+
+
+def has_known_sizes(values: Iterable[Tensor]) -> bool:
+    """Whether no size is a symbol, whose value, such as the number of tokens, other calls may change."""
+    return all(type(size) is int for value in values for size in value.shape)
 
 
 def is_pure(node: fx.Node) -> bool:

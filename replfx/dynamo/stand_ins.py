@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from replfx.dynamo.nodes import path_in_model
-from replfx.modules.structure import attribute_at, class_of, is_container, stand_for
+from replfx.modules.structure import attribute_at, class_of, is_container, is_setting, stand_for
 from replfx.tracing import ModuleCall
 
 __all__ = ["modules_of"]
@@ -67,13 +67,13 @@ def _stack(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
 
 def _at(root: nn.Module, path: str) -> nn.Module | None:
     """The module at `path`, made if there is none; None where a name of it, a key of some dict, is no module's."""
-    at: nn.Module | None = root
+    at = root
     for name in path.split(".") if path else ():
-        if at is not None and name not in at._modules:
+        if name not in at._modules:
             if hasattr(at, name):
                 return None
             at.add_module(name, nn.Module())
-        at = None if at is None else at._modules[name]
+        at = at.get_submodule(name)
     return at
 
 
@@ -97,16 +97,10 @@ def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> Non
     owner = str(weight.target).rpartition(".")[0]
     if weight.op != "get_attr":  # standardised, or made otherwise
         owner = next((paths.get(key.partition("@")[0], "") for key, _, _ in reversed(list(_stack(node)))), "")
-    settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and _is_plain(values[key])}
+    settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and is_setting(values[key])}
     module = root.get_submodule(owner)
     shape = {"kernel_size": weight.meta["shape"][2:]}
     stand_for(module, class_of(module), {"groups": 1, **settings, **shape})
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return isinstance(value, int | str)
 
 
 # ---- the order of children
