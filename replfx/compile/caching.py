@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
+from replfx.dtensors import is_distributed
+
 __all__ = ["Cached", "forget"]
 
 _alive: "weakref.WeakSet[Cached]" = weakref.WeakSet()
@@ -119,8 +121,7 @@ def _can_tell_writes(tensors: Sequence[Tensor]) -> bool:
     Not into tensors that were made in inference mode. And not where several processes train: FSDP gathers
     weights into the same memory again and again, and hides that from the counter.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed and not any(tensor.is_inference() for tensor in tensors)
+    return not is_distributed() and not any(tensor.is_inference() for tensor in tensors)
 
 
 def with_cached(main: Callable[..., Any], cached: Cached, inputs: Sequence[int]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from replfx.chains.select import select
 from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
+from replfx.dtensors import is_distributed
 from replfx.dynamo.nodes import path_in_model, source_of
 from replfx.dynamo.own_parameters import Owned, own_parameters
 from replfx.errors import CompileError, ReplfxError
@@ -143,13 +144,12 @@ class ReplacingBackend:
         """The graph with blocks replaced; None if nothing is replaced here."""
         one_graph = self._calls.note()
         sources = [source_of(node) for node in graph_module.graph.find_nodes(op="placeholder")]
-        if any(
-            map(_is_transformed, {id(root): root for root in map(root_named, sources) if root is not None}.values())
-        ):
+        roots = {id(root): root for root in map(root_named, sources) if root is not None}
+        if any(plans_in(root) or fusion_layers(root) for root in roots.values()):
             raise CompileError(
                 "the model is transformed already: compile it with backend='replfx', which replaces nothing"
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             raise CompileError(
                 "the backend's coefficients would not be averaged over the processes: transform the model with "
                 "replfx.transform before it is wrapped, and compile that"
@@ -266,10 +266,6 @@ class ReplacingBackend:
             known = self._model[name]() if name in self._model else None
             if known is not None and known is not parameter and id(parameter) in real:
                 raise CompileError(_OTHER)
-
-
-def _is_transformed(model: nn.Module) -> bool:
-    return bool(plans_in(model) or fusion_layers(model))
 
 
 def _watched(
