@@ -92,7 +92,7 @@ def _other_looks(
     """With draws that are low; and where it was seen that chance decides, in evaluation mode too."""
     decides = False
     for look in (Look(Draws.LOW, model.training), Look(Draws.HIGH, False)):
-        if look.training == model.training or (decides and model.training):
+        if look.draws is Draws.LOW or (decides and model.training):
             try:
                 other, _ = _look(model, inputs, held, look)
             except CaptureError:  # with less of its blocks it need not run
