@@ -147,5 +147,5 @@ def _has_cuda_graphs(compiler: Compiler) -> bool:
 
 
 def _callable(compiled: Any) -> Callable[..., Any]:
-    """What a backend gave: a GraphModule is called by its forward."""
+    """A backend may give a GraphModule: it is called by its forward."""
     return compiled.forward if isinstance(compiled, fx.GraphModule) else compiled

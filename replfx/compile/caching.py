@@ -116,10 +116,10 @@ class Cached:
 
 
 def _can_tell_writes(tensors: Sequence[Tensor]) -> bool:
-    """Whether each write into these tensors is counted.
+    """Whether PyTorch counts each write into these tensors.
 
-    Not into tensors that were made in inference mode. And not where several processes train: FSDP gathers
-    weights into the same memory again and again, and hides that from the counter.
+    It counts none into tensors that were made in inference mode. Where several processes train, FSDP gathers weights
+    into the same memory again and again, and hides that from the counter.
     """
     return not is_distributed() and not any(tensor.is_inference() for tensor in tensors)
 

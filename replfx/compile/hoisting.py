@@ -43,7 +43,7 @@ def hoist_syntheses(
     """Split off syntheses, products of them and so on, as far as no gradient goes through, from Dynamo's graph.
 
     These values change only with the parameters: with gradients disabled, or where all that they are made of is
-    frozen. What something writes into, and what the model hands out, stays.
+    frozen. Values that something writes into, or that the model hands out, stay in the graph.
 
     Args:
         graph_module: Dynamo's graph, which is changed in place.
@@ -71,7 +71,7 @@ def hoist_syntheses(
 
 
 def _constant(graph: fx.Graph, operations: frozenset[Callable[..., Any]]) -> dict[fx.Node, bool]:
-    """What is made of plain parameters alone and stays as it is, in order; and whether it is computed."""
+    """The plain parameters, and what is made of them alone and never changed, in order; and whether it is computed."""
     stretch, found = epochs(graph), dict[fx.Node, bool]()
     for node, computed in made_of_parameters(graph, operations).items():
         steady = all(map(is_plain, tensors_of(node))) and is_untouched(node) and stretch[node] == 0

@@ -182,7 +182,7 @@ class ReplacingBackend:
     # ---- which blocks
 
     def _planned(self, found: Chains) -> tuple[Replacement, ...]:
-        """What is replaced in this graph: what was before, and of chains that are new what the policy says."""
+        """The blocks to replace here: those replaced before, and in chains that are new those that the policy says."""
         chains, here, root = found.chains, found.blocks, found.capture.root
         before = [again for r in self.plan.replacements if (again := self._again(r, here, root)) is not None]
         unknown = {p for chain in chains if self._blocks.keys().isdisjoint(chain.paths) for p in chain.paths}
@@ -190,7 +190,7 @@ class ReplacingBackend:
         return (*before, *(r for r in chosen if r.path in unknown))
 
     def _again(self, known: Replacement, here: Mapping[str, Block], root: nn.Module) -> Replacement | None:
-        """What was replaced in one graph, for this one; None if it has no part in this one."""
+        """A replacement of an earlier graph, for this one; None if its block has no part in this one."""
         if known.path not in here:
             own = {self._model[name]() for name in self._blocks[known.path].values() if name in self._model}
             if own.isdisjoint(root.parameters()):
@@ -223,7 +223,7 @@ class ReplacingBackend:
         )
 
     def _chosen(self, found: Chains) -> tuple[Replacement, ...]:
-        """What the policy replaces, were this the first graph."""
+        """What the policy would replace if this were the first graph."""
         policy = self.policy
         if policy.select is not None:
             paths = list(found.blocks)

@@ -131,9 +131,10 @@ def _is_parameter(node: fx.Node) -> bool:
 
 
 def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = frozenset()) -> dict[fx.Node, bool]:
-    """What the graph makes of parameters alone, and the parameters, in order: a synthesis is that, and no activation.
+    """The parameters and what the graph makes of them alone, in order.
 
-    So syntheses are known by what they are made of, and not by the modules in which they were traced.
+    Syntheses are made of parameters alone, and no activation is. So they are known by what they are made of, and not by
+    the modules in which they were traced.
 
     Args:
         graph: Dynamo's.

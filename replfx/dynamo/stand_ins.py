@@ -109,7 +109,7 @@ def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> Non
 def _put_in_order(root: nn.Module, called: Set[str]) -> None:
     """Let numbered children stand in their order, with an Identity for each that gave no node.
 
-    What has numbered children and was never called is a list of modules.
+    A module that has numbered children and was never called is a list of modules.
     """
     for path, module in list(root.named_modules()):
         names = list(module._modules)

@@ -35,7 +35,7 @@ class SynthesisNode:
 
     @property
     def kind(self) -> tuple[torch.Size, torch.dtype, torch.device]:
-        """What those have in common that can run as one."""
+        """Syntheses of one kind can run as one."""
         theta: Tensor = value_of(self.node)
         return theta.shape, theta.dtype, theta.device
 
@@ -54,8 +54,8 @@ def syntheses_in(graph: fx.Graph) -> list[SynthesisNode]:
 def synthesis_at(node: fx.Node) -> SynthesisNode | None:
     """The synthesis whose θ this node, made of parameters, gives; None if it is none, or one that has to stay.
 
-    What counts is the computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)), and no name. It has to stay if
-    something writes into one of its tensors, or if they are not plain tensors of one shape, dtype and device
+    It is known by its computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)), and not by a name. It has to stay
+    if something writes into one of its tensors, or if they are not plain tensors of one shape, dtype and device
     (DTensors, mixed precision).
     """
     if node.op != "call_function" or node.target is not operator.add or len(node.args) != 2:

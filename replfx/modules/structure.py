@@ -169,7 +169,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def family(module: nn.Module) -> Hashable:
-    """What the members of a chain have in common: their class; of containers, those of their children too."""
+    """What the members of a chain have in common: their class, and the families of a container's children."""
     if is_container(module):
         inner = (family(child) for child in module.children() if next(child.parameters(), None) is not None)
         return (id(class_of(module)), *inner)

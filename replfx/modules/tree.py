@@ -106,7 +106,7 @@ def arguments_hold(
 
 
 def shapes_in(tree: object) -> list[tuple[int, ...]]:
-    """The shapes of all tensors in `tree`, in order, but those in caches: a block that is left out keeps others."""
+    """The shapes of the tensors in `tree`, in order, without those in caches, which depend on the blocks that ran."""
     return [tuple(tensor.shape) for tensor in tensors_in(tree, caches=False)]
 
 

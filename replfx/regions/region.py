@@ -73,7 +73,7 @@ def root_of(graph_module: fx.GraphModule) -> nn.Module:
 def region_module(region: Region, root: nn.Module, like: nn.Module | None = None) -> fx.GraphModule:
     """Make a module that computes what the region does: `module(activation, *extras)` gives its output.
 
-    Of a region that gives something aside it is a tuple, the output first.
+    If the region gives something aside, the module gives a tuple, the output first.
 
     Its parameters, buffers and called modules are the very objects of `root`, under their canonical names, so
     that the parameters of all regions of a chain have the same names. It is in training mode if `root` is.

@@ -1,8 +1,8 @@
 """Tokens: what a node does, free of where it stands; the same step of two like layers has the same token.
 
-What is left out is what two layers of one kind may differ in. That is what `replfx.modules.structure` leaves out of a
-module's signature (floats, such as drop rates and epsilons, and whether a dropout is there at all), and, unless
-the shapes are asked to agree, the sizes: shapes of parameters, integers that functions take as sizes.
+A token leaves out what two layers of one kind may differ in: what `replfx.modules.structure` leaves out of a module's
+signature (floats, such as drop rates and epsilons, and whether a dropout is there at all), and the sizes (shapes of
+parameters, integers that functions take as sizes).
 """
 
 import re

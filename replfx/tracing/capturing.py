@@ -89,7 +89,7 @@ def _fullest(model: nn.Module, inputs: Inputs | None, held: Held) -> fx.GraphMod
 def _other_looks(
     model: nn.Module, inputs: Inputs | None, held: Held, first: fx.GraphModule
 ) -> Iterator[fx.GraphModule]:
-    """With draws that are low; and where it was seen that chance decides, in evaluation mode too."""
+    """One capture with low draws; if it differs from the first, chance decides: then one in evaluation mode too."""
     decides = False
     for look in (Look(Draws.LOW, model.training), Look(Draws.HIGH, False)):
         if look.draws is Draws.LOW or (decides and model.training):

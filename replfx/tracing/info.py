@@ -84,7 +84,7 @@ class CaptureInfo:
     frozen: set[Frozen] = field(default_factory=set)
 
     def without_graph(self) -> "CaptureInfo":
-        """What does not speak of nodes: all that is left to know once the graph has done its work, or was copied."""
+        """The info without nodes, root and calls, which say nothing once the graph is gone or was copied."""
         return replace(self, root=nn.Module(), nodes=[], calls=[], notes=list(self.notes), frozen=set(self.frozen))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":

@@ -217,7 +217,7 @@ class SymbolicTracer(fx.Tracer):
         self.create_proxy("call_function", leave, (entry,), {})
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
-        """Of a constant: no part of the graph."""
+        """The tensor is a constant, so the call is no part of the graph."""
 
     def without_hooks(self) -> AbstractContextManager[None]:
         """Tracing sets no hooks."""
@@ -334,7 +334,7 @@ def _symbolic_training(root: nn.Module, tracer: SymbolicTracer) -> Iterator[None
 
 
 class _State:
-    """What the modules of a model held before its code ran; lazily made attributes are part of a trace, not of it."""
+    """What the modules of a model held before its code ran: attributes that the code makes lazily have to go again."""
 
     def __init__(self, root: nn.Module) -> None:
         self._before = [

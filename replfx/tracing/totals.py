@@ -15,7 +15,7 @@ __all__ = ["costs_of"]
 def costs_of(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
     """FLOPs of a forward pass and the bytes that autograd keeps for backward.
 
-    Under fake tensors, at no compute; where that can't be, for real on a copy.
+    The model runs under fake tensors, at no compute; where it can't, a copy of it runs for real.
 
     Raises:
         CaptureError: the model does not run.
