@@ -6,7 +6,7 @@ tensor (`example_value`) and the modules that the node was traced in (`nn_module
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -130,7 +130,7 @@ def _is_parameter(node: fx.Node) -> bool:
     return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and "._parameters[" in source_of(node))
 
 
-def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = frozenset()) -> dict[fx.Node, bool]:
+def made_of_parameters(graph: fx.Graph, operation: Callable[..., Any] | None = None) -> dict[fx.Node, bool]:
     """The parameters and what the graph makes of them alone, in order.
 
     Syntheses are made of parameters alone, and no activation is. So they are known by what they are made of, and not by
@@ -138,7 +138,7 @@ def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = fr
 
     Args:
         graph: Dynamo's.
-        operations: what is as pure as the functions that we know.
+        operation: one that is as pure as the functions that we know: the batched synthesis.
 
     Returns:
         Whether each of these nodes computes, or reads what does; the others only look at parameters (views).
@@ -149,7 +149,7 @@ def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = fr
             if _is_parameter(node):
                 found[node] = False
                 parameters |= storages([node])
-        elif (is_pure(node) or node.target in operations) and all(before in found for before in node.all_input_nodes):
+        elif (is_pure(node) or node.target is operation) and all(before in found for before in node.all_input_nodes):
             before = node.all_input_nodes
             computes = bool(before) and storages([node]).isdisjoint(parameters)
             found[node] = computes or any(found[each] for each in before)

@@ -42,8 +42,7 @@ class SynthesisNode:
     @property
     def size(self) -> int:
         """Bytes of θ."""
-        theta: Tensor = value_of(self.node)
-        return theta.numel() * theta.element_size()
+        return int(value_of(self.node).nbytes)
 
 
 def syntheses_in(graph: fx.Graph) -> list[SynthesisNode]:

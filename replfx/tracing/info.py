@@ -87,10 +87,7 @@ class CaptureInfo:
         """The info without nodes, root and calls, which say nothing once the graph is gone or was copied."""
         return replace(self, root=nn.Module(), nodes=[], calls=[], notes=list(self.notes), frozen=set(self.frozen))
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
-        return self.without_graph()
-
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> tuple[object, ...]:  # for copies and for pickle
         kept = self.without_graph()
         return CaptureInfo, tuple(getattr(kept, field.name) for field in fields(kept))
 

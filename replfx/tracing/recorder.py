@@ -145,8 +145,8 @@ class Recorder(TorchFunctionMode):
         """What a node's arguments can hold: other objects are put together by nodes of their own."""
         if isinstance(tree, Tensor):
             return self._node_for(tree)
-        if isinstance(tree, _Ready):
-            return tree.node
+        if isinstance(tree, fx.Node):  # a training flag
+            return tree
         if isinstance(tree, torch.Size):
             return tuple(tree)
         if type(tree) in (tuple, list):
@@ -279,7 +279,7 @@ class Recorder(TorchFunctionMode):
             return args, kwargs
         target = flag_path(path)
         self.flags[target] = self.ghost.get_submodule(path).training
-        bound.arguments["training"] = _Ready(self.node("call_module", target))
+        bound.arguments["training"] = self.node("call_module", target)
         return bound.args, bound.kwargs
 
     def _signature_with_training(self, func: Callable[..., Any]) -> inspect.Signature | None:
@@ -406,10 +406,8 @@ def _target(func: Callable[..., Any]) -> tuple[str, Any, tuple[Any, ...]] | None
         return "call_function", _set_attribute, (func.__self__.__name__,)  # type: ignore[attr-defined]
     if name in ("__delete__", "__repr__", "__len__", "__bool__", "__format__", "__hash__"):
         return None
-    if name == "__setitem__":
-        return "call_function", operator.setitem, ()
-    if name == "__getitem__":
-        return "call_function", operator.getitem, ()
+    if name in ("__setitem__", "__getitem__"):
+        return "call_function", getattr(operator, name), ()
     if isinstance(func, types.MethodDescriptorType | types.WrapperDescriptorType) or (
         getattr(Tensor, name, None) is func
     ):
@@ -432,13 +430,6 @@ def _are_alike(arguments: object) -> bool:
 def _set_attribute(tensor: Tensor, value: object, name: str) -> None:
     """`tensor.name = value`, in the order in which a setter's arguments come."""
     setattr(tensor, name, value)
-
-
-class _Ready:
-    """A node among values that are still to be turned into nodes."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
 
 
 def _is_plain(value: object) -> bool:
