@@ -21,8 +21,9 @@ from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
 from replfx.dtensors import is_distributed
-from replfx.dynamo.nodes import path_in_model, source_of
+from replfx.dynamo.nodes import source_of
 from replfx.dynamo.own_parameters import Owned, own_parameters
+from replfx.dynamo.stand_ins import stack_of
 from replfx.errors import CompileError, ReplfxError
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
@@ -301,8 +302,7 @@ def _watched(
 
 def _called_in(region: Region) -> list[str]:
     """The paths of all modules that ran nodes of it."""
-    stacks = (node.meta.get("nn_module_stack") or {} for node in region.nodes)
-    return list(dict.fromkeys(path_in_model(name) for stack in stacks for name, _ in stack.values()))
+    return list(dict.fromkeys(path for node in region.nodes for _, path, _ in stack_of(node)))
 
 
 def _holds_only(own: Set[str], path: str, parameters: Mapping[str | None, object]) -> bool:

@@ -17,7 +17,7 @@ from replfx.dynamo.nodes import path_in_model
 from replfx.modules.structure import attribute_at, class_of, is_container, is_setting, stand_for
 from replfx.tracing import ModuleCall
 
-__all__ = ["modules_of"]
+__all__ = ["modules_of", "stack_of"]
 
 _MOST = 100_000  # numbered children; a larger number is a name
 
@@ -38,7 +38,7 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
     paths, kinds = dict[str, str](), dict[str, type[nn.Module]]()
     places: dict[tuple[str, str], list[int]] = defaultdict(list)  # where each call's nodes are among those that compute
     for position, node in enumerate(spans.computing):
-        for key, path, kind in _stack(node):
+        for key, path, kind in stack_of(node):
             path = paths.setdefault(key.partition("@")[0], path)  # a module with two names goes by the first
             kinds.setdefault(path, kind)
             places[path, key].append(position)
@@ -57,7 +57,7 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
     return [spans.call(*each) for each in sorted(whole, key=lambda each: (each[2], -each[1], -each[0].count(".")))]
 
 
-def _stack(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
+def stack_of(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
     """The modules that the node ran in, the outermost first: a key of each call, the module's path and its class."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     for key, (name, kind) in stack.items():
@@ -96,7 +96,7 @@ def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> Non
         return
     owner = str(weight.target).rpartition(".")[0]
     if weight.op != "get_attr":  # standardised, or made otherwise
-        owner = next((paths.get(key.partition("@")[0], "") for key, _, _ in reversed(list(_stack(node)))), "")
+        owner = next((paths.get(key.partition("@")[0], "") for key, _, _ in reversed(list(stack_of(node)))), "")
     settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and is_setting(values[key])}
     module = root.get_submodule(owner)
     shape = {"kernel_size": weight.meta["shape"][2:]}

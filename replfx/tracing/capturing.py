@@ -80,10 +80,9 @@ def capture_lazily(
 def _fullest(model: nn.Module, inputs: Inputs | None, held: Held) -> fx.GraphModule:
     """The capture of the look that sees the most of the model: chance may skip some of it in another one."""
     first, drawn = _look(model, inputs, held, Look(Draws.HIGH, model.training))
-    if not drawn or _sees_all(first):
+    if not drawn or _seen(first)[0] == len(list(model.parameters())):
         return first
-    found = [first, *_other_looks(model, inputs, held, first)]
-    return max(found, key=_seen)  # the first of equals
+    return max((first, *_other_looks(model, inputs, held, first)), key=_seen)  # the first of equals
 
 
 def _other_looks(
@@ -104,16 +103,8 @@ def _other_looks(
 def _seen(graph_module: fx.GraphModule) -> tuple[int, int]:
     """How many of the parameters a capture has seen, and how many calls."""
     info = info_of(graph_module)
-    return len(_parameters_of(graph_module)), len(info.calls)
-
-
-def _sees_all(graph_module: fx.GraphModule) -> bool:
-    return len(_parameters_of(graph_module)) == len(list(info_of(graph_module).root.parameters()))
-
-
-def _parameters_of(graph_module: fx.GraphModule) -> set[int]:
-    root = info_of(graph_module).root
-    return {id(parameter) for node in graph_module.graph.nodes for parameter in parameters_read(root, node)}
+    read = {id(parameter) for node in graph_module.graph.nodes for parameter in parameters_read(info.root, node)}
+    return len(read), len(info.calls)
 
 
 def _look(model: nn.Module, inputs: Inputs | None, held: Held, look: Look) -> tuple[fx.GraphModule, bool]:

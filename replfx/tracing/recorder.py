@@ -372,21 +372,17 @@ class Recorder(TorchFunctionMode):
         return result
 
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
-        """A context is entered by a node."""
         return None if self._paused else self.node("call_function", target, args)
 
     def left(self, entry: object) -> None:
-        """And left by another."""
         if isinstance(entry, fx.Node):
             self.node("call_function", leave, (entry,))
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
-        """`tensor.as_subclass(kind)`, which is no torch function."""
         if not self._paused:
             self.bind(self.node("call_method", "as_subclass", self.to_arguments((tensor, kind))), result)
 
     def without_hooks(self) -> AbstractContextManager[None]:
-        """A context in which no hooks on saved tensors are set."""
         return self.meter.without_hooks()
 
     def _pause(self) -> AbstractContextManager[None]:

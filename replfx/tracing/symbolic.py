@@ -209,18 +209,15 @@ class SymbolicTracer(fx.Tracer):
         return self.create_proxy("call_function", ApplyFunction(function), args, kwargs)
 
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
-        """A context is entered by a node."""
         return self.create_proxy("call_function", target, args, {})
 
     def left(self, entry: object) -> None:
-        """And left by another."""
         self.create_proxy("call_function", leave, (entry,), {})
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
         """The tensor is a constant, so the call is no part of the graph."""
 
     def without_hooks(self) -> AbstractContextManager[None]:
-        """Tracing sets no hooks."""
         return nullcontext()
 
     def create_args_for_root(
