@@ -59,9 +59,9 @@ def having(holder: object, **attributes: object) -> Iterator[None]:
 
 @contextmanager
 def patched(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Let `value` stand for a function or method while open, for this thread; others get what was there.
+    """Let `value(original, …)` stand for a function or method while open, for this thread; others get the original.
 
-    If it was a class method, `value` is called with the class.
+    If that is a class method, it is bound to the class, and `value` gets the class behind it.
     """
     inherited = name not in vars(owner)
     before = getattr(owner, name) if inherited else vars(owner)[name]
@@ -69,9 +69,10 @@ def patched(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
     here = threading.get_ident()
 
     def either(*args: Any, **kwargs: Any) -> Any:
+        original = before.__get__(None, args[0]) if of_class else before
         if threading.get_ident() == here:
-            return value(*args, **kwargs)
-        return before.__get__(None, args[0])(*args[1:], **kwargs) if of_class else before(*args, **kwargs)
+            return value(original, *args, **kwargs)
+        return original(*args[1:], **kwargs) if of_class else original(*args, **kwargs)
 
     setattr(owner, name, classmethod(either) if of_class else either)
     try:
