@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from replfx.dtensors import is_distributed
 
-__all__ = ["Cached", "forget"]
+__all__ = ["Cached", "forget", "with_cached"]
 
 _alive: "weakref.WeakSet[Cached]" = weakref.WeakSet()
 

@@ -175,7 +175,7 @@ class _Refusals:
             return False
         except Exception:
             self._seen.add(id(value))
-        if not sum(self._visit(part, path) for part in members_of(value)):  # a sum, so that all are visited
+        if not sum(self._visit(part, path) for part in _contents_of(value)):  # a sum, so that all are visited
             self.found.append((path, value))
             self._memo[id(value)] = value
         return True
@@ -189,10 +189,10 @@ def held_in(model: nn.Module) -> Iterator[object]:
         fresh = {id(value): value for value in level if id(value) not in seen}
         yield from fresh.values()
         seen.update(fresh)
-        level = [part for value in fresh.values() if not isinstance(value, nn.Module) for part in members_of(value)]
+        level = [part for value in fresh.values() if not isinstance(value, nn.Module) for part in _contents_of(value)]
 
 
-def members_of(value: object) -> list[Any]:
+def _contents_of(value: object) -> list[Any]:
     """What an object holds, as far as a copy of it would copy it too; of a function, what its closure holds."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
@@ -296,5 +296,5 @@ def _held_by_function(
         return None
     seen.add(id(value))
     inside = inside or isinstance(value, types.FunctionType)
-    found = (_held_by_function(part, names, seen, inside, depth - 1) for part in members_of(value))
+    found = (_held_by_function(part, names, seen, inside, depth - 1) for part in _contents_of(value))
     return next((name for name in found if name is not None), None)

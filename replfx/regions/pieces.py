@@ -14,7 +14,7 @@ from replfx.regions.stream import Stream
 from replfx.regions.tokens import is_stateless
 from replfx.regions.writes import written_outside
 
-__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in", "reads_back", "unfit"]
+__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in"]
 
 SHORTEST = 3  # a replaced region and a kept one on each side
 PHASES = 8  # how many places where a layer could begin are tried
@@ -194,8 +194,8 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
     chain: list[Piece] = []
     for start in starts:
         piece = template.fit(start)
-        reason = None if piece is None else unfit(stream, piece)
-        back = None if piece is None or reason is not None else reads_back(stream, chain, piece)
+        reason = None if piece is None else _unfit(stream, piece)
+        back = None if piece is None or reason is not None else _reads_back(stream, chain, piece)
         if piece is not None and piece.parameters and (reason or back):
             found.refused[next(iter(piece.parameters.values()))] = reason or str(back)
         if chain and (piece is None or reason or back or piece.input is not chain[-1].output):
@@ -211,7 +211,7 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
 # ---- what a piece must be
 
 
-def reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
+def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     """Why a piece cannot follow a chain although it takes its output, or None: then a new chain begins with it."""
     for extra in piece.extras:
         if chain and stream.position.get(extra, -1) >= chain[0].start:
@@ -219,7 +219,7 @@ def reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     return None
 
 
-def unfit(stream: Stream, piece: Piece) -> str | None:
+def _unfit(stream: Stream, piece: Piece) -> str | None:
     """Why a piece may be in no chain, or None."""
     for position in range(piece.start, piece.stop):
         node = stream.nodes[position]
