@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.dynamo.nodes import epochs, is_plain, is_untouched, made_beside, made_of_parameters, value_of
+from replfx.dynamo.nodes import are_settled, epochs, made_beside, made_of_parameters, value_of
 
 __all__ = ["FoldAffines"]
 
@@ -65,17 +65,10 @@ def _fold(norm: fx.Node, linear: fx.Node, made: Mapping[fx.Node, bool]) -> bool:
 
 
 def _is_worth_it(norm: fx.Node, linear: fx.Node, nodes: list[Any]) -> bool:
-    if not all(isinstance(node, fx.Node) for node in nodes):
+    if not all(isinstance(node, fx.Node) for node in nodes) or not are_settled((linear, *nodes)):
         return False
-    values = [value_of(node) for node in (linear, *nodes)]
-    if not all(map(is_plain, values)) or not all(map(is_untouched, (linear, *nodes))):
-        return False
-    if len({value.dtype for value in values}) != 1:
-        return False  # under autocast each result is rounded, and another order would show
     x, matrix, weight = map(value_of, nodes[:3])
     if (matrix.dim(), weight.dim()) != (2, 1):
         return False  # a norm over several dimensions has other weights for each token
-    if any(type(size) is not int for value in values for size in value.shape):
-        return False  # who knows how many tokens there will be
     tokens = x.numel() // x.shape[-1]
     return bool(not matrix.requires_grad or 3 * tokens > 5 * matrix.shape[0])

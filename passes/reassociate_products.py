@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn import functional as F
 
-from replfx.dynamo.nodes import epochs, is_plain, is_untouched, made_beside, made_of_parameters, value_of
+from replfx.dynamo.nodes import are_settled, epochs, has_known_sizes, made_beside, made_of_parameters, value_of
 
 __all__ = ["ReassociateProducts"]
 
@@ -50,17 +50,14 @@ def _is_matrix_of(product: fx.Node, user: fx.Node) -> bool:
 
 
 def _is_worth_it(product: fx.Node) -> bool:
-    values = [value_of(node) for node in (product, *product.all_input_nodes)]
-    if len(values) != 3 or product.kwargs or not all(is_plain(value) and value.dim() == 2 for value in values):
+    nodes = (product, *product.all_input_nodes)
+    if len(nodes) != 3 or product.kwargs or not are_settled(nodes):
         return False
-    if not values[0].requires_grad or not all(map(is_untouched, product.all_input_nodes)):
-        return False
-    if len({value.dtype for value in values}) != 1:
-        return False  # under autocast each result is rounded, and another order would show
+    made, outward, inward = map(value_of, nodes)
     given = [value_of(user.all_input_nodes[0]) for user in product.users]
-    outputs, between, inputs = values[1].shape[0], values[1].shape[1], values[2].shape[1]
-    if any(type(size) is not int for value in (*given, *values) for size in value.shape):
-        return False  # who knows how many tokens there will be
+    if not made.requires_grad or any(value.dim() != 2 for value in (outward, inward)) or not has_known_sizes(given):
+        return False
+    (outputs, between), inputs = outward.shape, inward.shape[1]
     tokens = sum(value.numel() // inputs for value in given)
     return bool(tokens * between * (inputs + outputs) < outputs * between * inputs + tokens * inputs * outputs)
 

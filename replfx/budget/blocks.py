@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from replfx.measure import Rise, memory_rises
 from replfx.modules.paths import block_at, head_of
-from replfx.modules.tree import tensors_in
+from replfx.modules.tree import leaf_copy, tensors_in
 from replfx.tracing import Inputs
 
 __all__ = ["BlockCost", "Work", "calls_of", "rises_of"]
@@ -38,7 +38,7 @@ def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str
 
         def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], path: str = path) -> None:
             if path not in calls:
-                calls[path] = Inputs(args, kwargs).map(lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+                calls[path] = Inputs(args, kwargs).map(leaf_copy)
 
         block = model.get_submodule(head_of(model, path))
         handles.append(block.register_forward_pre_hook(note, with_kwargs=True))

@@ -65,7 +65,7 @@ class _Search:
             chains = [Chain(tuple(map(self._as_region, chain.blocks))) for chain in chains]
         if not any(chain.replaceable() for chain in chains):
             regions = find_regions(self.graph_module)
-            chains = [self._region_chain(found.regions) for found in regions.chains] or chains
+            chains = [self._region_chain(found) for found in regions.chains] or chains
             dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
         in_chain = {path for chain in chains for path in chain.paths}

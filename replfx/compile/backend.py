@@ -86,7 +86,7 @@ class Backend:
         operation = self._rewrite(graph_module)
         # CUDA graphs would copy the kept values into their own memory at each call.
         kept = self.cache and not _has_cuda_graphs(compiler)
-        hoisted = hoist_syntheses(graph_module, frozenset({operation})) if kept else None
+        hoisted = hoist_syntheses(graph_module, operation) if kept else None
         if hoisted is None:
             return _callable(compiler(graph_module, inputs))
         # Dynamo's fakes of the parameters, not the parameters: of these, symbolic sizes would be made without a source.
@@ -147,5 +147,5 @@ def _has_cuda_graphs(compiler: Compiler) -> bool:
 
 
 def _callable(compiled: Any) -> Callable[..., Any]:
-    """What a backend gave: a GraphModule is called by its forward."""
+    """A backend may give a GraphModule: it is called by its forward."""
     return compiled.forward if isinstance(compiled, fx.GraphModule) else compiled

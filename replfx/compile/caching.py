@@ -12,7 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
-__all__ = ["Cached", "forget"]
+from replfx.dtensors import is_distributed
+
+__all__ = ["Cached", "forget", "with_cached"]
 
 _alive: "weakref.WeakSet[Cached]" = weakref.WeakSet()
 
@@ -114,13 +116,12 @@ class Cached:
 
 
 def _can_tell_writes(tensors: Sequence[Tensor]) -> bool:
-    """Whether each write into these tensors is counted.
+    """Whether PyTorch counts each write into these tensors.
 
-    Not into tensors that were made in inference mode. And not where several processes train: FSDP gathers
-    weights into the same memory again and again, and hides that from the counter.
+    It counts none into tensors that were made in inference mode. Where several processes train, FSDP gathers weights
+    into the same memory again and again, and hides that from the counter.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed and not any(tensor.is_inference() for tensor in tensors)
+    return not is_distributed() and not any(tensor.is_inference() for tensor in tensors)
 
 
 def with_cached(main: Callable[..., Any], cached: Cached, inputs: Sequence[int]) -> Callable[..., Any]:

@@ -37,23 +37,21 @@ class Hoisted:
     examples: tuple[Any, ...]
 
 
-def hoist_syntheses(
-    graph_module: fx.GraphModule, operations: frozenset[Callable[..., Any]] = frozenset()
-) -> Hoisted | None:
+def hoist_syntheses(graph_module: fx.GraphModule, operation: Callable[..., Any]) -> Hoisted | None:
     """Split off syntheses, products of them and so on, as far as no gradient goes through, from Dynamo's graph.
 
     These values change only with the parameters: with gradients disabled, or where all that they are made of is
-    frozen. What something writes into, and what the model hands out, stays.
+    frozen. Values that something writes into, or that the model hands out, stay in the graph.
 
     Args:
         graph_module: Dynamo's graph, which is changed in place.
-        operations: what is as pure as the functions that the passes know: the batched synthesis.
+        operation: the batched synthesis.
 
     Returns:
         What was split off; None if there was nothing.
     """
     graph = graph_module.graph
-    inner = _constant(graph, operations)
+    inner = _constant(graph, operation)
     taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
     given = handed_out(graph)
     taken = [node for node in taken if given.isdisjoint(storages([node]))]
@@ -70,10 +68,10 @@ def hoist_syntheses(
     return hoisted
 
 
-def _constant(graph: fx.Graph, operations: frozenset[Callable[..., Any]]) -> dict[fx.Node, bool]:
-    """What is made of plain parameters alone and stays as it is, in order; and whether it is computed."""
+def _constant(graph: fx.Graph, operation: Callable[..., Any]) -> dict[fx.Node, bool]:
+    """The plain parameters, and what is made of them alone and never changed, in order; and whether it is computed."""
     stretch, found = epochs(graph), dict[fx.Node, bool]()
-    for node, computed in made_of_parameters(graph, operations).items():
+    for node, computed in made_of_parameters(graph, operation).items():
         steady = all(map(is_plain, tensors_of(node))) and is_untouched(node) and stretch[node] == 0
         if steady and all(before in found for before in node.all_input_nodes):
             found[node] = computed

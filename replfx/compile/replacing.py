@@ -20,12 +20,15 @@ from replfx.chains.select import select
 from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
-from replfx.dynamo.nodes import path_in_model, source_of
+from replfx.dtensors import is_distributed
+from replfx.dynamo.nodes import source_of
 from replfx.dynamo.own_parameters import Owned, own_parameters
+from replfx.dynamo.stand_ins import stack_of
 from replfx.errors import CompileError, ReplfxError
 from replfx.live import fusion_layers
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
+from replfx.modules.tree import named_tensors
 from replfx.passes.pipeline import run_passes
 from replfx.plans import Plan, Replacement
 from replfx.regions.region import Region
@@ -143,13 +146,12 @@ class ReplacingBackend:
         """The graph with blocks replaced; None if nothing is replaced here."""
         one_graph = self._calls.note()
         sources = [source_of(node) for node in graph_module.graph.find_nodes(op="placeholder")]
-        if any(
-            map(_is_transformed, {id(root): root for root in map(root_named, sources) if root is not None}.values())
-        ):
+        roots = {id(root): root for root in map(root_named, sources) if root is not None}
+        if any(plans_in(root) or fusion_layers(root) for root in roots.values()):
             raise CompileError(
                 "the model is transformed already: compile it with backend='replfx', which replaces nothing"
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             raise CompileError(
                 "the backend's coefficients would not be averaged over the processes: transform the model with "
                 "replfx.transform before it is wrapped, and compile that"
@@ -182,7 +184,7 @@ class ReplacingBackend:
     # ---- which blocks
 
     def _planned(self, found: Chains) -> tuple[Replacement, ...]:
-        """What is replaced in this graph: what was before, and of chains that are new what the policy says."""
+        """The blocks to replace here: those replaced before, and in chains that are new those that the policy says."""
         chains, here, root = found.chains, found.blocks, found.capture.root
         before = [again for r in self.plan.replacements if (again := self._again(r, here, root)) is not None]
         unknown = {p for chain in chains if self._blocks.keys().isdisjoint(chain.paths) for p in chain.paths}
@@ -190,7 +192,7 @@ class ReplacingBackend:
         return (*before, *(r for r in chosen if r.path in unknown))
 
     def _again(self, known: Replacement, here: Mapping[str, Block], root: nn.Module) -> Replacement | None:
-        """What was replaced in one graph, for this one; None if it has no part in this one."""
+        """A replacement of an earlier graph, for this one; None if its block has no part in this one."""
         if known.path not in here:
             own = {self._model[name]() for name in self._blocks[known.path].values() if name in self._model}
             if own.isdisjoint(root.parameters()):
@@ -223,7 +225,7 @@ class ReplacingBackend:
         )
 
     def _chosen(self, found: Chains) -> tuple[Replacement, ...]:
-        """What the policy replaces, were this the first graph."""
+        """What the policy would replace if this were the first graph."""
         policy = self.policy
         if policy.select is not None:
             paths = list(found.blocks)
@@ -268,10 +270,6 @@ class ReplacingBackend:
                 raise CompileError(_OTHER)
 
 
-def _is_transformed(model: nn.Module) -> bool:
-    return bool(plans_in(model) or fusion_layers(model))
-
-
 def _watched(
     found: Chains,
     owned: Sequence[str | None],
@@ -305,8 +303,7 @@ def _watched(
 
 def _called_in(region: Region) -> list[str]:
     """The paths of all modules that ran nodes of it."""
-    stacks = (node.meta.get("nn_module_stack") or {} for node in region.nodes)
-    return list(dict.fromkeys(path_in_model(name) for stack in stacks for name, _ in stack.values()))
+    return list(dict.fromkeys(path for node in region.nodes for _, path, _ in stack_of(node)))
 
 
 def _holds_only(own: Set[str], path: str, parameters: Mapping[str | None, object]) -> bool:
@@ -374,7 +371,7 @@ def _graph_breaks() -> str:
 
 
 def _places(owned: Sequence[str | None], root: nn.Module, fresh: nn.Module) -> tuple[str | None, ...]:
-    where = {id(tensor): name for name, tensor in (*fresh.named_parameters(), *fresh.named_buffers())}
+    where = {id(tensor): name for name, tensor in named_tensors(fresh)}
     return tuple("" if path is None else where.get(id(attribute_at(root, path))) for path in owned)
 
 

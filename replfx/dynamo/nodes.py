@@ -6,7 +6,7 @@ tensor (`example_value`) and the modules that the node was traced in (`nn_module
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 __all__ = [
+    "are_settled",
     "epochs",
     "handed_out",
+    "has_known_sizes",
     "is_plain",
     "is_pure",
     "is_untouched",
@@ -128,14 +130,15 @@ def _is_parameter(node: fx.Node) -> bool:
     return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and "._parameters[" in source_of(node))
 
 
-def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = frozenset()) -> dict[fx.Node, bool]:
-    """What the graph makes of parameters alone, and the parameters, in order: a synthesis is that, and no activation.
+def made_of_parameters(graph: fx.Graph, operation: Callable[..., Any] | None = None) -> dict[fx.Node, bool]:
+    """The parameters and what the graph makes of them alone, in order.
 
-    So syntheses are known by what they are made of, and not by the modules in which they were traced.
+    Syntheses are made of parameters alone, and no activation is. So they are known by what they are made of, and not by
+    the modules in which they were traced.
 
     Args:
         graph: Dynamo's.
-        operations: what is as pure as the functions that we know.
+        operation: one that is as pure as the functions that we know: the batched synthesis.
 
     Returns:
         Whether each of these nodes computes, or reads what does; the others only look at parameters (views).
@@ -146,7 +149,7 @@ def made_of_parameters(graph: fx.Graph, operations: Set[Callable[..., Any]] = fr
             if _is_parameter(node):
                 found[node] = False
                 parameters |= storages([node])
-        elif (is_pure(node) or node.target in operations) and all(before in found for before in node.all_input_nodes):
+        elif (is_pure(node) or node.target is operation) and all(before in found for before in node.all_input_nodes):
             before = node.all_input_nodes
             computes = bool(before) and storages([node]).isdisjoint(parameters)
             found[node] = computes or any(found[each] for each in before)
@@ -158,6 +161,23 @@ def is_plain(value: object) -> bool:
     if not isinstance(value, FakeTensor) or value.layout != torch.strided:
         return False
     return type(value) is FakeTensor or isinstance(value, nn.Parameter)
+
+
+def are_settled(nodes: Iterable[fx.Node]) -> bool:
+    """Whether the nodes give plain tensors of one dtype and device that nothing writes into, of sizes that are known.
+
+    Of several dtypes, as under autocast, each result is rounded, and another order of operations would show.
+    """
+    nodes = list(nodes)
+    values = [value_of(node) for node in nodes]
+    if not all(map(is_plain, values)) or not all(map(is_untouched, nodes)):
+        return False
+    return has_known_sizes(values) and len({(value.dtype, value.device) for value in values}) == 1
+
+
+def has_known_sizes(values: Iterable[Tensor]) -> bool:
+    """Whether no size is a symbol, whose value, such as the number of tokens, other calls may change."""
+    return all(type(size) is int for value in values for size in value.shape)
 
 
 def is_pure(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from replfx.dynamo.nodes import path_in_model, source_of, value_of
 from replfx.dynamo.stand_ins import modules_of
 from replfx.regions.region import put_value
-from replfx.tracing.info import META_KEY, CaptureInfo
+from replfx.tracing import CaptureInfo
 
 __all__ = ["Owned", "own_parameters"]
 
@@ -48,18 +48,13 @@ def own_parameters(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Ow
         path = _put(root, node, next(values)) if node.op == "placeholder" else None
         copied[node] = graph.node_copy(node, copied.__getitem__) if path is None else graph.get_attr(path)
         if node.target is torch.sym_sum:  # which Dynamo writes down but does not read
-            copied[node].target = _added
+            copied[node].target = sum
         copied[node].meta = {**node.meta, **_shape_of(node)}
         if node.op == "placeholder":
             owned.append(path)
     made = fx.GraphModule(root, graph)
-    made.meta[META_KEY] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
+    made.meta["replfx"] = CaptureInfo("dynamo", root, list(graph.nodes), modules_of(graph, root), measured=True)
     return Owned(made, tuple(owned))
-
-
-def _added(sizes: Sequence[int]) -> int:
-    """`torch.sym_sum` as plain Python."""
-    return sum(sizes)
 
 
 def _put(root: nn.Module, node: fx.Node, value: object) -> str | None:

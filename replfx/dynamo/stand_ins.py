@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from replfx.dynamo.nodes import path_in_model
-from replfx.modules.structure import attribute_at, class_of, is_container, stand_for
+from replfx.modules.structure import attribute_at, class_of, is_container, is_setting, stand_for
 from replfx.tracing import ModuleCall
 
-__all__ = ["modules_of"]
+__all__ = ["modules_of", "stack_of"]
 
 _MOST = 100_000  # numbered children; a larger number is a name
 
@@ -38,7 +38,7 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
     paths, kinds = dict[str, str](), dict[str, type[nn.Module]]()
     places: dict[tuple[str, str], list[int]] = defaultdict(list)  # where each call's nodes are among those that compute
     for position, node in enumerate(spans.computing):
-        for key, path, kind in _stack(node):
+        for key, path, kind in stack_of(node):
             path = paths.setdefault(key.partition("@")[0], path)  # a module with two names goes by the first
             kinds.setdefault(path, kind)
             places[path, key].append(position)
@@ -57,7 +57,7 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
     return [spans.call(*each) for each in sorted(whole, key=lambda each: (each[2], -each[1], -each[0].count(".")))]
 
 
-def _stack(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
+def stack_of(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
     """The modules that the node ran in, the outermost first: a key of each call, the module's path and its class."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     for key, (name, kind) in stack.items():
@@ -67,13 +67,13 @@ def _stack(node: fx.Node) -> Iterator[tuple[str, str, type[nn.Module]]]:
 
 def _at(root: nn.Module, path: str) -> nn.Module | None:
     """The module at `path`, made if there is none; None where a name of it, a key of some dict, is no module's."""
-    at: nn.Module | None = root
+    at = root
     for name in path.split(".") if path else ():
-        if at is not None and name not in at._modules:
+        if name not in at._modules:
             if hasattr(at, name):
                 return None
             at.add_module(name, nn.Module())
-        at = None if at is None else at._modules[name]
+        at = at.get_submodule(name)
     return at
 
 
@@ -96,17 +96,11 @@ def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> Non
         return
     owner = str(weight.target).rpartition(".")[0]
     if weight.op != "get_attr":  # standardised, or made otherwise
-        owner = next((paths.get(key.partition("@")[0], "") for key, _, _ in reversed(list(_stack(node)))), "")
-    settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and _is_plain(values[key])}
+        owner = next((paths.get(key.partition("@")[0], "") for key, _, _ in reversed(list(stack_of(node)))), "")
+    settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and is_setting(values[key])}
     module = root.get_submodule(owner)
     shape = {"kernel_size": weight.meta["shape"][2:]}
     stand_for(module, class_of(module), {"groups": 1, **settings, **shape})
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return isinstance(value, int | str)
 
 
 # ---- the order of children
@@ -115,7 +109,7 @@ def _is_plain(value: object) -> bool:
 def _put_in_order(root: nn.Module, called: Set[str]) -> None:
     """Let numbered children stand in their order, with an Identity for each that gave no node.
 
-    What has numbered children and was never called is a list of modules.
+    A module that has numbered children and was never called is a list of modules.
     """
     for path, module in list(root.named_modules()):
         names = list(module._modules)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from replfx.dynamo.nodes import is_plain, is_untouched, made_of_parameters, value_of
+from replfx.dynamo.nodes import are_settled, made_of_parameters, value_of
 
 __all__ = ["SynthesisNode", "syntheses_in", "synthesis_at"]
 
@@ -35,15 +35,14 @@ class SynthesisNode:
 
     @property
     def kind(self) -> tuple[torch.Size, torch.dtype, torch.device]:
-        """What those have in common that can run as one."""
+        """Syntheses of one kind can run as one."""
         theta: Tensor = value_of(self.node)
         return theta.shape, theta.dtype, theta.device
 
     @property
     def size(self) -> int:
         """Bytes of θ."""
-        theta: Tensor = value_of(self.node)
-        return theta.numel() * theta.element_size()
+        return int(value_of(self.node).nbytes)
 
 
 def syntheses_in(graph: fx.Graph) -> list[SynthesisNode]:
@@ -54,8 +53,8 @@ def syntheses_in(graph: fx.Graph) -> list[SynthesisNode]:
 def synthesis_at(node: fx.Node) -> SynthesisNode | None:
     """The synthesis whose θ this node, made of parameters, gives; None if it is none, or one that has to stay.
 
-    What counts is the computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)), and no name. It has to stay if
-    something writes into one of its tensors, or if they are not plain tensors of one shape, dtype and device
+    It is known by its computation, add(mul(view(a), θ_prev), mul(view(b), θ_next)), and not by a name. It has to stay
+    if something writes into one of its tensors, or if they are not plain tensors of one shape, dtype and device
     (DTensors, mixed precision).
     """
     if node.op != "call_function" or node.target is not operator.add or len(node.args) != 2:
@@ -70,26 +69,21 @@ def synthesis_at(node: fx.Node) -> SynthesisNode | None:
 def _term(node: object) -> tuple[fx.Node, fx.Node] | None:
     """(coefficients, θ) of mul(view(coefficients, -1, 1, …), θ)."""
     match node:
-        case fx.Node(op="call_function", target=operator.mul, args=(fx.Node() as view, fx.Node() as theta)):
-            pass
-        case _:
-            return None
-    shape = value_of(theta)
-    if view.op != "call_method" or view.target != "view" or not isinstance(shape, Tensor):
-        return None
-    vector, *sizes = view.args
-    if not isinstance(vector, fx.Node) or sizes != [-1, *[1] * (shape.dim() - 1)]:
-        return None
-    return vector, theta
+        case fx.Node(
+            op="call_function",
+            target=operator.mul,
+            args=(fx.Node(op="call_method", target="view", args=(fx.Node() as vector, *sizes)), fx.Node() as theta),
+        ):
+            value = value_of(theta)
+            if isinstance(value, Tensor) and sizes == [-1, *[1] * (value.dim() - 1)]:
+                return vector, theta
+    return None
 
 
 def _is_sound(found: SynthesisNode) -> bool:
-    values = [value_of(node) for node in (found.node, *found.inputs)]
-    if not all(is_plain(value) for value in values) or not all(map(is_untouched, (found.node, *found.inputs))):
+    nodes = (found.node, *found.inputs)
+    if not are_settled(nodes):
         return False
-    theta, previous, next, a, b = values
-    if any(type(size) is not int for value in values for size in value.shape):
-        return False
-    alike = {(value.dtype, value.device) for value in values}
+    theta, previous, next, a, b = map(value_of, nodes)
     vectors = all(vector.dim() == 1 and vector.shape[0] in (1, theta.shape[0]) for vector in (a, b))
-    return len(alike) == 1 and theta.dtype.is_floating_point and vectors and theta.shape == previous.shape == next.shape
+    return bool(theta.dtype.is_floating_point and vectors and theta.shape == previous.shape == next.shape)

@@ -11,7 +11,7 @@ from replfx.errors import FusionError
 from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
 from replfx.live.graphs import bring_to_life, settle_graph
 from replfx.live.synthesis import Synthesis
-from replfx.modules.tree import tensors_in
+from replfx.modules.tree import REGISTRIES, attributes_of, tensors_in
 
 __all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_block"]
 
@@ -115,8 +115,8 @@ def _refuse_second_lists(block: nn.Module, slots: list[_Slot]) -> None:
     """Refuse a block with an attribute that holds a parameter too: it would go on with that."""
     wanted = {id(slot.owner._parameters[slot.leaf]): slot.name for slot in slots}
     for path, module in block.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in _REGISTRIES or (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
+        for attribute, value in attributes_of(module):
+            if isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight"):
                 continue
             held = next((wanted[id(tensor)] for tensor in tensors_in(value) if id(tensor) in wanted), None)
             if held is not None:
@@ -124,9 +124,6 @@ def _refuse_second_lists(block: nn.Module, slots: list[_Slot]) -> None:
                     f"its attribute `{f'{path}.{attribute}'.strip('.')}` holds the parameter `{held}` too, beside the "
                     "module that owns it, and would go on with that: let it look the parameter up when it is needed"
                 )
-
-
-_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 
 
 class Snapshot:
@@ -144,7 +141,7 @@ class Snapshot:
 
 def _keeper(module: nn.Module) -> Callable[[], None]:
     kind, attributes = type(module), dict(vars(module))
-    registries = {name: dict(attributes[name]) for name in _REGISTRIES}
+    registries = {name: dict(attributes[name]) for name in REGISTRIES}
     graph = None
     if isinstance(module, fx.GraphModule):
         graph = fx.Graph()

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replfx.errors import CaptureError
-from replfx.modules.tree import tensors_in
+from replfx.modules.tree import attributes_of, leaf_copy, named_tensors, tensors_in
 
 __all__ = ["MODULE_HOOKS", "faithful_copy", "held_in", "structural_copy"]
 
@@ -30,7 +30,6 @@ MODULE_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _LOCKS: tuple[tuple[type[Any], Callable[[], Any]], ...] = (
     (type(threading.Lock()), threading.Lock),
     (type(threading.RLock()), threading.RLock),
@@ -49,10 +48,10 @@ def faithful_copy(model: nn.Module) -> nn.Module:
             working on them.
     """
     _check_hooks(model)
-    memo: dict[int, Any] = {id(t): _detached(t) for t in _plain_tensors(model) if not t.is_leaf}
+    memo: dict[int, Any] = {id(t): leaf_copy(t) for t in _plain_tensors(model) if not t.is_leaf}
     twin, memo = _deepcopy(model, memo, lasting=True)
-    copies = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    copies = dict(named_tensors(twin))
+    for name, tensor in named_tensors(model):
         if name in copies:
             _carry(tensor, copies[name], memo)
     return twin
@@ -88,7 +87,7 @@ def structural_copy(
             memo[id(tensor)] = _marked(replace(tensor), tensor) if replace else tensor
     for tensor in _plain_tensors(model):
         if id(tensor) not in memo:  # deepcopy refuses those that autograd made
-            memo[id(tensor)] = plain(tensor) if plain else _detached(tensor)
+            memo[id(tensor)] = plain(tensor) if plain else leaf_copy(tensor)
     twin, _ = _deepcopy(model, memo, lasting=False)
     if not hooks:
         for module in twin.modules():
@@ -164,9 +163,8 @@ class _Refusals:
         self._memo = {**memo, **{id(module): module for module in model.modules()}}
         self._seen: set[int] = set()
         for path, module in model.named_modules():
-            for name, value in vars(module).items():
-                if name not in _REGISTERED:
-                    self._visit(value, f"{path}.{name}" if path else name)
+            for name, value in attributes_of(module):
+                self._visit(value, f"{path}.{name}" if path else name)
 
     def _visit(self, value: object, path: str) -> bool:
         """Whether it is refused, for itself or for one of its parts."""
@@ -177,7 +175,7 @@ class _Refusals:
             return False
         except Exception:
             self._seen.add(id(value))
-        if not sum(self._visit(part, path) for part in members_of(value)):  # a sum, so that all are visited
+        if not sum(self._visit(part, path) for part in _contents_of(value)):  # a sum, so that all are visited
             self.found.append((path, value))
             self._memo[id(value)] = value
         return True
@@ -186,15 +184,15 @@ class _Refusals:
 def held_in(model: nn.Module) -> Iterator[object]:
     """What the attributes of its modules hold, containers and plain objects included, each object once."""
     seen: set[int] = set()
-    level = [value for module in model.modules() for name, value in vars(module).items() if name not in _REGISTERED]
+    level = [value for module in model.modules() for _, value in attributes_of(module)]
     for _ in range(_DEPTH):
         fresh = {id(value): value for value in level if id(value) not in seen}
         yield from fresh.values()
         seen.update(fresh)
-        level = [part for value in fresh.values() if not isinstance(value, nn.Module) for part in members_of(value)]
+        level = [part for value in fresh.values() if not isinstance(value, nn.Module) for part in _contents_of(value)]
 
 
-def members_of(value: object) -> list[Any]:
+def _contents_of(value: object) -> list[Any]:
     """What an object holds, as far as a copy of it would copy it too; of a function, what its closure holds."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
@@ -220,14 +218,9 @@ def _content(cell: types.CellType) -> object:
 
 
 def _plain_tensors(model: nn.Module) -> list[Tensor]:
-    attributes: dict[int, object] = {}  # by identity: a configuration is held by many modules
-    for module in model.modules():
-        attributes.update((id(value), value) for name, value in vars(module).items() if name not in _REGISTERED)
-    return tensors_in(list(attributes.values()))
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    # By identity: a configuration is held by many modules.
+    held = {id(value): value for module in model.modules() for _, value in attributes_of(module)}
+    return tensors_in(list(held.values()))
 
 
 def _marked(tensor: Tensor, like: Tensor) -> Tensor:
@@ -268,7 +261,7 @@ def _hooks_of(model: nn.Module) -> Iterable[tuple[str, object]]:
     for path, module in model.named_modules():
         for name in MODULE_HOOKS:
             yield from ((path or type(model).__name__, hook) for hook in getattr(module, name).values())
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for path, tensor in named_tensors(model):
         for name in _TENSOR_HOOKS:
             yield from ((path, hook) for hook in (getattr(tensor, name) or {}).values())
 
@@ -280,7 +273,7 @@ def _check_hooks(model: nn.Module) -> None:
         CaptureError: there is such a hook.
     """
     names = {id(module): path or type(model).__name__ for path, module in model.named_modules()}
-    names |= {id(tensor): path for path, tensor in (*model.named_parameters(), *model.named_buffers())}
+    names |= {id(tensor): path for path, tensor in named_tensors(model)}
     for path, hook in _hooks_of(model):
         held = _held_by_function(hook, names, set())
         if held is not None:
@@ -303,5 +296,5 @@ def _held_by_function(
         return None
     seen.add(id(value))
     inside = inside or isinstance(value, types.FunctionType)
-    found = (_held_by_function(part, names, seen, inside, depth - 1) for part in members_of(value))
+    found = (_held_by_function(part, names, seen, inside, depth - 1) for part in _contents_of(value))
     return next((name for name in found if name is not None), None)

@@ -6,6 +6,7 @@ decide, because nothing of theirs is fused: two ViT blocks that differ in their 
 """
 
 import hashlib
+import operator
 from collections.abc import Hashable, Mapping
 from functools import cache, reduce
 from typing import TypeAlias
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from replfx.modules.copying import MODULE_HOOKS
+from replfx.modules.tree import attributes_of
 
 __all__ = [
     "Signature",
@@ -23,6 +25,7 @@ __all__ = [
     "class_of",
     "family",
     "is_container",
+    "is_setting",
     "is_stand_in",
     "is_wrapped",
     "move_hooks",
@@ -45,7 +48,6 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 _CLASS = "_replfx_stands_for"
-_REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 
 
 def attribute_at(module: nn.Module, path: str) -> object:
@@ -71,9 +73,8 @@ def redirect(root: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in module._modules.items():
             if child is not None and child in swaps:
                 module._modules[name] = swaps[child]
-        for name, value in vars(module).items():
-            if name not in _REGISTERED and (held := _redirected(value, swaps)) is not value:
-                vars(module)[name] = held
+        for name, value in attributes_of(module):
+            vars(module)[name] = _redirected(value, swaps)
 
 
 def _redirected(value: object, swaps: Mapping[nn.Module, nn.Module], depth: int = 3) -> object:
@@ -82,18 +83,14 @@ def _redirected(value: object, swaps: Mapping[nn.Module, nn.Module], depth: int 
     if type(value) not in (list, tuple, dict) or not depth:
         return value
     if isinstance(value, dict):
-        value.update(
-            {key: held for key, item in value.items() if (held := _redirected(item, swaps, depth - 1)) is not item}
-        )
+        value.update({key: _redirected(item, swaps, depth - 1) for key, item in value.items()})
         return value
     assert isinstance(value, list | tuple)
     items = [_redirected(item, swaps, depth - 1) for item in value]
-    if all(one is other for one, other in zip(items, value, strict=True)):
+    if isinstance(value, list):
+        value[:] = items
         return value
-    if isinstance(value, tuple):
-        return tuple(items)
-    value[:] = items
-    return value
+    return value if all(map(operator.is_, items, value)) else tuple(items)
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -130,7 +127,7 @@ def signature(module: nn.Module) -> Signature:
         if not sub._modules:
             for name in getattr(sub, "__constants__", ()):
                 value = getattr(sub, name, None)
-                if _is_setting(value):
+                if is_setting(value):
                     facts[_join(path, name)] = value
     return facts
 
@@ -172,16 +169,17 @@ def is_container(module: nn.Module) -> bool:
 
 
 def family(module: nn.Module) -> Hashable:
-    """What the members of a chain have in common: their class; of containers, those of their children too."""
+    """What the members of a chain have in common: their class, and the families of a container's children."""
     if is_container(module):
         inner = (family(child) for child in module.children() if next(child.parameters(), None) is not None)
         return (id(class_of(module)), *inner)
     return id(class_of(module))
 
 
-def _is_setting(value: object) -> bool:
+def is_setting(value: object) -> bool:
+    """Whether it says which computation a module does: a number of steps or a name, never a rate."""
     if isinstance(value, tuple | list):
-        return all(_is_setting(item) for item in value)
+        return all(map(is_setting, value))
     return isinstance(value, int | str) or value is None
 
 

@@ -8,11 +8,35 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["arguments_hold", "is_cache", "parts_of", "shapes_in", "tensors_in", "with_tensors"]
+__all__ = [
+    "REGISTRIES",
+    "arguments_hold",
+    "attributes_of",
+    "is_cache",
+    "leaf_copy",
+    "named_tensors",
+    "parts_of",
+    "shapes_in",
+    "tensors_in",
+    "with_tensors",
+]
+
+REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 
 T = TypeVar("T")
 
 _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module)
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module itself holds besides its parameters, buffers and submodules, by name."""
+    return ((name, value) for name, value in vars(module).items() if name not in REGISTRIES)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a model by their names, each once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def parts_of(value: object) -> Iterator[tuple[object, object]]:
@@ -41,8 +65,6 @@ def tensors_in(tree: object, *, caches: bool = True) -> list[Tensor]:
         tree: anything.
         caches: look into caches of keys and values too.
     """
-    if isinstance(tree, Tensor):
-        return [tree]
     found: list[Tensor] = []
     seen: set[int] = set()
 
@@ -84,8 +106,13 @@ def arguments_hold(
 
 
 def shapes_in(tree: object) -> list[tuple[int, ...]]:
-    """The shapes of all tensors in `tree`, in order, but those in caches: a block that is left out keeps others."""
+    """The shapes of the tensors in `tree`, in order, without those in caches, which depend on the blocks that ran."""
     return [tuple(tensor.shape) for tensor in tensors_in(tree, caches=False)]
+
+
+def leaf_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that autograd knows as a leaf, and that asks for a gradient if the tensor does."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def with_tensors(tree: T, replace: Callable[[Tensor], Tensor]) -> T:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from replfx.modules.structure import signature
+from replfx.modules.tree import attributes_of
 from replfx.operators.base import Site
 from replfx.operators.probe import makers_of
 
 __all__ = ["twin_key"]
 
-_REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.Size)
 _MOST = 1 << 22  # numbers in a buffer; a larger one is not worth hashing
 
@@ -68,7 +68,7 @@ def _modules(block: nn.Module) -> Iterator[Hashable]:
     seen: dict[int, int] = {}
     for path, module in block.named_modules(remove_duplicate=False):
         yield path, type(module), seen.setdefault(id(module), len(seen))
-        yield tuple((name, _frozen(value)) for name, value in vars(module).items() if name not in _REGISTERED)
+        yield tuple((name, _frozen(value)) for name, value in attributes_of(module))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             yield name, None if tensor is None else (seen.setdefault(id(tensor), len(seen)), *_tensor(tensor))
 

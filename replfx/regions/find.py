@@ -9,7 +9,7 @@ what may not be replaced is taken out. All of it is near-linear in the size of t
 from torch import fx
 
 from replfx.regions.pieces import SHORTEST, Layers, Piece, alike, layers_in
-from replfx.regions.region import Region, RegionChain, Regions
+from replfx.regions.region import Region, Regions
 from replfx.regions.repeats import Repeat, runs
 from replfx.regions.stream import Stream
 
@@ -35,7 +35,7 @@ def find_regions(graph_module: fx.GraphModule) -> Regions:
     chains = _without_overlaps(stream, [(chain, layers.period) for layers in found for chain in layers.chains])
     taken = {path for chain in chains for piece in chain for path in piece.parameters.values()}
     refused = {path: why for layers in found for path, why in layers.refused.items() if path not in taken}
-    return Regions([RegionChain(tuple(_region_of(stream, piece) for piece in chain)) for chain in chains], refused)
+    return Regions([tuple(_region_of(stream, piece) for piece in chain) for chain in chains], refused)
 
 
 def _layers(stream: Stream, run: Repeat) -> Layers | None:

@@ -112,9 +112,7 @@ def without_regions(graph_module: fx.GraphModule, replaced: Sequence[Region]) ->
     """
     root = root_of(graph_module)
     graph = fx.Graph()  # one that knows no tracer class, so that unpickling takes torch.fx's own
-    copied: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(graph_module.graph, copied)
-    graph.output(result)
+    graph.output(graph.graph_copy(graph_module.graph, {}))
     fresh = Rewritten(graph_module, graph, type(root).__name__)
     _keep_state(fresh, root, replaced)
     return fresh

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from replfx.regions.stream import Stream
 from replfx.regions.tokens import is_stateless
 from replfx.regions.writes import written_outside
 
-__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in", "reads_back", "unfit"]
+__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in"]
 
 SHORTEST = 3  # a replaced region and a kept one on each side
 PHASES = 8  # how many places where a layer could begin are tried
@@ -58,7 +58,7 @@ def layers_in(stream: Stream, start: int, stop: int, period: int) -> Layers:
     gives most layers; of those the one whose layers have parameters of like names, `fc1.0 fc2.0` before
     `fc2.0 fc1.1`, and of like shapes; then one that begins with a node that has parameters; then the first.
     """
-    best, best_score = Layers(period), _score(stream, Layers(period), start)
+    best, best_score = Layers(period), _NO_SCORE
     for phase in _phases(stream, start, stop, period):
         found = _cut(stream, phase, stop, period)
         score = _score(stream, found, phase)
@@ -86,19 +86,13 @@ def _crossing(stream: Stream, start: int, stop: int, period: int) -> list[int]:
     """How many values of the run are read on both sides of each place in it; what is read far away does not count."""
     change = [0] * (stop - start + 2)
     for position in range(start, stop):
-        reach = position
-        if stream.last[position] < position + 2 * period:
-            reach = stream.last[position]
-        else:
+        near, reach = position + 2 * period, stream.last[position]
+        if reach >= near:
             users = (stream.position[user] for user in stream.nodes[position].users)
-            reach = max((user for user in users if user < position + 2 * period), default=position)
+            reach = max((user for user in users if user < near), default=position)
         change[position + 1 - start] += 1
         change[min(reach, stop) + 1 - start] -= 1
-    counts, total = [], 0
-    for difference in change:
-        total += difference
-        counts.append(total)
-    return counts
+    return list(accumulate(change))
 
 
 # ---- layers held against one of them
@@ -185,9 +179,8 @@ def _read(stream: Stream, start: int, stop: int) -> Iterator[tuple[str, Hashable
             value, kind = stream.values[node], "outside"
             if isinstance(value, nn.Parameter):
                 kind = "parameter"
-            elif isinstance(value, Tensor):
-                # One that all read is an extra.
-                kind = "buffer" if stream.reads_only_in(value, start, stop) else "outside"
+            elif isinstance(value, Tensor) and stream.reads_only_in(value, start, stop):
+                kind = "buffer"  # one that all read is an extra
             yield kind, str(node.target), node
 
 
@@ -201,8 +194,8 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
     chain: list[Piece] = []
     for start in starts:
         piece = template.fit(start)
-        reason = None if piece is None else unfit(stream, piece)
-        back = None if piece is None or reason is not None else reads_back(stream, chain, piece)
+        reason = None if piece is None else _unfit(stream, piece)
+        back = None if piece is None or reason is not None else _reads_back(stream, chain, piece)
         if piece is not None and piece.parameters and (reason or back):
             found.refused[next(iter(piece.parameters.values()))] = reason or str(back)
         if chain and (piece is None or reason or back or piece.input is not chain[-1].output):
@@ -218,7 +211,7 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
 # ---- what a piece must be
 
 
-def reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
+def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     """Why a piece cannot follow a chain although it takes its output, or None: then a new chain begins with it."""
     for extra in piece.extras:
         if chain and stream.position.get(extra, -1) >= chain[0].start:
@@ -226,7 +219,7 @@ def reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     return None
 
 
-def unfit(stream: Stream, piece: Piece) -> str | None:
+def _unfit(stream: Stream, piece: Piece) -> str | None:
     """Why a piece may be in no chain, or None."""
     for position in range(piece.start, piece.stop):
         node = stream.nodes[position]
@@ -274,11 +267,13 @@ def _unfit_parameters(stream: Stream, piece: Piece) -> str | None:
 
 # ---- which cut is best
 
+_NO_SCORE: tuple[int, ...] = (0,)
+
 
 def _score(stream: Stream, found: Layers, phase: int) -> tuple[int, ...]:
     pieces = [piece for chain in found.chains for piece in chain]
     if not pieces:
-        return (0,)
+        return _NO_SCORE
     like_shapes = sum(_shapes(stream, one) == _shapes(stream, two) for one, two in pairwise(pieces))
     of_one_number = sum(len({_number(path) for path in piece.parameters.values()}) == 1 for piece in pieces)
     names = alike(pieces)

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from replfx.modules.structure import attribute_at, stand_like
 from replfx.tracing import CaptureInfo
 
-__all__ = ["Region", "RegionChain", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
+__all__ = ["Region", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +47,17 @@ class Region:
 
 
 @dataclass(frozen=True, eq=False)
-class RegionChain:
-    """Regions of one kind, each taking the one before's output as its main activation."""
-
-    regions: tuple[Region, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class Regions:
     """What `find_regions` found.
 
     Attributes:
-        chains: of three regions and more, that with the most parameters first; no two share a node.
+        chains: of three regions and more of one kind, each of which takes the output of the one before as its main
+            activation; the chain with the most parameters first; no two share a node.
         refused: pieces that repeat but are in no chain, with the reason; the key is the path of the first
             parameter that the piece reads.
     """
 
-    chains: list[RegionChain]
+    chains: list[tuple[Region, ...]]
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,7 +73,7 @@ def root_of(graph_module: fx.GraphModule) -> nn.Module:
 def region_module(region: Region, root: nn.Module, like: nn.Module | None = None) -> fx.GraphModule:
     """Make a module that computes what the region does: `module(activation, *extras)` gives its output.
 
-    Of a region that gives something aside it is a tuple, the output first.
+    If the region gives something aside, the module gives a tuple, the output first.
 
     Its parameters, buffers and called modules are the very objects of `root`, under their canonical names, so
     that the parameters of all regions of a chain have the same names. It is in training mode if `root` is.
@@ -94,9 +88,7 @@ def region_module(region: Region, root: nn.Module, like: nn.Module | None = None
     """
     holder = nn.Module()
     holder.training = root.training
-    for name, path in (*region.modules.items(), *region.buffers.items()) if like is None else ():
-        put_value(holder, name, attribute_at(root, path))
-    for name, path in region.parameters.items() if like is None else ():
+    for name, path in {**region.modules, **region.buffers, **region.parameters}.items() if like is None else ():
         if "." not in name:  # else it came with its module
             put_value(holder, name, attribute_at(root, path))
     graph = fx.Graph()

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from replfx.modules.structure import attribute_at
 from replfx.regions.region import root_of
 from replfx.regions.tokens import Tokens
+from replfx.tracing import nodes_in
 
 __all__ = ["Stream"]
 
@@ -50,11 +51,11 @@ class Stream:
         self.readers: dict[int, tuple[int, int]] = {}
         self.calls: Counter[int] = Counter()
         self._note_readers()
-        self._tokens = Tokens(self.root, self.values.__getitem__)
+        self._tokens = Tokens(self.root, self.values)
         parameters = [self._parameters(node) for node in self.nodes]
         self.has_parameters = [bool(read) for read in parameters]
         self.matrices = [0, *accumulate(sum(p.dim() >= 2 for p in read) for read in parameters)]
-        self.arguments = [_arguments(node) for node in self.nodes]
+        self.arguments = [nodes_in((node.args, node.kwargs)) for node in self.nodes]
         self.grad_off = list(self._grad_off())
 
     @cached_property
@@ -101,14 +102,3 @@ class Stream:
             if node.target is torch._C._set_grad_enabled:
                 off = not (node.args[0] if node.args else True)
             yield off
-
-
-def _arguments(node: fx.Node) -> tuple[fx.Node, ...]:
-    found: list[fx.Node] = []
-
-    def note(argument: fx.Node) -> fx.Node:
-        found.append(argument)
-        return argument
-
-    fx.node.map_arg((node.args, node.kwargs), note)
-    return tuple(found)

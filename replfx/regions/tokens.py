@@ -1,12 +1,12 @@
 """Tokens: what a node does, free of where it stands; the same step of two like layers has the same token.
 
-What is left out is what two layers of one kind may differ in. That is what `replfx.modules.structure` leaves out of a
-module's signature (floats, such as drop rates and epsilons, and whether a dropout is there at all), and, unless
-the shapes are asked to agree, the sizes: shapes of parameters, integers that functions take as sizes.
+A token leaves out what two layers of one kind may differ in: what `replfx.modules.structure` leaves out of a module's
+signature (floats, such as drop rates and epsilons, and whether a dropout is there at all), and the sizes (shapes of
+parameters, integers that functions take as sizes).
 """
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -32,12 +32,11 @@ class Tokens:
 
     Args:
         root: what the graph's targets refer to.
-        value_of: gives the value that a `get_attr` node reads.
+        values: what each `get_attr` node reads.
     """
 
-    def __init__(self, root: nn.Module, value_of: Callable[[fx.Node], object]) -> None:
-        self.root = root
-        self.value_of = value_of
+    def __init__(self, root: nn.Module, values: Mapping[fx.Node, object]) -> None:
+        self.root, self.values = root, values
 
     def of(self, node: fx.Node) -> Hashable:
         """The token of a node that is no `get_attr`."""
@@ -54,7 +53,7 @@ class Tokens:
     def _argument(self, value: Any, sizes: bool) -> Hashable:
         """What an argument is; `sizes`: the integers in it are sizes."""
         if isinstance(value, fx.Node):
-            read = self.value_of(value) if value.op == "get_attr" else None
+            read = self.values.get(value)
             if isinstance(read, nn.Module):  # the body of a checkpoint or of a branch: like no other
                 return "body", id(read)
             return self._parameter(read) if isinstance(read, nn.Parameter) else "value"

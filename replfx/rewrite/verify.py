@@ -217,7 +217,7 @@ class _Rehearsal:
             restart()
             ghost.zero_grad()
             with mode, torch.set_grad_enabled(trained), written_weights() as written, self._untouched(ghost):
-                with Meter((*ghost.parameters(), *ghost.buffers())) as meter:
+                with Meter(ghost) as meter:
                     result = ghost(*fakes.args, **fakes.kwargs)
                     costs = meter.take()
                 losses = [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(result) if t.requires_grad]

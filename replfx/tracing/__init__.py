@@ -1,13 +1,13 @@
 """Capture: symbolic tracing, the recorder, and what each node costs."""
 
-from replfx.tracing.capturing import capture, capture_lazily, ghost_of
+from replfx.tracing.capturing import capture, capture_lazily, ghost_of, real_twin
 from replfx.tracing.chance import Draws, restart, steered
 from replfx.tracing.costs import Meter
 from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
 from replfx.tracing.limits import Limits, limits_of
-from replfx.tracing.totals import costs_of, real_twin
+from replfx.tracing.totals import costs_of
 from replfx.tracing.undisturbed import undisturbed
 
 __all__ = [

@@ -1,7 +1,8 @@
 """From any model to one torch.fx.GraphModule: symbolic tracing first, recording where that stops."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
-from replfx.modules.structure import attribute_at
-from replfx.modules.tree import shapes_in, tensors_in
+from replfx.modules.tree import leaf_copy, shapes_in, tensors_in
 from replfx.tracing.chance import Draws, Steering, is_draw, restart, steered, steered_generators, steering
-from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count
+from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count, parameters_read
 from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import Cost, Look, info_of
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_is_whole
@@ -23,7 +23,7 @@ from replfx.tracing.recorder import HiddenResult, record
 from replfx.tracing.symbolic import trace_symbolically
 from replfx.tracing.undisturbed import undisturbed
 
-__all__ = ["capture", "capture_lazily", "ghost_of"]
+__all__ = ["capture", "capture_lazily", "ghost_of", "real_twin"]
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
@@ -80,19 +80,18 @@ def capture_lazily(
 def _fullest(model: nn.Module, inputs: Inputs | None, held: Held) -> fx.GraphModule:
     """The capture of the look that sees the most of the model: chance may skip some of it in another one."""
     first, drawn = _look(model, inputs, held, Look(Draws.HIGH, model.training))
-    if not drawn or _sees_all(first):
+    if not drawn or _seen(first)[0] == len(list(model.parameters())):
         return first
-    found = [first, *_other_looks(model, inputs, held, first)]
-    return max(found, key=_seen)  # the first of equals
+    return max((first, *_other_looks(model, inputs, held, first)), key=_seen)  # the first of equals
 
 
 def _other_looks(
     model: nn.Module, inputs: Inputs | None, held: Held, first: fx.GraphModule
 ) -> Iterator[fx.GraphModule]:
-    """With draws that are low; and where it was seen that chance decides, in evaluation mode too."""
+    """One capture with low draws; if it differs from the first, chance decides: then one in evaluation mode too."""
     decides = False
     for look in (Look(Draws.LOW, model.training), Look(Draws.HIGH, False)):
-        if look.training == model.training or (decides and model.training):
+        if look.draws is Draws.LOW or (decides and model.training):
             try:
                 other, _ = _look(model, inputs, held, look)
             except CaptureError:  # with less of its blocks it need not run
@@ -104,22 +103,8 @@ def _other_looks(
 def _seen(graph_module: fx.GraphModule) -> tuple[int, int]:
     """How many of the parameters a capture has seen, and how many calls."""
     info = info_of(graph_module)
-    return len(_parameters_of(graph_module)), len(info.calls)
-
-
-def _sees_all(graph_module: fx.GraphModule) -> bool:
-    return len(_parameters_of(graph_module)) == len({id(p) for p in info_of(graph_module).root.parameters()})
-
-
-def _parameters_of(graph_module: fx.GraphModule) -> set[int]:
-    root, found = info_of(graph_module).root, set[int]()
-    for target in {(node.op, str(node.target)) for node in graph_module.graph.nodes}:
-        if target[0] == "call_module":
-            found.update(map(id, root.get_submodule(target[1]).parameters()))
-        elif target[0] == "get_attr":
-            value = attribute_at(root, target[1])
-            found.update((id(value),) if isinstance(value, nn.Parameter) else ())
-    return found
+    read = {id(parameter) for node in graph_module.graph.nodes for parameter in parameters_read(info.root, node)}
+    return len(read), len(info.calls)
 
 
 def _look(model: nn.Module, inputs: Inputs | None, held: Held, look: Look) -> tuple[fx.GraphModule, bool]:
@@ -128,7 +113,7 @@ def _look(model: nn.Module, inputs: Inputs | None, held: Held, look: Look) -> tu
     traces = Traces(model)
     try:
         with steered(look.draws, model) as steering:
-            made = _symbolic(seen, None, traces)[0] if inputs is None else _measured(seen, inputs, held, traces)
+            made = _symbolic(seen, None, traces) if inputs is None else _measured(seen, inputs, held, traces)
             info, drawn = info_of(made), steering.has_drawn()
             info.look = look
             if steering.has_drawn_in_python():
@@ -148,9 +133,7 @@ def _put_in_mode_of(model: nn.Module, root: nn.Module) -> None:
         module.training = modes[path]
 
 
-def _symbolic(
-    model: nn.Module, inputs: Inputs | None, traces: Traces | None = None
-) -> tuple[fx.GraphModule, nn.Module]:
+def _symbolic(model: nn.Module, inputs: Inputs | None, traces: Traces | None) -> fx.GraphModule:
     root = structural_copy(model)
     restart()
     try:
@@ -162,7 +145,7 @@ def _symbolic(
         ) from error
     for node in graph_module.graph.nodes:
         node.meta["replfx"] = Cost(innermost_path(node), parameter_count(root, node))
-    return graph_module, root
+    return graph_module
 
 
 def _measured(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> fx.GraphModule:
@@ -175,27 +158,18 @@ def _measured(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> f
 
 
 def symbolic_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces | None = None) -> fx.GraphModule:
-    """Symbolic tracing, with inputs to measure on."""
-    graph_module, root = _symbolic(model, inputs, traces)
-    _measure(graph_module, root, model, inputs, traces)
-    return graph_module
-
-
-def _measure(
-    graph_module: fx.GraphModule, root: nn.Module, model: nn.Module, inputs: Inputs, traces: Traces | None
-) -> None:
-    """Annotate a symbolic graph, and hold it against the model itself: same inputs, same output, same costs."""
-    expected = _fake_run(model, inputs, traces)
-    mode, ghost, fakes = ghost_of(root, inputs, traces)
+    """Symbolic tracing; the graph is measured and held against the model: same inputs, same output, same costs."""
+    graph_module = _symbolic(model, inputs, traces)
+    info, expected = info_of(graph_module), _fake_run(model, inputs, traces)
+    mode, ghost, fakes = ghost_of(info.root, inputs, traces)
     with mode, torch.enable_grad():
-        by_name = _bind_to_placeholders(graph_module, model, fakes)
-        output = annotate(graph_module, ghost, by_name)
+        output = annotate(graph_module, ghost, _bind_to_placeholders(graph_module, model, fakes))
     costs = [node.meta["replfx"] for node in graph_module.graph.nodes if node.op != "output"]
     actual = (_facts(output), sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs))
     if actual != expected:
         raise CaptureError(f"the symbolic graph gives {actual}, the model {expected}")
-    info = info_of(graph_module)
     info.measured, info.outputs = True, shapes_in(output)
+    return graph_module
 
 
 def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs) -> tuple[object, ...]:
@@ -205,9 +179,6 @@ def _bind_to_placeholders(graph_module: fx.GraphModule, model: nn.Module, inputs
     return tuple(bound[name] for name in names)
 
 
-_NO_KEYWORDS: Mapping[str, object] = {}
-
-
 class _NotedFakes(FakeTensorMode):
     """Tells `traces` what it makes."""
 
@@ -215,9 +186,7 @@ class _NotedFakes(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.traces = traces
 
-    def dispatch(
-        self, func: Any, types: Any, args: Sequence[object] = (), kwargs: Mapping[str, object] = _NO_KEYWORDS
-    ) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = MappingProxyType({})) -> Any:
         result = super().dispatch(func, types, args, kwargs)
         if is_draw(func) and (chance := steering()) is not None and isinstance(result, FakeTensor):
             result = self._drawn(chance, result, func, args, kwargs)
@@ -244,11 +213,20 @@ def ghost_of(
     return mode, ghost, inputs.map(mode.from_tensor)
 
 
+def real_twin(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """A copy of a model to be run for real, with the same parameters and buffers of its own; and inputs for it."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, nn.Parameter) else leaf_copy(tensor)
+
+    return structural_copy(model, own, given=steered_generators(model)), inputs.map(leaf_copy)
+
+
 def _fake_run(model: nn.Module, inputs: Inputs, traces: Traces | None) -> tuple[object, int, int]:
     """Run `model` under fake tensors: facts of its output, FLOPs and saved bytes, at no compute and no memory."""
     mode, ghost, fakes = ghost_of(model, inputs, traces)
     restart()
-    with mode, torch.enable_grad(), Meter((*ghost.parameters(), *ghost.buffers())) as meter:
+    with mode, torch.enable_grad(), Meter(ghost) as meter:
         output = ghost(*fakes.args, **fakes.kwargs)
         return _facts(output), *meter.take()
 
@@ -282,7 +260,7 @@ def record_on_fakes(
         root = structural_copy(model, plain=_same)
         restart()
         with mode:
-            return record(root, ghost, fakes, held or Held(model, None), opened=opened)
+            return record(root, ghost, fakes, held or Held(model, None), opened=opened, real=False)
 
     return _opening(attempt)
 
@@ -291,13 +269,9 @@ def record_on_values(model: nn.Module, inputs: Inputs, held: Held | None = None)
     """Recording a real run, on copies of the buffers and of the inputs."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
-        ghost = structural_copy(
-            model, lambda t: t if isinstance(t, nn.Parameter) else t.clone(), given=steered_generators(model)
-        )
+        ghost, given = real_twin(model, inputs)
         restart()
-        return record(
-            structural_copy(model), ghost, inputs.map(_twin), held or Held(model, None), opened=opened, real=True
-        )
+        return record(structural_copy(model), ghost, given, held or Held(model, None), opened=opened, real=True)
 
     return _opening(attempt)
 
@@ -316,10 +290,6 @@ def _opening(attempt: Callable[[frozenset[type[nn.Module]]], fx.GraphModule]) ->
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _twin(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _facts(tree: object) -> list[tuple[object, ...]]:

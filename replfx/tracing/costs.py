@@ -1,6 +1,6 @@
 """Shapes and costs of nodes: FLOPs, and the bytes that autograd keeps for backward."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from replfx.tracing.info import Cost
 
-__all__ = ["Meter", "annotate", "innermost_path", "set_shapes"]
+__all__ = ["Meter", "annotate", "innermost_path", "parameter_count", "parameters_read", "set_shapes"]
 
 
 Runner: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -66,13 +66,14 @@ class Meter:
     """Counts FLOPs and newly saved bytes between two calls of `take`.
 
     Args:
-        owned: tensors whose storage never counts as saved (parameters and buffers).
+        model: its parameters and buffers never count as saved.
         run: makes the call of every operator.
     """
 
-    def __init__(self, owned: Iterable[Tensor], run: Runner | None = None) -> None:
+    def __init__(self, model: nn.Module, run: Runner | None = None) -> None:
+        owned = map(_storage, (*model.parameters(), *model.buffers()))
         # The storages themselves are kept: a freed one's address could be given out again.
-        self._storages = {s._cdata: s for t in owned if (s := _storage(t)) is not None}
+        self._storages = {storage._cdata: storage for storage in owned if storage is not None}
         self._saved = 0
         self._flops = 0
         self._below = Below(run)
@@ -127,21 +128,21 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
 def innermost_path(node: fx.Node) -> str:
     """Path of the innermost module that the node was recorded in; the root is the empty string."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return str(next(reversed(stack.values()))[0])
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def parameters_read(root: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    """Parameters that the node reads directly: those of the module it calls, or the one it gets."""
+    if node.op == "call_module":
+        return list(root.get_submodule(str(node.target)).parameters())
+    owner, _, name = str(node.target).rpartition(".")
+    parameter = root.get_submodule(owner)._parameters.get(name) if node.op == "get_attr" else None
+    return [] if parameter is None else [parameter]
 
 
 def parameter_count(root: nn.Module, node: fx.Node) -> int:
-    """Parameters that the node reads directly: those of the module it calls, or the one it gets."""
-    if node.op == "call_module":
-        return sum(p.numel() for p in root.get_submodule(str(node.target)).parameters())
-    if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        holder = root.get_submodule(owner)
-        value = holder._parameters.get(name)
-        return 0 if value is None else value.numel()
-    return 0
+    """How many scalars those are."""
+    return sum(parameter.numel() for parameter in parameters_read(root, node))
 
 
 def set_shapes(node: fx.Node, value: object) -> None:
@@ -178,5 +179,5 @@ def annotate(graph_module: fx.GraphModule, ghost: nn.Module, values: tuple[objec
         ghost: the model's structure with fake tensors, run under their fake mode.
         values: one value a placeholder.
     """
-    with Meter((*ghost.parameters(), *ghost.buffers())) as meter:
+    with Meter(ghost) as meter:
         return _Annotator(ghost, graph_module.graph, meter).run(*values)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replfx.errors import CaptureError
+from replfx.modules.tree import named_tensors
 from replfx.tracing.watch import watching_modules
 
 __all__ = ["Held", "HeldElsewhereError"]
@@ -33,10 +34,10 @@ class Held:
     def __init__(self, model: nn.Module, original: nn.Module | None) -> None:
         self._modules = list(model.modules())  # kept, so that no id is given out again
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self.names = {id(tensor): name for name, tensor in _tensors(model)}
+        self.names = {id(tensor): name for name, tensor in named_tensors(model)}
         self._foreign: dict[int, str] = {}
         if original is not None and original is not model:
-            parts = (*original.named_modules(), *_tensors(original))
+            parts = (*original.named_modules(), *named_tensors(original))
             own = self.paths.keys() | self.names.keys()
             self._foreign = {id(part): name or type(original).__name__ for name, part in parts if id(part) not in own}
 
@@ -69,8 +70,3 @@ class Held:
 
         with watching_modules(call):
             yield
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

@@ -6,11 +6,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
 
+from replfx.modules.tree import parts_of
 from replfx.tracing.chance import Draws
 
 __all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "Place", "info_of", "nodes_in"]
-
-META_KEY = "replfx"
 
 Place: TypeAlias = tuple[object, ...]
 
@@ -85,13 +84,10 @@ class CaptureInfo:
     frozen: set[Frozen] = field(default_factory=set)
 
     def without_graph(self) -> "CaptureInfo":
-        """What does not speak of nodes: all that is left to know once the graph has done its work, or was copied."""
+        """The info without nodes, root and calls, which say nothing once the graph is gone or was copied."""
         return replace(self, root=nn.Module(), nodes=[], calls=[], notes=list(self.notes), frozen=set(self.frozen))
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "CaptureInfo":
-        return self.without_graph()
-
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> tuple[object, ...]:  # for copies and for pickle
         kept = self.without_graph()
         return CaptureInfo, tuple(getattr(kept, field.name) for field in fields(kept))
 
@@ -116,25 +112,15 @@ class Cost:
 
 def info_of(graph_module: fx.GraphModule) -> CaptureInfo:
     """The `CaptureInfo` of a graph that `replfx.capture` made."""
-    info = graph_module.meta.get(META_KEY)
+    info = graph_module.meta.get("replfx")
     if not isinstance(info, CaptureInfo):
         raise TypeError("this GraphModule was not made by replfx.capture")
     return info
 
 
 def nodes_in(tree: object) -> list[fx.Node]:
-    """All nodes in nested tuples, lists and dicts, left to right."""
-    found: list[fx.Node] = []
-
-    def visit(item: object) -> None:
-        if isinstance(item, fx.Node):
-            found.append(item)
-        elif isinstance(item, tuple | list):
-            for part in item:
-                visit(part)
-        elif isinstance(item, dict):
-            for part in item.values():
-                visit(part)
-
-    visit(tree)
-    return found
+    """All nodes in nested tuples, lists, dicts and slices, left to right."""
+    if isinstance(tree, fx.Node):
+        return [tree]
+    parts = parts_of(tree) if isinstance(tree, tuple | list | dict | slice) else ()
+    return [node for _, part in parts for node in nodes_in(part)]

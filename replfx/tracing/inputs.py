@@ -12,7 +12,7 @@ from replfx.dtensors import is_dtensor
 from replfx.errors import CaptureError
 from replfx.modules.tree import tensors_in, with_tensors
 
-__all__ = ["ExampleInputs", "Inputs"]
+__all__ = ["ExampleInputs", "Inputs", "check_has_weights", "check_is_whole"]
 
 ExampleInputs: TypeAlias = Tensor | tuple[object, ...] | Mapping[str, object]
 

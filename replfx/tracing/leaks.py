@@ -68,11 +68,12 @@ class Traces:
         return [value for ref in self._made if (value := ref()) is not None]
 
     def clear(self) -> bool:
-        """Take out of the caches what the dry run left there; whether all of it is gone.
+        """Take out of the caches what the dry run left there; gives whether all of it is gone.
 
-        To be called when nothing of the dry run is referred to any more.
+        The caller must hold nothing of the dry run any more.
         """
-        for step in (_collect_young, self._clean, gc.collect):
+        # Circles among what was made during the dry run are in the first two generations.
+        for step in (functools.partial(gc.collect, 1), self._clean, gc.collect):
             if not self._alive():
                 break
             step()
@@ -81,7 +82,7 @@ class Traces:
         return not left
 
     def _clean(self) -> None:
-        """Look into every cache for what was left, as the other way round every object would have to be asked."""
+        """Look into every cache for what was left; to ask for its holders would go through every object."""
         left = {id(value) for value in self._alive()}
         for cache in [thing for thing in gc.get_objects() if type(thing) is _LRU]:
             if cache.cache_info().currsize and _reaches(cache, left):
@@ -151,11 +152,6 @@ def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
         attributes = object.__getattribute__(value, "__dict__")
         for name in [n for n, item in list(attributes.items()) if gone(item)]:
             attributes[name] = None
-
-
-def _collect_young() -> None:
-    """Circles among what was made during the dry run: it is in the first two generations."""
-    gc.collect(1)
 
 
 def _is_link(value: object) -> bool:

@@ -39,11 +39,11 @@ class Limits:
 
 def limits_of(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs | None) -> Limits:
     """Find the limits of a graph that was just captured of `model` on `inputs`."""
-    recorded = _Shape(graph_module)
 
     def same(model: nn.Module, inputs: Inputs | None) -> bool:
         try:
-            return _Shape(_captured(model, inputs)) == recorded
+            other = capture_lazily(model, None if inputs is None else inputs.kwargs or inputs.args)
+            return _do_the_same(graph_module, other)
         except CaptureError:
             return False
 
@@ -55,10 +55,6 @@ def limits_of(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs | N
     free = {axis for axis in _axes(tensors) if all(same(model, _resized(inputs, axis, by)) for by in _CHANGES)}
     shapes = tuple(tuple(None if (d, n) in free else n for d, n in enumerate(tensor.shape)) for tensor in tensors)
     return Limits(shapes, training)
-
-
-def _captured(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
-    return capture_lazily(model, None if inputs is None else inputs.kwargs or inputs.args)
 
 
 _CHANGES: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size)
@@ -83,26 +79,18 @@ def _resized(inputs: Inputs, axis: tuple[int, int], change: Callable[[int], int]
     return inputs.map(resized)
 
 
-class _Shape:
-    """What a graph does, to be compared with another's."""
+def _do_the_same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    return len(one.graph.nodes) == len(other.graph.nodes) and all(map(_alike, _facts(one), _facts(other)))
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self._root = info_of(graph_module).root
-        self._nodes = list(graph_module.graph.nodes)
-        self._places = {node: f"%{place}" for place, node in enumerate(self._nodes)}
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Shape) or len(self._nodes) != len(other._nodes):
-            return False
-        return all(map(_alike, self._facts(), other._facts()))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _facts(self) -> Iterator[tuple[Any, ...]]:
-        for node in self._nodes:
-            value = attribute_at(self._root, str(node.target)) if node.op == "get_attr" else None
-            held = value if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else None
-            yield node.op, node.target, fx.node.map_arg((node.args, node.kwargs), self._places.__getitem__), held
+def _facts(graph_module: fx.GraphModule) -> Iterator[tuple[Any, ...]]:
+    """What each node does, free of the nodes' names; last the constant that it reads, or None."""
+    root = info_of(graph_module).root
+    places = {node: f"%{place}" for place, node in enumerate(graph_module.graph.nodes)}
+    for node in places:
+        value = attribute_at(root, str(node.target)) if node.op == "get_attr" else None
+        held = value if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else None
+        yield node.op, node.target, fx.node.map_arg((node.args, node.kwargs), places.__getitem__), held
 
 
 def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -68,35 +68,6 @@ class Rebuild:
         return tensors
 
     def __call__(self, *tensors: Tensor) -> Any:
-        return self._fill(self._template, tensors)
-
-    def _cut(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self.tensors.append(value)
-            return _Slot(len(self.tensors) - 1)
-        if not tensors_in(value):
-            return value
-        if type(value) in (list, tuple):
-            return type(value)(self._cut(part) for part in value)
-        if type(value) is dict:
-            return {key: self._cut(part) for key, part in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._cut(part) for _, part in parts_of(value)))
-        return _Made(
-            type(value),
-            self._cut_items(value),
-            {key: self._cut(part) for key, part in getattr(value, "__dict__", {}).items()},
-        )
-
-    def _cut_items(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._cut(part) for key, part in value.items()}
-        if isinstance(value, tuple | list):
-            plain = tuple if isinstance(value, tuple) else list
-            return plain(self._cut(part) for part in value)
-        return None
-
-    def _fill(self, template: Any, tensors: tuple[Tensor, ...]) -> Any:
         def fill(item: Any) -> Any:
             if isinstance(item, _Slot):
                 return tensors[item.index]
@@ -110,4 +81,22 @@ class Rebuild:
                 return slice(fill(item.start), fill(item.stop), fill(item.step))
             return item
 
-        return fill(template)
+        return fill(self._template)
+
+    def _cut(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return _Slot(len(self.tensors) - 1)
+        if not tensors_in(value):
+            return value
+        if isinstance(value, slice):
+            return slice(*(self._cut(part) for _, part in parts_of(value)))
+        items: Any = None
+        if isinstance(value, dict):
+            items = {key: self._cut(part) for key, part in value.items()}
+        elif isinstance(value, tuple | list):
+            items = (tuple if isinstance(value, tuple) else list)(self._cut(part) for part in value)
+        if type(value) in (dict, tuple, list):
+            return items
+        attributes = {key: self._cut(part) for key, part in getattr(value, "__dict__", {}).items()}
+        return _Made(type(value), items, attributes)

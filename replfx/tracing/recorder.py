@@ -9,8 +9,8 @@ the model's control flow asks for values, it is run for real on a copy of its bu
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Any
 
@@ -23,14 +23,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.modules.structure import set_submodule
-from replfx.modules.tree import arguments_hold, parts_of, shapes_in, tensors_in
+from replfx.modules.tree import arguments_hold, named_tensors, parts_of, shapes_in, tensors_in
+from replfx.torch_internals import functorch_is_active
 from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.held import Held
-from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, Place, info_of
+from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
-from replfx.tracing.symbolic import is_composite, is_leaf, is_small, own_tensors, training_flag
+from replfx.tracing.symbolic import flag_path, is_composite, is_leaf, is_small, own_tensors, training_flag
+from replfx.tracing.undisturbed import having
 from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
 
 __all__ = ["HiddenResult", "record"]
@@ -65,7 +67,7 @@ class Recorder(TorchFunctionMode):
         self.held = held
         self.opened = opened
         self.real = real
-        self.meter = Meter((*ghost.parameters(), *ghost.buffers()), self.run_operator)
+        self.meter = Meter(ghost, self.run_operator)
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
@@ -77,15 +79,14 @@ class Recorder(TorchFunctionMode):
         self._cast: list[tuple[Tensor, fx.Node | None]] = []  # what calls gave back as it was, with its node before
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor → path of the module that made it
         self._constant_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        own = {id(t): n for n, t in (*ghost.named_parameters(), *ghost.named_buffers())}
-        self._names = {**held.names, **own}
+        self._names = {**held.names, **{id(t): n for n, t in named_tensors(ghost)}}
         self._targets = frozenset(self._names.values())
         self._modules = list(ghost.modules())  # kept: a model may drop some on the way, and their ids would be others'
         self._paths = {id(m): path for path, m in ghost.named_modules()}
         self._own = {id(m): own_tensors(m) for m in ghost.modules()}
         self._stack: dict[str, tuple[str, type[nn.Module]]] = {}
         self._signatures: dict[Any, inspect.Signature | None] = {}
-        self._paused = 0
+        self._paused = False
         self._owner = ""  # path of the module that is being called whole
         self._mutated = False
         self._detaching = False
@@ -115,7 +116,7 @@ class Recorder(TorchFunctionMode):
             return
         indexed = isinstance(value, dict | tuple | list)
         for key, item in parts_of(value):
-            if isinstance(item, Tensor) or tensors_in(item):
+            if tensors_in(item):
                 part = self.node("call_function", operator.getitem if indexed else getattr, (node, key))
                 set_shapes(part, item)
                 self._bind_parts(part, item)
@@ -144,8 +145,8 @@ class Recorder(TorchFunctionMode):
         """What a node's arguments can hold: other objects are put together by nodes of their own."""
         if isinstance(tree, Tensor):
             return self._node_for(tree)
-        if isinstance(tree, _Ready):
-            return tree.node
+        if isinstance(tree, fx.Node):  # a training flag
+            return tree
         if isinstance(tree, torch.Size):
             return tuple(tree)
         if type(tree) in (tuple, list):
@@ -204,8 +205,9 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        if _under_transform():  # the tensors are wrapped: what happens is seen below, by `run_operator`
-            return self._detaching_if(func in (Tensor.detach, torch.detach), func, args, kwargs)
+        if functorch_is_active():  # the tensors are wrapped: what happens is seen below, by `run_operator`
+            with having(self, _detaching=self._detaching or func in (Tensor.detach, torch.detach)):
+                return func(*args, **kwargs)
         self._note_freezing(func, args)
         target = _target(func)
         if target is None or (self._inside and func is _SET_GRAD):  # one of the interpreter's own questions
@@ -214,7 +216,7 @@ class Recorder(TorchFunctionMode):
         self._mutated = False
         with self._pause():
             result = func(*args, **kwargs)
-        if self._mutated or target[1] in (_set_attribute, _SET_GRAD) or _holds_tensors(result):
+        if self._mutated or target[1] in (_set_attribute, _SET_GRAD) or tensors_in(result):
             args, kwargs = self._follow_training(func, args, kwargs)
             op, name, extra = target
             if op == "call_method" and not isinstance(args[0], Tensor):
@@ -242,13 +244,6 @@ class Recorder(TorchFunctionMode):
             seen.update(above)
         return False
 
-    def _detaching_if(self, detaching: bool, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, self._detaching = self._detaching, self._detaching or detaching
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self._detaching = before
-
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator; one that no recorded call is about becomes a node itself."""
         self._mutated |= func._schema.is_mutable
@@ -267,7 +262,7 @@ class Recorder(TorchFunctionMode):
             # Autograd's own: another object for what is the same to a reader of the graph.
             if args[0] in self._node_of or id(args[0]) in self._names:
                 self._node_of[result] = self._node_for(args[0])
-        elif func._schema.is_mutable or _holds_tensors(result):
+        elif func._schema.is_mutable or tensors_in(result):
             self.bind(self.node("call_function", func, self.to_arguments(args), self.to_arguments(kwargs)), result)
         return result
 
@@ -282,9 +277,9 @@ class Recorder(TorchFunctionMode):
         bound = signature.bind(*args, **kwargs)
         if bound.arguments.get("training") is not self.ghost.get_submodule(path).training:
             return args, kwargs
-        target = f"{path}.training_flag" if path else "training_flag"
+        target = flag_path(path)
         self.flags[target] = self.ghost.get_submodule(path).training
-        bound.arguments["training"] = _Ready(self.node("call_module", target))
+        bound.arguments["training"] = self.node("call_module", target)
         return bound.args, bound.kwargs
 
     def _signature_with_training(self, func: Callable[..., Any]) -> inspect.Signature | None:
@@ -306,7 +301,7 @@ class Recorder(TorchFunctionMode):
         path = self._paths.get(id(module))
         if path is None and (path := self.held.path_of(module)) is not None:
             module = self.ghost.get_submodule(path)
-        if path is None or self._paused or _under_transform():
+        if path is None or self._paused or functorch_is_active():
             return call(module, *args, **kwargs)
         record = ModuleCall(path, self.to_nodes(args), self.to_nodes(kwargs), len(self.nodes))
         record.held = self._held((args, kwargs))
@@ -351,13 +346,10 @@ class Recorder(TorchFunctionMode):
 
     def _whole_call(self, path: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._keep_constants((args, kwargs))
-        self._owner, self._mutated = path, False
+        self._mutated = False
         given = [(t, node) for t in tensors_in((args, kwargs)) if (node := self._node_of.get(t)) is not None]
-        try:
-            with self._pause():
-                result = call(module, *args, **kwargs)
-        finally:
-            self._owner = ""
+        with self._pause(), having(self, _owner=path):
+            result = call(module, *args, **kwargs)
         self.bind(self.node("call_module", path, self.to_arguments(args), self.to_arguments(kwargs)), result)
         if not isinstance(result, Tensor) and not self._mutated:
             self._node_of.update(given)  # what it hands through beside its result is what it was given
@@ -367,10 +359,11 @@ class Recorder(TorchFunctionMode):
 
     def applied(self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A custom autograd function: one node, with its own backward, unless it runs modules."""
-        if self._paused or _under_transform():
+        if self._paused or functorch_is_active():
             return call(*args, **kwargs)
         if runs_modules(function, (args, kwargs)):
-            return self._inside_function(call, args, kwargs)
+            with having(self, _inside=True):  # it runs with gradients turned off; what is recorded must have them
+                return call(*args, **kwargs)
         self._keep_constants((args, kwargs))
         with self._pause():
             result = call(*args, **kwargs)
@@ -378,39 +371,22 @@ class Recorder(TorchFunctionMode):
         self.bind(self.node("call_function", ApplyFunction(function), node_args, node_kwargs), result)
         return result
 
-    def _inside_function(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Autograd turns gradients off while a Function runs; the nodes that are recorded must have them."""
-        before, self._inside = self._inside, True
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._inside = before
-
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
-        """A context is entered by a node."""
         return None if self._paused else self.node("call_function", target, args)
 
     def left(self, entry: object) -> None:
-        """And left by another."""
         if isinstance(entry, fx.Node):
             self.node("call_function", leave, (entry,))
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
-        """`tensor.as_subclass(kind)`, which is no torch function."""
         if not self._paused:
             self.bind(self.node("call_method", "as_subclass", self.to_arguments((tensor, kind))), result)
 
     def without_hooks(self) -> AbstractContextManager[None]:
-        """A context in which no hooks on saved tensors are set."""
         return self.meter.without_hooks()
 
-    @contextmanager
-    def _pause(self) -> Iterator[None]:
-        self._paused += 1
-        try:
-            yield
-        finally:
-            self._paused -= 1
+    def _pause(self) -> AbstractContextManager[None]:
+        return having(self, _paused=True)
 
 
 def _target(func: Callable[..., Any]) -> tuple[str, Any, tuple[Any, ...]] | None:
@@ -426,10 +402,8 @@ def _target(func: Callable[..., Any]) -> tuple[str, Any, tuple[Any, ...]] | None
         return "call_function", _set_attribute, (func.__self__.__name__,)  # type: ignore[attr-defined]
     if name in ("__delete__", "__repr__", "__len__", "__bool__", "__format__", "__hash__"):
         return None
-    if name == "__setitem__":
-        return "call_function", operator.setitem, ()
-    if name == "__getitem__":
-        return "call_function", operator.getitem, ()
+    if name in ("__setitem__", "__getitem__"):
+        return "call_function", getattr(operator, name), ()
     if isinstance(func, types.MethodDescriptorType | types.WrapperDescriptorType) or (
         getattr(Tensor, name, None) is func
     ):
@@ -454,25 +428,9 @@ def _set_attribute(tensor: Tensor, value: object, name: str) -> None:
     setattr(tensor, name, value)
 
 
-class _Ready:
-    """A node among values that are still to be turned into nodes."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-
-def _under_transform() -> bool:
-    """Whether a `torch.func` transformation is running: tensors are wrapped in its own ones."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _is_plain(value: object) -> bool:
     """Whether source code can spell it."""
     return value is None or value is Ellipsis or (type(value) in base_types and not isinstance(value, Tensor))
-
-
-def _holds_tensors(value: object) -> bool:
-    return isinstance(value, Tensor) or bool(tensors_in(value))
 
 
 def record(
@@ -481,8 +439,8 @@ def record(
     inputs: Inputs,
     held: Held,
     *,
-    opened: frozenset[type[nn.Module]] = frozenset(),
-    real: bool = False,
+    opened: frozenset[type[nn.Module]],
+    real: bool,
 ) -> fx.GraphModule:
     """Run `ghost` on `inputs` and give what happened as a graph over `root`.
 
@@ -505,8 +463,21 @@ def record(
         with torch.enable_grad(), recorder, watching(recorder), watching_modules(recorder.module_call):
             result = ghost(*inputs.args, **inputs.kwargs)
         recorder.graph.output(_output(recorder, result))
-    graph_module = _graph_module(root, recorder)
-    info_of(graph_module).outputs = shapes_in(result)
+    for name, tensor in recorder.constants.items():
+        root.register_buffer(name, tensor, persistent=False)
+    for target, training in recorder.flags.items():
+        set_submodule(root, target, training_flag(training))
+    graph_module = _LazyGraphModule(root, recorder.graph, type(root).__name__)
+    graph_module.meta["replfx"] = CaptureInfo(
+        "recorded",
+        root,
+        recorder.nodes,
+        recorder.calls,
+        recorder.notes,
+        measured=True,
+        outputs=shapes_in(result),
+        frozen=recorder.frozen,
+    )
     return graph_module
 
 
@@ -520,16 +491,4 @@ def _output(recorder: Recorder, result: object) -> Any:
 def _has_plain_leaves(value: object) -> bool:
     if isinstance(value, nn.Module) or callable(value):
         return False
-    return all(_has_plain_leaves(part) for _, part in parts_of(value)) if _holds_tensors(value) else True
-
-
-def _graph_module(root: nn.Module, recorder: Recorder) -> fx.GraphModule:
-    for name, tensor in recorder.constants.items():
-        root.register_buffer(name, tensor, persistent=False)
-    for target, training in recorder.flags.items():
-        set_submodule(root, target, training_flag(training))
-    graph_module = _LazyGraphModule(root, recorder.graph, type(root).__name__)
-    graph_module.meta["replfx"] = CaptureInfo(
-        "recorded", root, recorder.nodes, recorder.calls, recorder.notes, measured=True, frozen=recorder.frozen
-    )
-    return graph_module
+    return not tensors_in(value) or all(_has_plain_leaves(part) for _, part in parts_of(value))

@@ -22,13 +22,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from replfx.modules.structure import class_of
-from replfx.modules.tree import arguments_hold
+from replfx.modules.tree import arguments_hold, named_tensors
 from replfx.tracing.info import CaptureInfo, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
+from replfx.tracing.undisturbed import having
 from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
 
-__all__ = ["is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
+__all__ = ["flag_path", "is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
 _SET_GRAD = torch._C._set_grad_enabled
 _DRAWS = frozenset((torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli))
@@ -43,6 +44,11 @@ def training_flag(training: bool) -> nn.Module:
     flag = nn.Module().train(training)
     flag.forward = partial(getattr, flag, "training")
     return flag
+
+
+def flag_path(path: str) -> str:
+    """Where the flag of the module at `path` is."""
+    return f"{path}.training_flag" if path else "training_flag"
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -123,9 +129,17 @@ class _UntraceableError(Exception):
 
 
 class SymbolicTracer(fx.Tracer):
-    """torch.fx's tracer, which also records module calls and keeps `training` symbolic."""
+    """torch.fx's tracer, which also records module calls and keeps `training` symbolic.
 
-    def __init__(self, inputs: Inputs | None, whole: frozenset[str], traces: Traces | None = None) -> None:
+    Args:
+        root: the model; its buffers become nodes too, so that an update in place is part of the graph and does not
+            happen while tracing.
+        inputs: what the graph will be called with, if that is known.
+        whole: paths of modules that are called as they are.
+        traces: is told of each proxy.
+    """
+
+    def __init__(self, root: nn.Module, inputs: Inputs | None, whole: frozenset[str], traces: Traces | None) -> None:
         super().__init__(param_shapes_constant=True)
         self.traces = traces
         self._thread = threading.get_ident()
@@ -135,17 +149,10 @@ class SymbolicTracer(fx.Tracer):
         self.nodes: list[fx.Node] = []
         self.branched: set[str] = set()  # paths of modules whose code branches on `training`
         self._flags: dict[str, nn.Module] = {}
-        self._names: dict[int, str] = {}
-        self._own: dict[int, tuple[int, ...]] = {}
-        self.inside = False  # of a Function that runs modules; autograd turns gradients off, the graph must not
-
-    def prepare(self, root: nn.Module) -> None:
-        """Index parameters and buffers by identity: torch.fx searches all parameters at each access.
-
-        Buffers become nodes too: an update in place is part of the graph and does not happen while tracing.
-        """
-        self._names = {id(t): n for n, t in (*root.named_parameters(), *root.named_buffers())}
+        # By identity: torch.fx searches all parameters at each access.
+        self._names = {id(t): n for n, t in named_tensors(root)}
         self._own = {id(m): own_tensors(m) for m in root.modules()}
+        self.inside = False  # of a Function that runs modules; autograd turns gradients off, the graph must not
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.whole or is_leaf(m)
@@ -197,26 +204,20 @@ class SymbolicTracer(fx.Tracer):
         if not any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return call(*args, **kwargs)
         if runs_modules(function, (args, kwargs)):
-            before, self.inside = self.inside, True
-            try:
+            with having(self, inside=True):
                 return call(*args, **kwargs)
-            finally:
-                self.inside = before
         return self.create_proxy("call_function", ApplyFunction(function), args, kwargs)
 
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
-        """A context is entered by a node."""
         return self.create_proxy("call_function", target, args, {})
 
     def left(self, entry: object) -> None:
-        """And left by another."""
         self.create_proxy("call_function", leave, (entry,), {})
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
-        """Of a constant: no part of the graph."""
+        """The tensor is a constant, so the call is no part of the graph."""
 
     def without_hooks(self) -> AbstractContextManager[None]:
-        """Tracing sets no hooks."""
         return nullcontext()
 
     def create_args_for_root(
@@ -265,13 +266,12 @@ class SymbolicTracer(fx.Tracer):
             flag = self._flags[path] = training_flag(module.__dict__["training"])
             module._modules["training_flag"] = flag
             assert self.submodule_paths is not None
-            self.submodule_paths[flag] = f"{path}.training_flag" if path else "training_flag"
-        return self.create_proxy("call_module", f"{path}.training_flag" if path else "training_flag", (), {})
+            self.submodule_paths[flag] = flag_path(path)
+        return self.create_proxy("call_module", flag_path(path), (), {})
 
     def to_bool(self, obj: Proxy) -> bool:
-        target = str(obj.node.target)
-        if obj.node.op == "call_module" and target.split(".")[-1] == "training_flag":
-            path = target.rpartition(".")[0]
+        path, _, name = str(obj.node.target).rpartition(".")
+        if obj.node.op == "call_module" and name == "training_flag":
             self.branched.add(path)
             return self._flags[path].training
         return super().to_bool(obj)
@@ -311,16 +311,16 @@ def _symbolic_training(root: nn.Module, tracer: SymbolicTracer) -> Iterator[None
     A property on the class wins over the instance's attribute, so each module gets a subclass of its own
     class for as long as the trace lasts.
     """
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    twins: dict[type[nn.Module], type[nn.Module]] = {}
-    for path, module in root.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or (path and tracer.is_leaf_module(module, path)):
-            continue
-        cls = type(module)
-        if cls not in twins:
-            fields = {"training": property(tracer.training_of), "__module__": cls.__module__}
-            twins[cls] = type(cls.__name__, (cls,), fields)
-        changed.append((module, cls))
+    changed = [
+        (module, type(module))
+        for path, module in root.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule) and not (path and tracer.is_leaf_module(module, path))
+    ]
+    training = property(tracer.training_of)
+    twins = {
+        cls: type(cls.__name__, (cls,), {"training": training, "__module__": cls.__module__})
+        for cls in {cls for _, cls in changed}
+    }
     try:
         for module, cls in changed:
             module.__class__ = twins[cls]
@@ -331,7 +331,7 @@ def _symbolic_training(root: nn.Module, tracer: SymbolicTracer) -> Iterator[None
 
 
 class _State:
-    """What the modules of a model held before its code ran; lazily made attributes are part of a trace, not of it."""
+    """What the modules of a model held before its code ran: attributes that the code makes lazily have to go again."""
 
     def __init__(self, root: nn.Module) -> None:
         self._before = [
@@ -374,20 +374,18 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     whole: frozenset[str] = frozenset()
     state, composite = _State(root), {path for path, module in root.named_modules() if path and is_composite(module)}
     while True:
-        tracer = SymbolicTracer(inputs, whole, traces)
-        tracer.prepare(root)
+        tracer = SymbolicTracer(root, inputs, whole, traces)
         try:
             with _symbolic_training(root, tracer), watching(tracer), _WithoutProxies(tracer):
                 graph = tracer.trace(root)
         except Exception:
             if inputs is not None or composite <= whole:  # with inputs, the recorder looks into these
                 raise
-            whole |= composite
-            state.restore()
-            continue
-        found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole - composite
-        if not found:
-            break
+            found = composite
+        else:
+            found = {p for p in tracer.branched if p and is_small(root.get_submodule(p))} - whole - composite
+            if not found:
+                break
         whole |= found
         state.restore()
     state.restore(only_proxies=True)
@@ -396,13 +394,12 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
         if node.op == "call_module" and str(node.target).endswith("training_flag") and not node.users:
             graph.erase_node(node)
     graph_module = _LazyGraphModule(root, graph, type(root).__name__)
-    alive = set(graph.nodes)
     notes = [
         f"`{p or type(root).__name__}` branches on `training`: captured as it is now"
         for p in sorted(tracer.branched - composite)
     ]
     info = CaptureInfo("symbolic", root, tracer.nodes, tracer.calls, notes)
-    _drop_dead(info, alive)
+    _drop_dead(info, set(graph.nodes))
     graph_module.meta["replfx"] = info
     return graph_module
 

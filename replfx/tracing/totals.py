@@ -1,54 +1,39 @@
 """What a whole model costs in one forward pass, without a graph of it."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from replfx.errors import CaptureError
-from replfx.modules.copying import structural_copy
-from replfx.tracing.capturing import ghost_of
+from replfx.tracing.capturing import ghost_of, real_twin
 from replfx.tracing.costs import Meter
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.undisturbed import undisturbed
 
-__all__ = ["costs_of", "real_twin"]
+__all__ = ["costs_of"]
 
 
 def costs_of(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
     """FLOPs of a forward pass and the bytes that autograd keeps for backward.
 
-    Under fake tensors, at no compute; where that can't be, for real on a copy.
+    The model runs under fake tensors, at no compute; where it can't, a copy of it runs for real.
 
     Raises:
         CaptureError: the model does not run.
     """
     with undisturbed(model):
-        return _costs_of(model, inputs)
-
-
-def _costs_of(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
-    mode, ghost, given = ghost_of(model, inputs)
-    try:
-        with mode:
-            return _measured(ghost, given)
-    except Exception:  # values are needed, or an operator has no fake form
-        pass
-    try:
-        return _measured(*real_twin(model, inputs))
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} does not run: {type(error).__name__}: {error}") from error
+        mode, ghost, given = ghost_of(model, inputs)
+        try:
+            with mode:
+                return _measured(ghost, given)
+        except Exception:  # values are needed, or an operator has no fake form
+            pass
+        try:
+            return _measured(*real_twin(model, inputs))
+        except Exception as error:
+            raise CaptureError(f"{type(model).__name__} does not run: {type(error).__name__}: {error}") from error
 
 
 def _measured(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
-    with torch.enable_grad(), Meter((*model.parameters(), *model.buffers())) as meter:
+    with torch.enable_grad(), Meter(model) as meter:
         model(*inputs.args, **inputs.kwargs)
         return meter.take()
-
-
-def real_twin(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """A copy of a model to be run for real, with the same parameters and buffers of its own; and inputs for it."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    twin = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else copied(t))
-    return twin, inputs.map(copied)

@@ -16,10 +16,9 @@ from torch import nn
 
 from replfx.tracing.chance import kept_random_states
 
-__all__ = ["patched", "undisturbed"]
+__all__ = ["having", "patched", "undisturbed"]
 
 _LOCK = threading.RLock()  # what is watched is the whole process's, as are Python's random states
-_LOUD = ("torch._subclasses.fake_tensor",)
 
 
 @contextmanager
@@ -39,22 +38,30 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What fails under fake tensors is tried again for real: PyTorch need not print it."""
-    logs = [logging.getLogger(name) for name in _LOUD]
-    before = [log.disabled for log in logs]
-    for log in logs:
-        log.disabled = True
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
     try:
         yield
     finally:
-        for log, disabled in zip(logs, before, strict=True):
-            log.disabled = disabled
+        log.disabled = before
+
+
+@contextmanager
+def having(holder: object, **attributes: object) -> Iterator[None]:
+    """Let an object have these attributes, while open."""
+    before = {name: getattr(holder, name) for name in attributes}
+    vars(holder).update(attributes)
+    try:
+        yield
+    finally:
+        vars(holder).update(before)
 
 
 @contextmanager
 def patched(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Let `value` stand for a function or method while open, for this thread; others get what was there.
+    """Let `value(original, …)` stand for a function or method while open, for this thread; others get the original.
 
-    If it was a class method, `value` is called with the class.
+    If that is a class method, it is bound to the class, and `value` gets the class behind it.
     """
     inherited = name not in vars(owner)
     before = getattr(owner, name) if inherited else vars(owner)[name]
@@ -62,9 +69,10 @@ def patched(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
     here = threading.get_ident()
 
     def either(*args: Any, **kwargs: Any) -> Any:
+        original = before.__get__(None, args[0]) if of_class else before
         if threading.get_ident() == here:
-            return value(*args, **kwargs)
-        return before.__get__(None, args[0])(*args[1:], **kwargs) if of_class else before(*args, **kwargs)
+            return value(original, *args, **kwargs)
+        return original(*args[1:], **kwargs) if of_class else original(*args, **kwargs)
 
     setattr(owner, name, classmethod(either) if of_class else either)
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -49,25 +48,22 @@ class ApplyFunction:
         return hash(self.function)
 
 
-@dataclass
 class _Open:
-    """A context that was entered by a node of a graph, for another node to leave."""
+    """A context that is entered by a node of a graph, for another node to leave."""
 
-    context: Any
+    def __init__(self, context: Any) -> None:
+        context.__enter__()
+        self.context = context
 
 
 def enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> _Open:
     """`with torch.autocast(...)`, as a node."""
-    context = autocast(device, dtype, enabled, cache)
-    context.__enter__()
-    return _Open(context)
+    return _Open(autocast(device, dtype, enabled, cache))
 
 
 def enter_inference(mode: bool) -> _Open:
     """`with torch.inference_mode(...)`, as a node."""
-    context = torch.inference_mode(mode)
-    context.__enter__()
-    return _Open(context)
+    return _Open(torch.inference_mode(mode))
 
 
 def leave(entered: _Open) -> None:
@@ -97,26 +93,34 @@ class Watcher(Protocol):
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """Tell `watcher`, while open."""
+
+    def apply(call: Any, function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        return watcher.applied(function, call, args, kwargs)
+
+    def manual_seed(original: Any, seed: int) -> Any:
+        watcher.entered(original, (int(seed),))
+        return original(seed)
+
+    def as_subclass(original: Any, tensor: Tensor, kind: type[Tensor]) -> Tensor:
+        result: Tensor = original(tensor, kind)
+        watcher.rewrapped(tensor, kind, result)
+        return result
+
+    @contextmanager
+    def disable_hooks(original: Any, message: str) -> Iterator[None]:
+        with watcher.without_hooks(), original(message):
+            yield
+
     with ExitStack() as stack:
-        stack.enter_context(patched(torch.autograd.Function, "apply", _apply(watcher)))
         for cls in (autocast, torch.inference_mode):
             enter, leave_ = _context(watcher, cls)
             stack.enter_context(patched(cls, "__enter__", enter))
             stack.enter_context(patched(cls, "__exit__", leave_))
-        stack.enter_context(patched(torch, "manual_seed", _seed(watcher)))
-        stack.enter_context(patched(Tensor, "as_subclass", _as_subclass(watcher)))
-        stack.enter_context(patched(torch.autograd.graph, "disable_saved_tensors_hooks", _disable(watcher)))
+        stack.enter_context(patched(torch.autograd.Function, "apply", apply))
+        stack.enter_context(patched(torch, "manual_seed", manual_seed))
+        stack.enter_context(patched(Tensor, "as_subclass", as_subclass))
+        stack.enter_context(patched(torch.autograd.graph, "disable_saved_tensors_hooks", disable_hooks))
         yield
-
-
-def _apply(watcher: Watcher) -> Callable[..., Any]:
-    original = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        call = original.__get__(None, cls)
-        return watcher.applied(cls, call, args, kwargs)
-
-    return apply
 
 
 def runs_modules(function: type[torch.autograd.Function], arguments: object) -> bool:
@@ -132,64 +136,30 @@ def holds_modules(tree: object) -> bool:
 
 
 def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    enter, leave_ = cls.__enter__, cls.__exit__
     entries: dict[int, list[object]] = {}
 
-    def watched_enter(self: Any) -> Any:
+    def enter(original: Any, self: Any) -> Any:
         if cls is autocast:
             entry = watcher.entered(enter_autocast, (self.device, self.fast_dtype, self._enabled, self._cache_enabled))
         else:
             entry = watcher.entered(enter_inference, (self.mode,))
         entries.setdefault(id(self), []).append(entry)
-        return enter(self)
+        return original(self)
 
-    def watched_leave(self: Any, *error: Any) -> Any:
-        result = leave_(self, *error)
+    def leave_(original: Any, self: Any, *error: Any) -> Any:
+        result = original(self, *error)
         if entries.get(id(self)):
             watcher.left(entries[id(self)].pop())
         return result
 
-    return watched_enter, watched_leave
-
-
-def _seed(watcher: Watcher) -> Callable[[int], torch.Generator]:
-    original = torch.manual_seed
-
-    def manual_seed(seed: int) -> torch.Generator:
-        watcher.entered(original, (int(seed),))
-        return original(seed)
-
-    return manual_seed
-
-
-def _as_subclass(watcher: Watcher) -> Callable[..., Tensor]:
-    original = Tensor.as_subclass
-
-    def as_subclass(tensor: Tensor, kind: type[Tensor]) -> Tensor:
-        result: Tensor = original(tensor, kind)
-        watcher.rewrapped(tensor, kind, result)
-        return result
-
-    return as_subclass
-
-
-def _disable(watcher: Watcher) -> Callable[[str], Any]:
-    original = torch.autograd.graph.disable_saved_tensors_hooks
-
-    @contextmanager
-    def disable(message: str) -> Iterator[None]:
-        with watcher.without_hooks(), original(message):
-            yield
-
-    return disable
+    return enter, leave_
 
 
 @contextmanager
 def watching_modules(call: Callable[[nn.Module, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
     """Let `call(module, original, args, kwargs)` stand for every call of a module."""
-    original = nn.Module.__call__
 
-    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def watched(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(module, original, args, kwargs)
 
     with patched(nn.Module, "__call__", watched):

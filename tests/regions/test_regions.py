@@ -30,7 +30,7 @@ def captured(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 
 def the_chain(graph_module: fx.GraphModule) -> tuple[Region, ...]:
     (chain,) = find_regions(graph_module).chains
-    return chain.regions
+    return chain
 
 
 # ---- drawn models
@@ -138,8 +138,7 @@ def found_in(model: nn.Module, *inputs: Tensor) -> list[list[list[str]]]:
     """The chains as the paths of their parameters; both rungs must agree."""
     one, two = both_rungs(model, *inputs)
     chains, others = (
-        [[list(region.parameters.values()) for region in chain.regions] for chain in found.chains]
-        for found in (one, two)
+        [[list(region.parameters.values()) for region in chain] for chain in found.chains] for found in (one, two)
     )
     assert chains == others
     return chains
@@ -355,8 +354,8 @@ def test_a_stretch_without_gradients_is_not_divided() -> None:
 
     _, recorded = both_rungs(Partly())
     (chain,) = recorded.chains
-    assert [list(r.parameters.values()) for r in chain.regions] == ws(0, 1, 2, 3, 4)
-    targets = [node.target for node in chain.regions[2].nodes]
+    assert [list(r.parameters.values()) for r in chain] == ws(0, 1, 2, 3, 4)
+    targets = [node.target for node in chain[2].nodes]
     assert targets.count(torch._C._set_grad_enabled) == 2
     assert targets[0] is torch._C._set_grad_enabled
 
@@ -501,7 +500,7 @@ def calls_to_find(graph_module: fx.GraphModule, depth: int) -> int:
     """How many functions are called to find the one chain: unlike time, the same on every machine."""
     with cProfile.Profile() as profile:
         found = find_regions(graph_module)
-    assert [len(chain.regions) for chain in found.chains] == [depth]
+    assert [len(chain) for chain in found.chains] == [depth]
     return sum(entry.callcount for entry in profile.getstats())
 
 
