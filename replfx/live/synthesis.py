@@ -234,7 +234,7 @@ class Synthesis(nn.Module):
         return laid_out(theta, mesh, self.tensor_parallel, dtype)
 
     def _synthesize(self, names: tuple[str, ...] | None, *, alone: bool) -> dict[str, Tensor]:
-        """Weights, where the neighbours are sharded as the fusion's operations leave them.
+        """Weights; if the neighbours are sharded, they lie as the fusion's operations leave them.
 
         Args:
             names: which; None for all. More may come.

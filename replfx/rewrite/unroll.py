@@ -87,8 +87,8 @@ def unroll(
             parameters of the kept blocks.
         optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
             coefficients. Their moments start as the means of their neighbours'; the state of all other parameters
-            stays, and so does what a learning-rate scheduler knows. It then is as if it had been made for the full
-            model: its state_dict fits that.
+            stays, and so does what a learning-rate scheduler knows. Its state_dict then fits an optimizer that was made
+            for the full model.
         example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone:
             their inner batch normalisation is set to the statistics of what it gets.
         blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.

@@ -132,7 +132,7 @@ class _Check:
         return True
 
     def _check_runs_for_real(self) -> None:
-        """Check no more than that it runs: shapes may hang on values, which are others now, as those of found boxes."""
+        """Check only that it runs: shapes may depend on values, as on boxes that are found, and these differ now."""
         twin, inputs = real_twin(self.model, self.original.inputs)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
