@@ -8,7 +8,7 @@ from torch import nn
 
 from replfx.calibration import calibrate as fit
 from replfx.chains.find import find_chains
-from replfx.chains.policy import Choosable, policy_of
+from replfx.chains.policy import Choosable, Rules, policy_of
 from replfx.chains.select import select as select_blocks
 from replfx.errors import CalibrationError, FusionError, NoChainError, PlanError, VerifyError
 from replfx.fusion.registry import AUTO
@@ -99,7 +99,7 @@ def transform(
         ['blocks.1', 'blocks.3', 'blocks.5', 'blocks.7', 'blocks.9']
         >>> optimizer = torch.optim.AdamW(model.parameters())
     """
-    given: dict[str, object] = {"every": every, "fraction": fraction, "keep": keep, "select": select}
+    given: Rules = {"every": every, "fraction": fraction, "keep": keep, "select": select}
     if calibrate is not None and inplace:
         raise CalibrationError(
             "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
@@ -109,20 +109,13 @@ def transform(
     expected = None
     if budget is not None:
         chosen = _within(model, example_inputs, budget, given, fusion, operator, split_at)
-        select, operator, expected = chosen.paths, chosen.operator, chosen.expected
-        plan = None if select else Plan(type(model).__name__)  # the model is within it as it is
+        given, operator, expected = {"select": chosen.paths}, chosen.operator, chosen.expected
+        plan = None if chosen.paths else Plan(type(model).__name__)  # the model is within it as it is
     if plan is not None:
         made = apply(model, plan, example_inputs, inplace=inplace)
     else:
         policy = policy_of(
-            every=every,
-            fraction=fraction,
-            keep=keep,
-            select=select,
-            split_at=split_at,
-            fusion=fusion,
-            operator=operator,
-            neighbour_gradient=neighbour_gradient,
+            **given, split_at=split_at, fusion=fusion, operator=operator, neighbour_gradient=neighbour_gradient
         )
         _refuse_transformed(model)
         made = carry_out(prepare(model, model if inplace else faithful_copy(model), example_inputs, policy))
@@ -214,21 +207,14 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
+    given: Rules = {"every": every, "fraction": fraction, "keep": keep, "select": select}
     if budget is not None:
-        given = {"every": every, "fraction": fraction, "keep": keep, "select": select}
         chosen = _within(model, example_inputs, budget, given, fusion, operator, split_at)
-        select, operator = chosen.paths, chosen.operator
-        if not select:
+        given, operator = {"select": chosen.paths}, chosen.operator
+        if not chosen.paths:
             return Plan(type(model).__name__)  # the model is within it as it is
     policy = policy_of(
-        every=every,
-        fraction=fraction,
-        keep=keep,
-        select=select,
-        split_at=split_at,
-        fusion=fusion,
-        operator=operator,
-        neighbour_gradient=neighbour_gradient,
+        **given, split_at=split_at, fusion=fusion, operator=operator, neighbour_gradient=neighbour_gradient
     )
     _refuse_transformed(model)
     selection = select_blocks(find_chains(capture_lazily(model, example_inputs)), policy)

@@ -133,12 +133,7 @@ class _Found:
         return twins, refused
 
     def _plan(
-        self,
-        operator: Choice,
-        *,
-        every: int | None = None,
-        keep: int | None = None,
-        paths: Sequence[str] | None = None,
+        self, operator: Choice, *, every: int | None = None, keep: int | None = None, paths: Sequence[str] | None = None
     ) -> Plan:
         policy = policy_of(
             every=every, keep=keep, select=paths, operator=operator, fusion=self._fusion, split_at=self._split_at
@@ -177,12 +172,9 @@ class _Search:
         """The mildest plan within the budget; a PlanError if there is none."""
         if self._fits(self._untouched):
             return self._chosen(AUTO, (), self._untouched)
-        for halved in (True, False):
-            for twin in self.twins:
-                for paths in self._selections(twin, halved):
-                    planned = self.costs.planned(twin.operator, set(paths))
-                    if self._fits(planned):
-                        return self._chosen(twin.operator, paths, planned)
+        for twin, paths, planned in self._plans():
+            if self._fits(planned):
+                return self._chosen(twin.operator, paths, planned)
         raise PlanError(self._nothing())
 
     def knowing(self, chosen: Chosen, peak: int, ratio: float) -> "_Search":
@@ -199,6 +191,13 @@ class _Search:
     def _chosen(self, operator: str, paths: tuple[str, ...], planned: Figures) -> Chosen:
         expected = Expectation(self.budget.asked, self.device, self.costs.full, planned)
         return Chosen(Choice(operator, dict(self.given)), paths, expected)
+
+    def _plans(self) -> Iterator[tuple[Twin, tuple[str, ...], Figures]]:
+        """All plans in the order in which they are tried, with what they are expected to cost."""
+        for halved in (True, False):
+            for twin in self.twins:
+                for paths in self._selections(twin, halved):
+                    yield twin, paths, self.costs.planned(twin.operator, set(paths))
 
     def _selections(self, twin: Twin, halved: bool) -> Iterator[tuple[str, ...]]:
         """More and more blocks: of those that are replaced first, or all of these and more and more others."""
@@ -231,12 +230,10 @@ class _Search:
     def _nothing(self) -> str:
         """What is possible, where what was asked for is not."""
         best: dict[str, tuple[float, Twin, tuple[str, ...], Figures]] = {}
-        for twin in self.twins:
-            for paths in (p for halved in (True, False) for p in self._selections(twin, halved)):
-                planned = self.costs.planned(twin.operator, set(paths))
-                for name, needed in self.budget.needed(self.costs.full, planned).items():
-                    if name not in best or needed < best[name][0]:
-                        best[name] = needed, twin, paths, planned
+        for twin, paths, planned in self._plans():
+            for name, needed in self.budget.needed(self.costs.full, planned).items():
+                if name not in best or needed < best[name][0]:
+                    best[name] = needed, twin, paths, planned
         said = [
             f"{self._least(name, planned)} (`{twin.operator}` in the place of {listed(paths)})"
             for name, (_, twin, paths, planned) in best.items()

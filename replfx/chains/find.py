@@ -17,7 +17,7 @@ from replfx.chains.why_not import why_not
 from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired, too_unlike
 from replfx.modules.paths import ancestors, is_region, members_of, parameters_of, region_path
-from replfx.modules.structure import Signature, class_of, family, signature, unfit_to_replace
+from replfx.modules.structure import class_of, family, signature, unfit_to_replace
 from replfx.operators import Site
 from replfx.operators.residual import keeps_shape
 from replfx.regions.find import find_regions
@@ -181,26 +181,20 @@ class _Kinds:
     """Numbers the kinds of blocks, and compares them once a pair of kinds."""
 
     def __init__(self) -> None:
-        self._signatures: dict[int, Signature] = {}
+        self._known: dict[nn.Module, int] = {}
         self._numbers: dict[Hashable, int] = {}
         self._examples: list[nn.Module] = []
         self._likeness: dict[tuple[int, int], float] = {}
-        self._keep: list[nn.Module] = []  # an id would be given out again
-
-    def signature(self, module: nn.Module) -> Signature:
-        """The signature of a module, computed once."""
-        if id(module) not in self._signatures:
-            self._keep.append(module)
-            self._signatures[id(module)] = signature(module)
-        return self._signatures[id(module)]
 
     def of(self, module: nn.Module) -> int:
         """The number of the module's kind: the same for modules of equal signatures."""
-        key = tuple(self.signature(module).items())
-        if key not in self._numbers:
-            self._numbers[key] = len(self._examples)
-            self._examples.append(module)
-        return self._numbers[key]
+        if module not in self._known:
+            key = tuple(signature(module).items())
+            if key not in self._numbers:
+                self._numbers[key] = len(self._examples)
+                self._examples.append(module)
+            self._known[module] = self._numbers[key]
+        return self._known[module]
 
     def difference(self, one: nn.Module, other: nn.Module) -> str | None:
         """The first thing for which two modules cannot follow each other in a chain; None if they can."""

@@ -10,7 +10,7 @@ from replfx.fusion.registry import AUTO
 from replfx.operators.auto import resolve_auto
 from replfx.operators.base import operators
 
-__all__ = ["RULES", "Choosable", "Options", "Policy", "policy_of"]
+__all__ = ["RULES", "Choosable", "Options", "Policy", "Rules", "policy_of"]
 
 Choosable: TypeAlias = str | Mapping[str, object] | Choice
 
@@ -19,21 +19,10 @@ RULES = ("every", "fraction", "select", "keep")
 
 @dataclass(frozen=True)
 class Policy:
-    """Which blocks of each chain are replaced, and by what.
+    """Which blocks of each chain are replaced, and by what: the options of `replfx.transform`, checked.
 
     Exactly one of `every`, `fraction`, `select` and `keep` is given. A replaced block is made from the nearest kept
     block on each side.
-
-    Attributes:
-        every: k ≥ 2 replaces blocks k, 2k, … of each chain, never its last. They are counted from 1, anew from
-            each block that changes the shape of its activation or begins a new stage; those that change it stay.
-        fraction: 0 < f ≤ ½ replaces that part of each chain, spread evenly, never two in a row.
-        select: paths or globs ("blocks.1", "layer3.*"); every match is replaced.
-        keep: a number of blocks of each chain that stay, or the share of them; the rest is replaced.
-        fusion, operator: what takes a replaced block's place.
-        neighbour_gradient: factor 0 ≤ λ ≤ 1 on the gradient into the neighbours.
-        split_at: paths of the modules with which a pipeline stage begins: blocks are chosen in each stage as if it
-            were a model of its own.
     """
 
     every: int | None = None
@@ -71,13 +60,18 @@ class Policy:
         fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
 
 
-class Options(TypedDict, total=False):
-    """The options of `replfx.transform` that make a policy, as a user gives them."""
+class Rules(TypedDict, total=False):
+    """The options of `replfx.transform` that say which blocks are replaced, one instead of another."""
 
     every: int | None
     fraction: float | None
     keep: int | float | None
     select: str | Sequence[str] | None
+
+
+class Options(Rules, total=False):
+    """The options of `replfx.transform` that make a policy, as a user gives them."""
+
     split_at: str | Sequence[str] | None
     fusion: Choosable
     operator: Choosable

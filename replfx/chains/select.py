@@ -91,7 +91,7 @@ class _Chooser:
                 raise FusionError(f"`{path}`: {why}")
             self.refused[path] = why
             left = chosen - {i}
-            matches = {j: m for j, m in matches.items() if _sides(chain, j, left) == _sides(chain, j, chosen)}
+            matches = {j: m for j, m in matches.items() if _sides(j, left) == _sides(j, chosen)}
             chosen = left
         return [self._replacement(chain, i, chosen, matches[i]) for i in sorted(chosen)]
 
@@ -99,7 +99,7 @@ class _Chooser:
         """Whether the operator fits a block beside those that stay; of twins one is measured."""
         block, site = chain.blocks[position], _site(chain, position, chosen)
         if self.operator.needs_neighbours:
-            sides = [chain.blocks[side] for side in _sides(chain, position, chosen)]
+            sides = [chain.blocks[side] for side in _sides(position, chosen)]
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
         key = twin_key(site) if self.operator.matches_by_structure else None
@@ -144,7 +144,7 @@ class _Chooser:
 
     def _replacement(self, chain: Chain, position: int, chosen: Set[int], match: Match) -> Replacement:
         site = chain.blocks[position].site
-        before, after = _sides(chain, position, chosen)
+        before, after = _sides(position, chosen)
         fusion = self.policy.fusion
         if self.operator.needs_neighbours:
             fusion = _by_distance(fusion, position - before, after - position)
@@ -171,7 +171,7 @@ def _named(chain: Chain, position: int) -> tuple[str, str] | tuple[None, None]:
     return block.path, block_digest(block.site.block)
 
 
-def _sides(chain: Chain, position: int, chosen: Set[int]) -> tuple[int, int]:
+def _sides(position: int, chosen: Set[int]) -> tuple[int, int]:
     """The nearest blocks on each side that stay; beyond the chain where there is none."""
     before, after = position - 1, position + 1
     while before in chosen:
@@ -192,7 +192,7 @@ def _by_distance(fusion: Choice, before: int, after: int) -> Choice:
 def _site(chain: Chain, position: int, chosen: Set[int]) -> Site:
     """The block's site, with its neighbours."""
     before, after = (
-        chain.blocks[p].site.block if 0 <= p < len(chain.blocks) else None for p in _sides(chain, position, chosen)
+        chain.blocks[p].site.block if 0 <= p < len(chain.blocks) else None for p in _sides(position, chosen)
     )
     return replace(chain.blocks[position].site, previous=before, next=after)
 
@@ -240,7 +240,7 @@ def _selected(wanted: set[str], chain: Chain) -> list[int]:
 
 def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
     """A replaced block needs a kept one on each side."""
-    before, after = _sides(chain, position, positions)
+    before, after = _sides(position, positions)
     if before >= 0 and after < len(chain.blocks):
         return
     end = 0 if before < 0 else len(chain.blocks) - 1

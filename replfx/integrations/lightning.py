@@ -19,7 +19,7 @@ class Unroll(Callback):
     """Unrolls the transformed model in a LightningModule after a part of the training.
 
     A run that goes on from a checkpoint (`ckpt_path=`) unrolls what the checkpoint has at full depth before its weights
-    are loaded. A checkpoint of after that is one of the plain model.
+    are loaded. A later checkpoint is one of the plain model.
 
     Args:
         unroll_at: as for `replfx.Schedule`; shares are of `trainer.estimated_stepping_batches`.

@@ -17,7 +17,7 @@ class Unroll(TrainerCallback):
     """Unrolls the transformed model of a Trainer after a part of the training.
 
     A run that goes on (`resume_from_checkpoint=`) unrolls what the checkpoint has at full depth before its weights are
-    loaded. A checkpoint of after that is one of the plain model.
+    loaded. A later checkpoint is one of the plain model.
 
     Args:
         unroll_at: as for `replfx.Schedule`; shares are of the Trainer's `max_steps`.

@@ -320,12 +320,12 @@ def _of_container(base: type[nn.Module]) -> _Namespace:
     return {}
 
 
-def _own_modules(self: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in self._modules.items() if name != SUBMODULE and module is not None}
+def _own_modules(self: nn.Module) -> dict[str, nn.Module | None]:
+    return {name: module for name, module in self._modules.items() if name != SUBMODULE}
 
 
 def _item(self: nn.Module, index: int | slice) -> Any:
-    found = list(_own_modules(self).values())
+    found: list[Any] = list(_own_modules(self).values())
     if isinstance(index, slice):
         return nn.Sequential(*found[index]) if isinstance(self, nn.Sequential) else nn.ModuleList(found[index])
     return found[index]

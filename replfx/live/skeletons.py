@@ -102,12 +102,10 @@ def _like_theirs(block: nn.Module, neighbours: Sequence[nn.Module]) -> None:
     """Copy running statistics from a neighbour, and cast other buffers to its dtype; masks and tables stay."""
     theirs = {name: buffer for side in reversed(neighbours) for name, buffer in side.named_buffers()}
     for name, mine in list(block.named_buffers()):
-        path, _, leaf = name.rpartition(".")
         if name in theirs:
+            owner, leaf = _slot(block, name)
             statistics = leaf.startswith("running_") and theirs[name].shape == mine.shape
-            block.get_submodule(path)._buffers[leaf] = (
-                theirs[name].detach().clone() if statistics else mine.to(theirs[name].dtype)
-            )
+            owner._buffers[leaf] = theirs[name].detach().clone() if statistics else mine.to(theirs[name].dtype)
 
 
 def _without_values(tensor: Tensor) -> Tensor:

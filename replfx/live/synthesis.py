@@ -171,12 +171,12 @@ class Synthesis(nn.Module):
             return self.shared[name]
         if torch.compiler.is_compiling():
             return self._laid_out(self._synthesize((name,), alone=True), None)[name]
-        call = _running().get(self)
+        call = _local.calls.get(self)
         if call is None or functorch_is_active():
             theta = self._laid_out(self._synthesize((name,), alone=True), None)[name]
         else:
             theta = call.weights()[name]
-        for note in getattr(_local, "watchers", ()):
+        for note in _local.watchers:
             note(self, name, theta)
         return theta
 
@@ -189,7 +189,7 @@ class Synthesis(nn.Module):
 
     def runs(self) -> bool:
         """Whether the block is being called, in this thread."""
-        return self in _running()
+        return self in _local.calls
 
     def operate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operator gives for a call of the block."""
@@ -235,7 +235,7 @@ class Synthesis(nn.Module):
         return laid_out(theta, mesh, self.tensor_parallel, dtype)
 
     def _synthesize(self, names: tuple[str, ...] | None, *, alone: bool) -> dict[str, Tensor]:
-        """Weights, where the neighbours are sharded as the fusion's operations leave them.
+        """Weights; if the neighbours are sharded, they lie as the fusion's operations leave them.
 
         Args:
             names: which; None for all. More may come.
@@ -323,15 +323,16 @@ class Synthesis(nn.Module):
 
 # ---- one call of a block
 
-_local = threading.local()
+
+class _Local(threading.local):
+    """The blocks that are being called in a thread, and who is told of what is read there."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Synthesis, _Call] = {}
+        self.watchers: tuple[Callable[[Synthesis, str, Tensor], None], ...] = ()
 
 
-def _running() -> dict[Synthesis, _Call]:
-    """The blocks that are being called in this thread."""
-    found: dict[Synthesis, _Call] | None = getattr(_local, "calls", None)
-    if found is None:
-        found = _local.calls = {}
-    return found
+_local = _Local()
 
 
 @contextmanager
@@ -349,14 +350,14 @@ def written_weights() -> Iterator[Callable[[], dict[Synthesis, list[str]]]]:
                 found[synthesis].append(name)
         return {synthesis: names for synthesis, names in found.items() if names}
 
-    def note(synthesis: Synthesis, name: str, theta: Tensor) -> None:
-        seen.append((synthesis, name, theta))
+    def note(*read: Any) -> None:
+        seen.append(read)
 
-    _local.watchers = (*getattr(_local, "watchers", ()), note)
+    before, _local.watchers = _local.watchers, (*_local.watchers, note)
     try:
         yield written
     finally:
-        _local.watchers = tuple(watcher for watcher in _local.watchers if watcher is not note)
+        _local.watchers = before
 
 
 @dataclass(slots=True)
@@ -369,10 +370,10 @@ class _Call:
     made: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
 
     def __enter__(self) -> None:
-        _running()[self.synthesis] = self
+        _local.calls[self.synthesis] = self
 
     def __exit__(self, *error: object) -> None:
-        del _running()[self.synthesis]
+        del _local.calls[self.synthesis]
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of the block, synthesised when the first is asked for."""

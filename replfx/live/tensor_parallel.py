@@ -81,24 +81,22 @@ def laid_out(
         parallel: says of some weights how they are to lie.
         dtype: what DTensors are to be in; None leaves them.
     """
-    given = {} if parallel is None else parallel.layouts
-    return {
-        name: on_mesh(tensor, parallel.mesh, given[name], dtype)
-        if parallel is not None and name in given
-        else gather(tensor, dtype)
-        if mesh is None
-        else _beside(tensor, mesh, dtype)
-        for name, tensor in theta.items()
-    }
+
+    def lay_out(name: str, tensor: Tensor) -> Tensor:
+        if parallel is not None and name in parallel.layouts:
+            return on_mesh(tensor, parallel.mesh, parallel.layouts[name], dtype)
+        return gather(tensor, dtype) if mesh is None else _beside(tensor, mesh, dtype)
+
+    return {name: lay_out(name, tensor) for name, tensor in theta.items()}
 
 
 def _beside(tensor: Tensor, mesh: "DeviceMesh", dtype: torch.dtype | None) -> Tensor:
     """A synthesised weight for an activation that is a DTensor: as it lies if that is on its mesh, else replicated."""
     from torch.distributed.tensor import Replicate
 
-    lies_there = is_dtensor(tensor) and tensor.device_mesh == mesh
-    placements = tensor.placements if lies_there and is_dtensor(tensor) else [Replicate()] * mesh.ndim
-    return on_mesh(tensor, mesh, placements, dtype)
+    if is_dtensor(tensor) and tensor.device_mesh == mesh:
+        return on_mesh(tensor, mesh, tensor.placements, dtype)
+    return on_mesh(tensor, mesh, [Replicate()] * mesh.ndim, dtype)
 
 
 def on_mesh(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"], dtype: torch.dtype | None) -> Tensor:

@@ -17,7 +17,10 @@ from replfx.plans import Plan, Replacement
 from replfx.reports.report import BlockReport, Report, Totals
 from replfx.tracing import Cost, Inputs, costs_of
 
-__all__ = ["describe_chains", "describe_plan", "with_costs", "with_layers"]
+__all__ = ["WAS_NO_MODULE", "describe_chains", "describe_plan", "with_costs", "with_layers"]
+
+WAS_NO_MODULE = "it was no module, and only operator='block' gives such a block back"
+"""Why a block that was a region cannot be unrolled."""
 
 
 def describe_chains(found: Chains, model: nn.Module, selection: Selection | None = None) -> Report:
@@ -28,9 +31,9 @@ def describe_chains(found: Chains, model: nn.Module, selection: Selection | None
     blocks = []
     for index, chain in enumerate(found.chains):
         for block in chain.blocks:
-            flops, saved = _sum_costs(block.site.nodes)
-            size, kept = _trainable(block.site.block.parameters()), kept_for.get(block.path)
-            blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept))
+            costs, size = _totals(block.site.nodes), _trainable(block.site.block.parameters())
+            flops, saved = (None, None) if costs is None else (costs.flops, costs.saved_bytes)
+            blocks.append(BlockReport(block.path, index, size, flops, saved, kept=kept_for.get(block.path)))
     count = _trainable(model.parameters())
     return Report(
         model=type(model).__name__,
@@ -83,11 +86,7 @@ def _chains_of_plan(plan: Plan) -> list[list[str]]:
 
 
 def with_costs(
-    report: Report,
-    before: nn.Module,
-    after: nn.Module,
-    inputs: Inputs | None,
-    measured: tuple[int, int] | None = None,
+    report: Report, before: nn.Module, after: nn.Module, inputs: Inputs | None, measured: tuple[int, int] | None = None
 ) -> Report:
     """The report with what the model cost before and costs after, if there are example inputs to run it on.
 
@@ -143,7 +142,7 @@ def _why_not_unrolled(replacement: Replacement) -> str | None:
     if kind.unrolls:
         return None
     if is_region(replacement.path):
-        return "it was no module, and only operator='block' gives such a block back"
+        return WAS_NO_MODULE
     if kind.restore is Operator.restore:
         return f"operator {name!r} does not say how it goes back into a full block"
     return fold if isinstance(fold, str) else None
@@ -159,12 +158,8 @@ def _unrolling_notes(blocks: Iterable[BlockReport]) -> list[str]:
 
 
 def _totals(nodes: Iterable[fx.Node]) -> Totals | None:
-    flops, saved = _sum_costs(nodes)
-    return None if flops is None or saved is None else Totals(flops, saved)
-
-
-def _sum_costs(nodes: Iterable[fx.Node]) -> tuple[int | None, int | None]:
+    """What nodes cost together; None if that is not known of all."""
     costs = [node.meta["replfx"] for node in nodes if isinstance(node.meta.get("replfx"), Cost)]
     if not costs or any(cost.flops is None for cost in costs):
-        return None, None
-    return sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs)
+        return None
+    return Totals(sum(cost.flops for cost in costs), sum(cost.saved_bytes for cost in costs))

@@ -18,6 +18,7 @@ from replfx.modules.paths import head_of, is_named, is_region
 from replfx.modules.structure import move_hooks, redirect, set_submodule
 from replfx.operators.mixer import MixerOperator
 from replfx.regions.graph_module import Rewritten, restore_region
+from replfx.reports.describe import WAS_NO_MODULE
 from replfx.rewrite.optimizers import check_optimizer, hand_over, in_order
 from replfx.rewrite.state import Placement, forget, placed_blocks
 from replfx.rewrite.wrappers import gather_nothing, tell_of_change
@@ -95,8 +96,8 @@ def unroll(
             parameters of the kept blocks.
         optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
             coefficients. Their moments start as the means of their neighbours', or as copies too; the state of all
-            other parameters stays, and so does what a learning-rate scheduler knows. It then is as if it had been made
-            for the full model: its state_dict fits that.
+            other parameters stays, and so does what a learning-rate scheduler knows. Its state_dict then fits an
+            optimizer that was made for the full model.
         example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone,
             whose outputs stay: their inner batch normalisation is set to the statistics of what it gets.
         blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.
@@ -125,7 +126,7 @@ def unroll(
     gather_nothing(root)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
     # Of a window, `block` is the first member alone; it has the coefficients.
-    before = {p: {*at.block.parameters(), *_parameters(root, p, at).values()} for p, at in placed.items()}
+    before = {path: {*at.block.parameters(), *_parameters(root, at).values()} for path, at in placed.items()}
     like = {path: at.synthesis.counterparts() for path, at in placed.items()}
     known = set(root.parameters())
     with torch.no_grad():
@@ -133,7 +134,7 @@ def unroll(
         tell_of_change(root, _new_parameters(root, placed, like, known))
         if optimizer is not None:
             for path, placement in placed.items():
-                hand_over(optimizer, before[path], _parameters(root, path, placement), like[path], copies=copies)
+                hand_over(optimizer, before[path], _parameters(root, placement), like[path], copies=copies)
             in_order(optimizer, model, set(root.parameters()) - known)
     _finish(root, placed)
     return model
@@ -199,7 +200,7 @@ def _full_block(
 ) -> nn.Module:
     try:
         if is_region(path) or synthesis.skeleton is None:
-            raise FusionError("it was no module, and only operator='block' gives such a block back")
+            raise FusionError(WAS_NO_MODULE)
         if synthesis.tensor_parallel is not None:
             raise FusionError("it is tensor parallel, and only operator='block' gives such a block back")
         block = synthesis.skeleton.full_block(synthesis.neighbours, like, copies=copies)
@@ -278,7 +279,7 @@ def _complete(placement: Placement, full: nn.Module) -> None:
         getattr(block, name).update(getattr(full, name))
 
 
-def _parameters(root: nn.Module, path: str, placement: Placement) -> dict[str, nn.Parameter]:
+def _parameters(root: nn.Module, placement: Placement) -> dict[str, nn.Parameter]:
     """The parameters that a block and its members have now, by their names in it."""
     if not placement.synthesis.names:
         return dict(placement.block.named_parameters())
@@ -299,7 +300,7 @@ def _new_parameters(
     return {
         parameter: next((side[name] for side in like[path] if name in side), None)
         for path, placement in placed.items()
-        for name, parameter in _parameters(root, path, placement).items()
+        for name, parameter in _parameters(root, placement).items()
         if parameter not in known
     }
 

@@ -79,7 +79,7 @@ def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: C
     if inputs is None:
         return Verified()
     look = seen.look or Look(Draws.HIGH, model.training)
-    check = _Check(model, original, inputs, plan)
+    check = _Check(model, _Rehearsal(original, inputs), plan)
     with undisturbed(model), steered(look.draws, model):
         rehearsal = _Rehearsal(model, inputs, list(original.parameters()))
         after = rehearsal.run(look.training, trained=True)
@@ -91,18 +91,17 @@ def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: C
 
 @dataclass(frozen=True, eq=False)
 class _Check:
-    """What runs of a transformed model are held against; fields as `verify` has them."""
+    """What runs of a transformed model are held against: those of the original."""
 
     model: nn.Module
-    original: nn.Module
-    inputs: Inputs
+    original: "_Rehearsal"
     plan: Plan
 
     def run(self, after: "_Run | _Failure", training: bool, outputs: Sequence[tuple[int, ...]] | None) -> list[str]:
         """Raise VerifyError if the run is not as it was; notes say what is not known."""
         if after == _Run(outputs, frozenset()):
             return []
-        before = self._before(training, trained=True)
+        before = self.original.run(training, trained=True)
         if isinstance(before, _Failure):  # the capture ran the model for real for the same reason
             self._check_runs_for_real()
             return [f"shapes and gradients not verified: {type(before.error).__name__} under fake tensors"]
@@ -119,30 +118,28 @@ class _Check:
 
     def other_mode(self, after: "_Run | _Failure", training: bool) -> None:
         """Raise VerifyError if the model does not run in the other mode, but did."""
-        if isinstance(after, _Failure) and isinstance(self._before(training, trained=training), _Run):
+        if isinstance(after, _Failure) and isinstance(self.original.run(training, trained=training), _Run):
             raise _broken(after, f" in {'training' if training else 'evaluation'} mode")
 
     def _had_gradient(self, name: str, before: "_Run") -> bool:
         """Whether a parameter of the transformed model had a gradient; for a new one, whether any of its block had."""
-        had = dict(self.original.named_parameters()).keys() - before.without
+        original = self.original.model
+        had = dict(original.named_parameters()).keys() - before.without
         if name in before.without or name in had:
             return name in had
         for replacement in self.plan.replacements:
-            if not is_region(replacement.path) and name.startswith(f"{head_of(self.original, replacement.path)}."):
-                return not had.isdisjoint(parameters_of(self.original, replacement.path))
+            if not is_region(replacement.path) and name.startswith(f"{head_of(original, replacement.path)}."):
+                return not had.isdisjoint(parameters_of(original, replacement.path))
         return True
 
     def _check_runs_for_real(self) -> None:
-        """Check no more than that it runs: shapes may hang on values, which are others now, as those of found boxes."""
-        twin, inputs = real_twin(self.model, self.inputs)
+        """Check only that it runs: shapes may depend on values, as on boxes that are found, and these differ now."""
+        twin, inputs = real_twin(self.model, self.original.inputs)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 twin(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise _broken(_Failure.of(error, twin)) from error
-
-    def _before(self, training: bool, *, trained: bool) -> "_Run | _Failure":
-        return _Rehearsal(self.original, self.inputs, list(self.original.parameters())).run(training, trained=trained)
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,7 @@ class _Rehearsal:
     The model's code may reach the parameters in `reachable` although they are none of its own any more.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter] = ()) -> None:
         self.model, self.inputs = model, inputs
         self.reachable = [*reachable, *model.parameters()]
         self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None

@@ -247,6 +247,20 @@ def test_optimizers_find_parameters_in_the_order_that_they_had() -> None:
     assert list(listed.state_dict()) == list(nn.Sequential(*(Listed() for _ in range(5))).state_dict())
 
 
+def test_a_container_keeps_its_empty_places() -> None:
+    class Gapped(nn.ModuleList):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](self[0](x).relu())
+
+    model = nn.Sequential(*(Gapped([nn.Linear(4, 4), None, nn.Linear(4, 4)]) for _ in range(5)))  # type: ignore[list-item]
+    made = replfx.transform(model, X)
+    assert replfx.report(made).replaced == ["1", "3"]
+    for block in made:
+        assert len(block) == 3
+        assert [module is None for module in block] == [False, True, False]
+        assert block[1] is None
+
+
 # ---- threads
 
 
