@@ -224,7 +224,7 @@ def check_gradients(made: nn.Module, originally: set[str], now: set[str]) -> Non
 
 
 def check_state_dict(made: nn.Module, model: nn.Module, x: Tensor) -> None:
-    twin = replfx.apply(model, made._replfx.plan)  # type: ignore[union-attr]
+    twin = replfx.apply(model, made._replfx.plan)
     twin.load_state_dict(made.state_dict(), strict=True)
     made.eval(), twin.eval()
     with torch.no_grad():

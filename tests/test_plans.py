@@ -43,10 +43,10 @@ def test_there_and_back() -> None:
     ids = torch.randint(0, 31, (2, 8))
     for model, inputs in ((given_model(), None), (ConvNet(4), image), (GPT(), ids)):
         for options in ({"operator": "light"}, {"operator": "block", "fusion": "scalar_layer"}, {"every": 3}):
-            plan = replfx.plan(model, inputs, **options)  # type: ignore[arg-type]
+            plan = replfx.plan(model, inputs, **options)
             assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
-            assert replfx.plan(model, inputs, **options).to_json() == plan.to_json()  # type: ignore[arg-type]
-            assert replfx.plan(model, inputs, **options) == plan  # type: ignore[arg-type]
+            assert replfx.plan(model, inputs, **options).to_json() == plan.to_json()
+            assert replfx.plan(model, inputs, **options) == plan
             again = replfx.apply(model, Plan.from_json(plan.to_json()))
             assert replfx.report(again).replaced == [r.path for r in plan.replacements]
     assert Plan.from_json(Plan("Tower").to_json()) == Plan("Tower")
@@ -61,9 +61,9 @@ def test_it_is_plain_json_with_a_format_and_a_version() -> None:
 
 def test_a_plan_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        given_plan().model = "Other"  # type: ignore[misc]
+        given_plan().model = "Other"
     with pytest.raises(AttributeError):
-        given_plan().replacements[0].path = "other"  # type: ignore[misc]
+        given_plan().replacements[0].path = "other"
 
 
 def test_it_outlives_the_process_that_made_it() -> None:

@@ -57,7 +57,7 @@ def test_sizes(given: object, bytes: int) -> None:
 )
 def test_what_is_no_budget(budget: object, says: str) -> None:
     with pytest.raises(replfx.PlanError, match=says):
-        replfx.transform(tower(), X, budget=budget)  # type: ignore[arg-type]
+        replfx.transform(tower(), X, budget=budget)
 
 
 def test_one_way_of_choosing() -> None:
@@ -79,7 +79,7 @@ def test_steps_need_inputs() -> None:
 
 def _mildest(model: nn.Module, operator: str, share: float) -> int | None:
     """By hand: the fewest blocks, of any set of them, within the budget; all blocks are alike."""
-    inner = [f"blocks.{i}" for i in range(1, len(model.blocks) - 1)]  # type: ignore[arg-type]
+    inner = [f"blocks.{i}" for i in range(1, len(model.blocks) - 1)]
     for count in range(len(inner) + 1):
         for chosen in itertools.islice(itertools.combinations(inner, count), 1):
             made = replfx.transform(model, operator=operator, select=chosen) if chosen else model

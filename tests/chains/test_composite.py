@@ -41,8 +41,7 @@ class Inside(nn.Module):
             nn.init.normal_(parameter, std=0.2)
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        y: Tensor = self.inner(self.embed(x), *others, **self.given)
-        return y
+        return self.inner(self.embed(x), *others, **self.given)
 
 
 CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {

@@ -161,8 +161,7 @@ class Pair(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.blocks(x)
-        return y
+        return self.blocks(x)
 
 
 class Block(nn.Module):
@@ -212,6 +211,6 @@ def test_the_policy_says_what_it_leaves() -> None:
         ({"fraction": 0.2}, "fraction=0.2 leaves it"),
         ({"select": "blocks.5"}, "select does not name it"),
     ):
-        report = replfx.inspect(model, x, **policy)  # type: ignore[arg-type]
+        report = replfx.inspect(model, x, **policy)
         assert wanted in [block.kept for block in report.blocks]
         assert f": {wanted}" in " ".join(str(report).split())

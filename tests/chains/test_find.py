@@ -71,8 +71,7 @@ class Group(nn.Module):
         self.one, self.two = Mlp(), Plain()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.two(self.one(x))
-        return y
+        return self.two(self.one(x))
 
 
 def test_groups_whose_parts_alternate_are_themselves_the_blocks() -> None:
@@ -115,8 +114,7 @@ def test_a_change_of_shape_without_parameters_keeps_the_block() -> None:
             self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.pool(self.conv(x))
-            return y
+            return self.pool(self.conv(x))
 
     model, x = nn.Sequential(*(Pooled(i == 3) for i in range(7))), torch.randn(1, 4, 8, 8)
     assert chains(model, x) == [numbered("", 0, 1, 2, 3, 4, 5, 6)]
@@ -350,7 +348,7 @@ def test_quantised() -> None:
         """A tensor that stands for other data, as a quantised weight of another library does."""
 
         def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
-            return memo.setdefault(id(self), self.detach().clone().as_subclass(type(self)).requires_grad_())  # type: ignore[return-value]
+            return memo.setdefault(id(self), self.detach().clone().as_subclass(type(self)).requires_grad_())
 
     Codes.__module__ = "another_library.tensors"
     model = tower(6)
@@ -409,8 +407,7 @@ def test_a_block_that_reads_what_it_is_not_given() -> None:
             for block in self.blocks:
                 object.__setattr__(block, "side", [x.mean()])
                 x = block(x)
-            y: Tensor = self.head(x)
-            return y
+            return self.head(x)
 
     model = Giver(*(Sneaky() for _ in range(4)))
     reason = replfx.inspect(model, X).refused["blocks.1"]

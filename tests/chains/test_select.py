@@ -30,7 +30,7 @@ def found_in(length: int) -> Chains:
 
 def positions(length: int, **policy: object) -> list[int]:
     """Numbers, from 0, of the blocks that a policy chooses in one chain."""
-    plan = select(found_in(length), Policy(**policy)).plan  # type: ignore[arg-type]
+    plan = select(found_in(length), Policy(**policy)).plan
     return [int(r.path.removeprefix("blocks.")) for r in plan.replacements]
 
 
@@ -168,10 +168,10 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
 def test_impossible_policies(options: dict[str, object], message: str) -> None:
     with pytest.raises(replfx.PlanError, match=message):
-        Policy(**options)  # type: ignore[arg-type]
+        Policy(**options)
     if options:
         with pytest.raises(replfx.PlanError, match=message):
-            replfx.transform(tower(5), **options)  # type: ignore[arg-type]
+            replfx.transform(tower(5), **options)
 
 
 def test_unknown_names_are_refused_when_the_policy_is_made() -> None:

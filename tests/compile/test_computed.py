@@ -24,8 +24,7 @@ class Linear(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
-        return y
+        return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 class Convolution(nn.Module):
@@ -34,8 +33,7 @@ class Convolution(nn.Module):
         self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.norm(self.conv(x)).relu()
-        return y
+        return x + self.norm(self.conv(x)).relu()
 
 
 class Attention(nn.Module):
@@ -47,8 +45,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        y: Tensor = x + self.attention(h, h, h, need_weights=False)[0]
-        return y
+        return x + self.attention(h, h, h, need_weights=False)[0]
 
 
 class Twice(nn.Module):
@@ -59,8 +56,7 @@ class Twice(nn.Module):
         self.weight = nn.Parameter(torch.randn(8, 8) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + torch.tanh(x @ self.weight) @ self.weight
-        return y
+        return x + torch.tanh(x @ self.weight) @ self.weight
 
 
 TOKENS, PICTURES = (3, 4, 8), (2, 8, 5, 5)
@@ -206,8 +202,7 @@ class Writes(nn.Module):
             if i == 2:
                 self.write(self.inner[0].weight, self.inner[4].weight)
             x = block(x)
-        y: Tensor = self.inner[1](x)  # which reads it again
-        return y
+        return self.inner[1](x)  # which reads it again
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,7 @@ class Modes(nn.Module):
         x = self.inner.stem(x)
         with self.mode():
             y = self.inner.blocks(x).float()
-        z: Tensor = self.inner.blocks(x + y)
-        return z
+        return self.inner.blocks(x + y)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -157,8 +156,7 @@ def test_a_synthesis_of_a_synthesis_is_no_part_of_its_batch(outer: int, inner: i
     class Synthesised(nn.Module):
         @property
         def weight(self) -> Tensor:
-            theta: Tensor = read.synthesized()["fc1.weight"]
-            return theta
+            return read.synthesized()["fc1.weight"]
 
     model.source = Synthesised()  # what a fusion layer reads has to be in the model
     readings = [dict(side) for side in reader.replfx._readings]

@@ -144,8 +144,7 @@ def test_a_window_is_selected_by_its_path() -> None:
             self.features = model["features"]
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.features(x)
-            return y
+            return self.features(x)
 
     compiled, backend = replacing(Model(), "eager", select="features[6:9]")
     transformed = replfx.transform(Model(), x, select="features[6:9]")

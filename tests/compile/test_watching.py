@@ -74,8 +74,7 @@ SLOW = {"attention", "convolutions", "modules"}
 
 def _direct(model: Any) -> nn.Module:
     model.direct = True
-    made: nn.Module = model
-    return made
+    return model
 
 
 @pytest.mark.parametrize("name", some_slow(MODELS, SLOW))

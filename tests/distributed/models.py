@@ -21,8 +21,7 @@ class Attention(nn.Module):
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(
             -1
         )  # DTensors have no fused kernel here
-        mixed: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
-        return mixed
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
 class FusedAttention(nn.Module):
@@ -35,8 +34,7 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)
-        mixed: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
-        return mixed
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -45,8 +43,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return y
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

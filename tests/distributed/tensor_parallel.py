@@ -124,7 +124,7 @@ def _by_block(model: nn.Module) -> Wrapped:
     """As scripts do that go through the blocks of a model with one plan."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {path.removeprefix("blocks.*."): style for path, style in _everything_shared().items()}
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         replfx.parallelize_module(block, mesh, plan)
     return Wrapped(model, lambda x: x)
 
@@ -155,7 +155,7 @@ def _sharded_tensor(model: nn.Module, **options: bool) -> Wrapped:
     """Tensor parallelism within pairs of processes, FSDP2 across them."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     replfx.parallelize_module(model, mesh["tensor"], _everything_shared())
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         fully_shard(block, mesh=mesh["data"], **options)
     fully_shard(model, mesh=mesh["data"])
     rank, parts = mesh.get_local_rank("data"), mesh.size(0)
@@ -165,7 +165,7 @@ def _sharded_tensor(model: nn.Module, **options: bool) -> Wrapped:
 def _sharded_sequence(model: nn.Module) -> Wrapped:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     replfx.parallelize_module(model, mesh["tensor"], _sequence_shared())
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         fully_shard(block, mesh=mesh["data"], reshard_after_forward=False)
     fully_shard(model, mesh=mesh["data"])
     rank, parts, inner = mesh.get_local_rank("data"), mesh.size(0), mesh.get_local_rank("tensor")

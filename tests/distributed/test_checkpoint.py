@@ -74,7 +74,7 @@ class Run:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def weights(self) -> Weights:
-        return {name: whole_tensor(p).detach().clone() for name, p in self.model.named_parameters()}  # type: ignore[union-attr]
+        return {name: whole_tensor(p).detach().clone() for name, p in self.model.named_parameters()}
 
 
 def save(run: Run, folder: Path) -> None:

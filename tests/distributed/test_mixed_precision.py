@@ -97,7 +97,7 @@ def _check(case: Case, wrap: Callable[..., object], reduced: torch.dtype | None,
     for step in range(STEPS):
         with torch.no_grad():  # each step from the same numbers: a coefficient may round to either side of a tie
             for name, parameter in model.named_parameters():
-                single.get_parameter(name).copy_(whole_tensor(parameter))  # type: ignore[arg-type]
+                single.get_parameter(name).copy_(whole_tensor(parameter))
         x = (case.inputs(BATCH)[0].detach() + step).split(size)
         optimizer.zero_grad()
         result = model(x[rank])
@@ -106,10 +106,10 @@ def _check(case: Case, wrap: Callable[..., object], reduced: torch.dtype | None,
         wanted, sizes = _by_hand(single, x)
         largest = max(size for name, size in sizes.items() if ".fusion." in name)
         for name, parameter in model.named_parameters():
-            assert parameter.dtype == parameter.grad.dtype == torch.float32, name  # type: ignore[union-attr]
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
             tight = neighbours_of_shards and ".fusion." not in name and ".operator." not in name
             own = whole_tensor(parameter.grad)
-            error, scale = (own - wanted[name]).abs().max().item(), sizes[name]  # type: ignore[operator]
+            error, scale = (own - wanted[name]).abs().max().item(), sizes[name]
             if not exact and ".fusion." in name:  # sums in which much cancels
                 scale = largest
             limit = FLOAT32 if tight else ROUNDED if exact else COARSE
@@ -126,7 +126,7 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
         layers = fusion_layers(single)
         made = {path: _rounded(layer) for path, layer in layers.items()}
         for path, layer in layers.items():
-            layer._synthesize = lambda *_, made=made[path], **__: made  # type: ignore[method-assign, misc]
+            layer._synthesize = lambda *_, made=made[path], **__: made
         low = {name: p.to(LOW) for name, p in single.named_parameters()}
         torch.func.functional_call(single, low, (x.to(LOW),)).float().square().mean().backward()
         for layer in layers.values():

@@ -34,8 +34,7 @@ JOBS = [
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each process found, from one run of all."""
-    found: list[dict[str, str | None]] = on_ranks(STAGES, work, tmp_path_factory.mktemp("stages"), JOBS)
-    return found
+    return on_ranks(STAGES, work, tmp_path_factory.mktemp("stages"), JOBS)
 
 
 @pytest.mark.slow
@@ -58,7 +57,7 @@ def transformed() -> Tower:
 def pruned(model: Tower, first: int) -> Tower:
     """A copy that begins with a block."""
     part = copy.deepcopy(model)
-    part.stem = nn.Identity()  # type: ignore[assignment]
+    part.stem = nn.Identity()
     for number in range(first):
         setattr(part.blocks, str(number), nn.Identity())
     return part
@@ -81,7 +80,7 @@ def test_a_copy_without_a_neighbour_is_refused_in_its_first_forward_pass() -> No
     with pytest.raises(replfx.FusionError, match=PARTED.format(layer="blocks.3", neighbour="blocks.4")):
         before(torch.rand(2, 4))
     replfx.materialize(model)(torch.rand(2, 4))
-    pruned(replfx.materialize(model), 3)(x)  # type: ignore[arg-type]
+    pruned(replfx.materialize(model), 3)(x)
 
 
 def test_a_stage_put_together_by_hand_is_checked() -> None:
@@ -126,7 +125,7 @@ def test_pipeline_refuses_to_part_them(
 def test_what_is_no_stage_goes_on_working() -> None:
     model, x = transformed(), torch.rand(2, 8)
     model.blocks[3](x)
-    torch.utils.checkpoint.checkpoint(model.blocks[3], x, use_reentrant=False).sum().backward()  # type: ignore[no-untyped-call]
+    torch.utils.checkpoint.checkpoint(model.blocks[3], x, use_reentrant=False).sum().backward()
     torch.compile(model, fullgraph=True, backend="eager")(torch.rand(2, 4))
     torch.compile(copy.deepcopy(model.blocks), fullgraph=True, backend="eager")(x)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -139,4 +138,4 @@ def test_what_is_no_stage_goes_on_working() -> None:
 
 def test_a_stage_is_a_module() -> None:
     with pytest.raises(replfx.FusionError, match=r"a stage is a torch\.nn\.Module, not list"):
-        replfx.check_stage([nn.Linear(2, 2)])  # type: ignore[arg-type]
+        replfx.check_stage([nn.Linear(2, 2)])

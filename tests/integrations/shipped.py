@@ -20,8 +20,7 @@ OPERATORS = ("block", "light")
 def _vit() -> nn.Module:
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 5, "num_heads": 2, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **sizes)
-    return model
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
 
 
 def _images(count: int) -> Tensor:

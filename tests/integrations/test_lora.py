@@ -56,7 +56,7 @@ def test_adapters_stand_beside_the_weights_that_fusion_layers_read(operator: str
         for index in (0, 2, 4):
             for name in ("fc1", "fc2"):
                 layer = model.blocks[index].get_submodule(name)
-                pair = (layer.lora_B["default"].weight, layer.lora_A["default"].weight)  # type: ignore[index, union-attr]
+                pair = (layer.lora_B["default"].weight, layer.lora_A["default"].weight)
                 by_hand.get_parameter(f"blocks.{index}.{name}.weight").add_(2.0 * pair[0] @ pair[1])  # alpha/r
     torch.testing.assert_close(lora(POINTS), by_hand(POINTS))
     assert not torch.allclose(lora(POINTS), before(POINTS))

@@ -61,8 +61,7 @@ def transformed(name: str, operator: str = "block", **options: Any) -> Any:
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:
-    result: torch.Tensor = model(**inputs_of(name)).logits
-    return result
+    return model(**inputs_of(name)).logits
 
 
 # ---- operators
@@ -171,7 +170,7 @@ def test_the_plan_is_that_of_the_blocks_which_are_replaced_still(tmp_path: Path)
 def test_a_class_of_the_users_own_is_named(tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    class Mine(GPT2LMHeadModel):  # type: ignore[misc]
+    class Mine(GPT2LMHeadModel):
         pass
 
     model = replfx.transform(Mine(language_model("gpt2").config), inputs_of("gpt2"))

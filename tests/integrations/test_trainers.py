@@ -213,8 +213,7 @@ def bert(seed: int) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
-    model: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=17, max_position_embeddings=64, **SIZES))
-    return model
+    return BertForSequenceClassification(BertConfig(vocab_size=17, max_position_embeddings=64, **SIZES))
 
 
 def vit(seed: int) -> nn.Module:
@@ -222,8 +221,7 @@ def vit(seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     config = ViTConfig(image_size=8, patch_size=2, num_channels=1, **SIZES)
-    model: nn.Module = ViTForImageClassification(config)
-    return model
+    return ViTForImageClassification(config)
 
 
 def test_transformers_trainer(tmp_path: Path) -> None:

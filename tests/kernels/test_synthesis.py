@@ -25,7 +25,7 @@ def run(
     wanted = [(w, g) for w, g, one in zip(made, case.grads(device), case.ones, strict=True) if one.used]
     wanted = [(w, g) for w, g in wanted if w.requires_grad]
     if wanted:
-        torch.autograd.backward(*zip(*wanted, strict=True))  # type: ignore[arg-type]
+        torch.autograd.backward(*zip(*wanted, strict=True))
     return inputs, made
 
 
@@ -119,7 +119,7 @@ def test_one_tensor_everywhere(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_expanded_gradients(device: str) -> None:
     inputs = alike((5, 3), 2, channel=True).tensors(device)
-    sum(theta.sum() for theta in synthesize(*inputs)).backward()  # type: ignore[union-attr]
+    sum(theta.sum() for theta in synthesize(*inputs)).backward()
     for a, p in zip(inputs[2], inputs[0], strict=True):
         torch.testing.assert_close(a.grad, p.detach().sum(1))
 

@@ -69,7 +69,7 @@ HOLDERS = {
 def test_a_block_is_replaced_wherever_the_model_holds_it(holder: str, inplace: bool) -> None:
     torch.manual_seed(0)
     hold, run = HOLDERS[holder]
-    model, x = Held(hold, run), torch.randn(3, 4)  # type: ignore[arg-type]
+    model, x = Held(hold, run), torch.randn(3, 4)
     kept = [copy.deepcopy(getattr(model, f"block{i}")) for i in (0, 2, 4)]
     removed = replfx.transform(model, x, operator="identity")
     expected = x
@@ -89,12 +89,12 @@ def test_a_block_is_replaced_wherever_the_model_holds_it(holder: str, inplace: b
     assert list(again.state_dict()) == list(state)
     full = replfx.unroll(made)
     assert torch.equal(full(x), output)
-    assert all(type(block) is Block for block in run(full.held))  # type: ignore[arg-type]
+    assert all(type(block) is Block for block in run(full.held))
 
 
 def test_a_block_that_was_not_replaced_stays_everywhere_after_a_failure() -> None:
     model, x = Held(list, runs_list), torch.randn(3, 4)
-    blocks = list(model.held)  # type: ignore[call-overload]
+    blocks = list(model.held)
     with torch.no_grad():
         model.block1.fc.weight[0, 0] = float("nan")
     with pytest.raises(replfx.ReplfxError, match="not finite"):

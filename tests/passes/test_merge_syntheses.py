@@ -23,8 +23,7 @@ class Twice(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner.blocks(self.inner.blocks(self.inner.stem(x)))
-        return y
+        return self.inner.blocks(self.inner.blocks(self.inner.stem(x)))
 
 
 @pytest.mark.parametrize("options", [{"operator": "light"}, {"neighbour_gradient": 0.5}])

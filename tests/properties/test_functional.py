@@ -55,7 +55,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     for name, gradient in one[1].items():
         assert gradient is not None, name
         assert torch.isfinite(gradient).all(), name
-        assert torch.equal(gradient, other[1][name]), name  # type: ignore[arg-type]
+        assert torch.equal(gradient, other[1][name]), name
 
 
 # ---- 1 and 2: an empty plan, and the reference
@@ -100,7 +100,7 @@ def test_a_transformed_model_is_the_reference(drawn: Regions) -> None:
     made = replfx.transform(model, inputs, **drawn.policy())
     assert_unchanged(model, before)
     randomize(made, drawn.seed + 2)
-    assert_is_the_reference(drawn, made)  # type: ignore[arg-type]
+    assert_is_the_reference(drawn, made)
 
 
 @pytest.mark.parametrize(("kind", "number"), [(kind, i) for i, kind in enumerate(KINDS)])
@@ -144,8 +144,7 @@ class Inside(nn.Module):
         self.stem, self.body, self.head = nn.Conv2d(3, 4, 1), self.Body(), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
-        return y
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -272,7 +271,7 @@ def test_compiled_exported_and_checkpointed(kind: str) -> None:
         loss_of([result]).backward()
         assert_close(result.detach(), wanted[0], "output")
         for name, parameter in model.named_parameters():
-            assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
+            assert_close(parameter.grad, gradients[name], f"gradient of {name}")
     torch.compiler.reset()
     model.eval()
     inputs = tuple(t.detach() for t in drawn.inputs())

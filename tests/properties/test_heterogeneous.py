@@ -141,7 +141,7 @@ def test_unroll_gives_full_depth_back(drawn: Drawn, kind: str) -> None:
 @FEW
 @given(drawn=drawn_stacks(operators=BOTH))
 def test_a_plan_travels_as_json(drawn: Drawn) -> None:
-    plan = replfx.plan(drawn.model(), drawn.given(), **drawn.policy())  # type: ignore[arg-type]
+    plan = replfx.plan(drawn.model(), drawn.given(), **drawn.policy())
     assert replfx.Plan.from_json(plan.to_json()) == plan
     model, fresh = drawn.transformed(), replace(drawn, seed=drawn.seed + 5).model()
     twin = replfx.apply(fresh, replfx.Plan.from_json(plan.to_json()))
@@ -152,7 +152,7 @@ def test_a_plan_travels_as_json(drawn: Drawn) -> None:
     for name, gradient in gradients.items():
         assert gradient is not None, name
         assert torch.isfinite(gradient).all(), name
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
+        assert torch.equal(gradient, gradients_again[name]), name
 
 
 @FEW
@@ -196,7 +196,7 @@ def test_checkpointed(drawn: Drawn) -> None:
     assert_close(result.detach(), wanted[0], "output")
     for name, parameter in parts.items():
         assert parameter.grad is not None, name
-        assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
+        assert_close(parameter.grad, gradients[name], f"gradient of {name}")
 
 
 @pytest.mark.parametrize("kind", ["units", "flat_conv_norm"])
@@ -213,7 +213,7 @@ def test_compiled_and_exported(kind: str) -> None:
     loss_of([result]).backward()
     assert_close(result.detach(), wanted[0], "output")
     for name, parameter in twin.named_parameters():
-        assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
+        assert_close(parameter.grad, gradients[name], f"gradient of {name}")
     torch.compiler.reset()
     model.eval()
     program = torch.export.export(model, (x.detach(),))

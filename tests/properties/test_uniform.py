@@ -51,7 +51,7 @@ def test_an_empty_plan_is_bit_identical(case: Case) -> None:
     assert gradients.keys() == gradients_again.keys()
     for name, gradient in gradients.items():
         assert gradient is not None
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
+        assert torch.equal(gradient, gradients_again[name]), name
     for name, tensor in made.state_dict().items():  # running statistics too
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -299,7 +299,7 @@ def test_a_plan_travels_as_json(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, results_again, strict=True))
     for name, gradient in gradients.items():
         assert gradient is not None
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
+        assert torch.equal(gradient, gradients_again[name]), name
 
 
 @settings(max_examples=10)

@@ -29,7 +29,7 @@ class Stack(nn.Module):
 class MaskedStack(Stack):
     """Hands a mask to every block, and adds up what they give besides their activation."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(())
         for block in self.blocks:
             x, seen = block(x, mask)

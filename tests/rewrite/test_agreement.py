@@ -147,8 +147,7 @@ class Tied(nn.Module):
             self.two.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.two(torch.relu(self.one(x)))
-        return y
+        return x + self.two(torch.relu(self.one(x)))
 
 
 class Twice(nn.Module):
@@ -160,8 +159,7 @@ class Twice(nn.Module):
         self.again = self.one
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.again(torch.relu(self.one(x)))
-        return y
+        return x + self.again(torch.relu(self.one(x)))
 
 
 def test_a_block_with_weights_that_are_one_is_refused() -> None:
@@ -199,10 +197,10 @@ class Shared(nn.Module):
     ("use", "first"),
     [
         (
-            lambda: replfx.transform(Chain(), X, neighbour_gradient=None),  # type: ignore[arg-type]
+            lambda: replfx.transform(Chain(), X, neighbour_gradient=None),
             "neighbour_gradient must be a number",
         ),
-        (lambda: replfx.transform(Chain(), 3), "example_inputs is of type int"),  # type: ignore[arg-type]
+        (lambda: replfx.transform(Chain(), 3), "example_inputs is of type int"),
         (
             lambda: replfx.transform(Chain(), X, operator={"name": "block", "fast": 1}),
             "`blocks.1`: operator 'block' does not take the options {'fast': 1}: there is no option 'fast'",
@@ -228,7 +226,7 @@ def test_a_refusal_begins_with_its_own_reason(use: Callable[[], Any], first: str
 
 def test_a_block_that_is_called_again_and_again_says_so() -> None:
     model = Shared()
-    model.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())  # type: ignore[assignment]
+    model.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     assert replfx.inspect(model, X).refused["block.0"] == "it is called 4 times in one forward pass"
 
 

@@ -20,7 +20,7 @@ def chain(length: int, every: int = 2, name: str = "blocks", index: int = 0) -> 
     for i in range(length):
         replaced = i % every == 1 and i + 1 < length
         sides = {"previous": f"{name}.{i - 1}", "next": f"{name}.{i + 1}", "operator": "block", "fusion": "scalar"}
-        blocks.append(BlockReport(f"{name}.{i}", index, 1000, **(sides if replaced else {})))  # type: ignore[arg-type]
+        blocks.append(BlockReport(f"{name}.{i}", index, 1000, **(sides if replaced else {})))
     return blocks
 
 

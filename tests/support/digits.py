@@ -77,8 +77,7 @@ class ResidualCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify a batch of images."""
         features: Tensor = self.stages(self.stem(x)).mean(dim=(2, 3))
-        logits: Tensor = self.head(features)
-        return logits
+        return self.head(features)
 
 
 def cnn() -> nn.Module:

@@ -19,8 +19,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.fc2(self.act(self.fc1(self.norm(x))))
-        return y
+        return x + self.fc2(self.act(self.fc1(self.norm(x))))
 
 
 class Plain(nn.Module):
@@ -44,8 +43,7 @@ class Tower(nn.Module):
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.blocks(self.stem(x)))
-        return y
+        return self.head(self.blocks(self.stem(x)))
 
 
 def tower(length: int = 5) -> Tower:
@@ -88,8 +86,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(width_in, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
-        return y
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
 class CausalBlock(nn.Module):
@@ -110,8 +107,7 @@ class CausalBlock(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
-        y: Tensor = x + self.drop(self.mlp(self.norm2(x)))
-        return y
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class GPT(nn.Module):
@@ -141,8 +137,7 @@ class GPT(nn.Module):
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        return self.head(self.norm(x))
 
 
 class Stop(nn.Module):
@@ -155,8 +150,7 @@ class Stop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] < 0:
             raise AssertionError
-        y: Tensor = self.model(x)
-        return y
+        return self.model(x)
 
 
 class WithExtras(nn.Module):
@@ -201,8 +195,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        y: Tensor = self.head(x) * self.scale
-        return y
+        return self.head(x) * self.scale
 
 
 class Checkpointed(nn.Module):

@@ -45,7 +45,7 @@ class Drawn:
         return {"fusion": self.fusion, "operator": self.operator, "neighbour_gradient": self.neighbour_gradient}
 
     def transformed(self) -> nn.Module:
-        made = replfx.transform(self.model(), self.given(), **self.policy())  # type: ignore[arg-type]
+        made = replfx.transform(self.model(), self.given(), **self.policy())
         randomize(made, self.seed + 2)
         return made
 

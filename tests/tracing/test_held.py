@@ -79,8 +79,7 @@ def test_a_parameter_that_a_closure_reads() -> None:
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
                 x = block(x)
-            y: Tensor = self.last(x)
-            return y
+            return self.last(x)
 
     model, x = Tied(), torch.randn(2, 8)
     with pytest.raises(replfx.CaptureError, match="`weight` is also held"):

@@ -68,8 +68,7 @@ class Small(nn.Module):
         self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.two(torch.relu(self.one(x)))
-        return y
+        return self.two(torch.relu(self.one(x)))
 
 
 @pytest.mark.parametrize("stop", [False, True])

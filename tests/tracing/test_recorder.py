@@ -96,7 +96,7 @@ def flat(tree: Any) -> list[Tensor]:
 @pytest.mark.parametrize(("model", "inputs"), SAMPLES, ids=lambda v: type(v).__name__)
 def test_the_recording_computes_the_same_and_leaves_the_model_alone(model: nn.Module, inputs: Any) -> None:
     fired: list[int] = []
-    model.blocks[0].register_forward_hook(lambda *_: fired.append(1))  # type: ignore[union-attr, index]
+    model.blocks[0].register_forward_hook(lambda *_: fired.append(1))
     before = snapshot(model)
     graph = replfx.capture(model, inputs)
     assert_unchanged(model, before)
@@ -149,8 +149,7 @@ def test_dropout_and_batch_norm_follow_the_mode_where_they_are_modules() -> None
             self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
 
         def run(self, x: Tensor) -> Tensor:
-            y: Tensor = self.drop(self.norm(super().run(x)))
-            return y
+            return self.drop(self.norm(super().run(x)))
 
     model = Noisy()
     before = snapshot(model)

@@ -104,7 +104,7 @@ def _no_caches() -> None:
     toys.cached_pair.cache_clear()
     toys.TABLES.clear()
     toys.NOTED.clear()
-    toys.LAST = toys.GlobalCaches.sines = None  # type: ignore[attr-defined]
+    toys.LAST = toys.GlobalCaches.sines = None
 
 
 @pytest.mark.parametrize(("name", "rung"), CASES)

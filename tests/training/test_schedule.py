@@ -125,7 +125,7 @@ def test_what_keeps_its_parameters_elsewhere_is_refused() -> None:
     with pytest.raises(replfx.FusionError, match="LBFGS keeps the history"):
         replfx.unroll(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(replfx.FusionError, match=r"must be a torch\.optim\.Optimizer, not list"):
-        replfx.unroll(model, [])  # type: ignore[arg-type]
+        replfx.unroll(model, [])
     with pytest.raises(replfx.PlanError, match=r"blocks='blocks\.2' matches no replaced block; they are: blocks\.1"):
         replfx.unroll(model, blocks="blocks.2")
     assert_unchanged(model, before)
@@ -280,8 +280,7 @@ def test_what_cannot_be_unrolled_is_said_before_training() -> None:
             self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
-            return y
+            return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
 
     model = replfx.transform(Tower(*(Narrow() for _ in range(5))), next(batches()), operator="light")
     assert not replfx.report(model).unrolls

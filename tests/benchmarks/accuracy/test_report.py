@@ -176,8 +176,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         args = parser.parse_args(["--task", "wikitext2-bytes", *changes, *places, *options, "--repeats", "2"])
         assert command.run(args) == 0
         (written,) = (tmp_path / "out").glob("*.json")
-        found: dict[str, Any] = json.loads(written.read_text())
-        return found
+        return json.loads(written.read_text())
 
     return call
 

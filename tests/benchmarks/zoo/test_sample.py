@@ -46,8 +46,7 @@ def subject(name: str) -> Subject:
     source = name.partition(":")[0]
     pytest.importorskip(source)
     models = importlib.import_module(f"benchmarks.zoo.{source}_models")
-    found: Subject = models.subject(name)
-    return found
+    return models.subject(name)
 
 
 def outcome_of(name: str):
