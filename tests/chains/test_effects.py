@@ -42,9 +42,7 @@ class Cache:
     def get_seq_length(self, index: int = 0) -> int:
         if index >= len(self.layers) or self.layers[index].keys is None:
             return 0
-        keys = self.layers[index].keys
-        assert keys is not None
-        return keys.shape[-2]
+        return self.layers[index].keys.shape[-2]
 
 
 class Attention(nn.Module):

@@ -18,7 +18,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.makes:
             bias = self.down.bias * 2
-        assert bias is not None
         return x + self.down(self.up(self.norm(x)).relu()), bias
 
 

@@ -255,7 +255,6 @@ def _train(wrapped: Wrapped, case: Case) -> Iterator[tuple[Snapshot, Snapshot]]:
 
 
 def _whole(tensor: Any) -> Tensor:
-    assert isinstance(tensor, Tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 

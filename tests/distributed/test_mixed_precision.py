@@ -132,7 +132,6 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
         for layer in layers.values():
             del layer._synthesize
         for name, parameter in single.named_parameters():
-            assert parameter.grad is not None
             total[name] = total.get(name, 0) + parameter.grad / len(parts)
             sizes[name] = max(sizes.get(name, 0.0), parameter.grad.abs().max().item())
     return total, sizes
@@ -140,7 +139,6 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
 
 def _rounded(layer: Synthesis) -> dict[str, Tensor]:
     """A layer's weights from float32 neighbours and rounded coefficients, rounded."""
-    assert layer.fusion is not None
     sides = [
         {name: getattr(r.owner(), r.leaf)[slice(*(r.rows or (None,)))] for name, r in side.items()}
         for side in layer._readings or ()

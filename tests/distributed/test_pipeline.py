@@ -49,9 +49,7 @@ def test_two_stages_train_as_one_process(findings: list[dict[str, str | None]], 
 
 def transformed() -> Tower:
     """Six blocks, of which 1 and 3 are replaced: 3 reads 2 and 4."""
-    made = replfx.transform(tower(6))
-    assert isinstance(made, Tower)
-    return made
+    return replfx.transform(tower(6))
 
 
 def pruned(model: Tower, first: int) -> Tower:

@@ -29,7 +29,6 @@ def transformed(operator: str = "block") -> Tower:
     torch.manual_seed(0)
     model = replfx.transform(tower(5), operator=operator)
     randomize(model, 1)
-    assert isinstance(model, Tower)
     return model
 
 

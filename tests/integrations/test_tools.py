@@ -42,7 +42,6 @@ def transformed_tower(operator: str = "block", seed: int = 6) -> Tower:
     torch.manual_seed(seed)
     model = replfx.transform(tower(5), operator=operator)
     randomize(model, seed)
-    assert isinstance(model, Tower)
     return model
 
 
@@ -236,7 +235,6 @@ def test_clip_grad_norm(operator: str) -> None:
     norm = nn.utils.clip_grad_norm_(model.parameters(), by_hand / 4)
     assert norm.item() == pytest.approx(by_hand, rel=1e-5)
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, before[name] / 4, msg=name)
 
 

@@ -35,9 +35,6 @@ def boxes(svg: str) -> list[tuple[str, bool, float, float]]:
     found = []
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         title, rect = group.find(f"{SVG}title"), group.find(f"{SVG}rect")
-        assert title is not None
-        assert title.text is not None
-        assert rect is not None
         x, y = float(rect.attrib["x"]), float(rect.attrib["y"])
         found.append((title.text.partition(":")[0], group.attrib["opacity"] != "1", x, y))
     return found

@@ -141,7 +141,6 @@ class Functional(nn.Module):
             assert not isinstance(x, fx.Proxy)
         extra = mask
         if spec.extra == "computed":
-            assert mask is not None
             extra = (mask + 1).sqrt()
         if spec.extra == "buffer":
             extra = self.mask

@@ -64,7 +64,6 @@ def test_gradients_are_those_of_a_synthesis_a_micro_batch(case: Case, count: int
 def test_each_layer_synthesises_once() -> None:
     model, calls = small(), [0]
     for layer in fusion_layers(model).values():
-        assert layer.fusion is not None
         layer.fusion.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     with replfx.synthesize_once(model):
         for _ in range(4):

@@ -32,8 +32,6 @@ def test_the_interval_is_students(freedom: int) -> None:
     rng = np.random.default_rng(freedom)
     one, other = rng.normal(size=(2, freedom + 1))
     found = Difference.of(dict(enumerate(one)), dict(enumerate(other)))
-    assert found is not None
-    assert found.interval is not None
     half = T_TABLE[freedom] * np.std(one - other, ddof=1) / math.sqrt(freedom + 1)
     assert found.mean == pytest.approx(np.mean(one) - np.mean(other))
     assert found.interval[0] == pytest.approx(found.mean - half, abs=2e-3 * half)
@@ -51,7 +49,6 @@ def test_differences_are_paired_by_seed(one: dict[int, float], other: dict[int, 
     if not shared:
         assert found is None
         return
-    assert found is not None
     assert found.pairs == len(shared)
     assert (found.interval is None) == (len(shared) == 1)
     assert found.mean == pytest.approx(sum(one[s] - other[s] for s in shared) / len(shared), abs=1e-9)
@@ -87,9 +84,7 @@ def test_rows_worked_out_by_hand() -> None:
     full, removed, light, odd = rows_of(RECORDS, names, ACCURACY, None)
     assert full.over_full is None
     assert removed.over_removed is None
-    assert removed.over_full is not None
     assert removed.over_full.mean == -3.5  # of −2 and −5
-    assert light.over_removed is not None
     assert light.over_removed.mean == -4.0  # of 1 and −9
     assert light.deviation == pytest.approx(math.sqrt(40.5))
     assert light.eta_time == pytest.approx(0.75)

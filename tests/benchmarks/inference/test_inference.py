@@ -73,7 +73,6 @@ def test_the_command_measures_each_way_at_each_batch_size(tmp_path: Path, monkey
 def test_models_run_in_evaluation_mode_and_only_transformed_ones_hold_fusion_layers() -> None:
     def kinds(way: Way) -> set[str]:
         model = runnable(SMALL, way, CPU).call
-        assert isinstance(model, nn.Module)
         assert not any(module.training for module in model.modules())
         return {type(module).__name__ for module in model.modules()}
 
