@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import replfx
 import replfx.compile  # registers the name in a checkout
-from tests.support.compare import EXACT, assert_close, assert_same_run, loss_of, outputs, run
+from tests.support.compare import EXACT, assert_as_near, assert_close, assert_same_run, loss_of, outputs, run
 from tests.support.compiled import Compiled, needs_compiler
 from tests.support.models import ConvNet, tower
 from tests.support.strategies import Case, case_of, cases, randomize
@@ -58,13 +58,7 @@ def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
     compiled: Any = Compiled(model, "aot_eager")
     _, found = run(compiled, tuple(t.detach().requires_grad_() for t in inputs))
     for name, true in exact.items():
-        one, other = found[name], rounded[name]
-        assert true is not None
-        assert one is not None
-        assert other is not None
-        error, allowed = ((t.double() - true).norm().item() for t in (one, other))
-        # As in test_properties: rounding of eager mode, times 4, and two units in the last place.
-        assert error <= 4 * allowed + 2 * torch.finfo(torch.float32).eps * true.norm().item(), name
+        assert_as_near(found[name], rounded[name], true, torch.float32, name)
 
 
 def attention_in_float64_is_mistaken() -> bool:

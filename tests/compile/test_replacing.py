@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import replfx
 from tests.reference import FAMILIES
-from tests.support.compare import assert_close, loss_of, run
+from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
 from tests.support.compiled import X, batches, needs_compiler, paths, replacing
 from tests.support.functional import Functional, Spec, specs
 from tests.support.models import GPT, ConvNet, Mlp, Plain, Tower, tower
@@ -39,7 +39,6 @@ def test_it_is_what_transform_makes(case: Case) -> None:
     transformed = case.transformed(copy.deepcopy(model))
     with torch.no_grad():  # its own parameters are random again; take over those that both have
         for name, parameter in transformed.named_parameters():
-            name = name
             if ".fusion." not in name:
                 model.get_parameter(name).copy_(parameter)
         for name, buffer in transformed.named_buffers():
@@ -58,12 +57,8 @@ def test_it_is_what_transform_makes(case: Case) -> None:
     for one, two in zip(results, expected, strict=True):
         assert_close(one, two, "output")
     loss_of(results).backward()
-    found = {**dict(model.named_parameters()), **dict(backend.named_parameters())}
-    for name, gradient in wanted.items():
-        mine = inputs[0] if name == "input" else found[name]
-        assert (mine.grad is None) == (gradient is None), name
-        if gradient is not None:
-            assert_close(mine.grad, gradient, f"gradient of {name}")
+    found = {**dict(model.named_parameters()), **dict(backend.named_parameters()), "input": inputs[0]}
+    assert_same_gradients({name: found[name].grad for name in wanted}, wanted)
 
 
 @pytest.mark.slow

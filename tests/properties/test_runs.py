@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from tests.reference import FAMILIES, Options
-from tests.support.compare import assert_close, assert_same_run, loss_of, outputs, reference_run, replaced_by
+from tests.support.compare import (
+    assert_as_near,
+    assert_close,
+    assert_same_run,
+    loss_of,
+    outputs,
+    reference_run,
+    replaced_by,
+)
 from tests.support.models import Checkpointed
 from tests.support.strategies import FUSIONS, Case, case_of, cases, fits, randomize
 
@@ -138,9 +146,7 @@ def test_cast(case: Case) -> None:
     rounded, _, _ = reference_run(case, low, inputs, torch.float32)
     for one, other, exact in zip(outputs(low, inputs), rounded, truth, strict=True):
         assert one.dtype == torch.float32
-        error, allowed = ((t.detach().double() - exact).norm().item() for t in (one, other))
-        # As in test_properties: rounding of the reference itself, times 4, and two units in the last place.
-        assert error <= 4 * allowed + 2 * torch.finfo(torch.float32).eps * exact.norm().item()
+        assert_as_near(one, other, exact, torch.float32)
     back = copy.deepcopy(low).to(torch.float64)
     assert {p.dtype for p in back.parameters()} == {torch.float64}
 
@@ -171,11 +177,9 @@ def test_autocast(case: Case) -> None:
     truth, _, _ = reference_run(case, model, inputs, torch.float64)
     if case.policy.operator == "block":  # the same computation, so the same dtypes
         assert [r.dtype for r in results] == [r.dtype for r in reference]
+    # A light operator rounds the product of its two maps where the reference rounds the activation between them.
     for one, other, exact in zip(results, rounded, truth, strict=True):
-        error, allowed = ((t.detach().double() - exact).norm().item() for t in (one, other))
-        # As in test_properties, with bfloat16's last place: a light operator rounds the product of its two
-        # maps where the reference rounds the activation between them.
-        assert error <= 4 * allowed + 2 * torch.finfo(torch.bfloat16).eps * exact.norm().item()
+        assert_as_near(one, other, exact, torch.bfloat16)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(outputs(model, inputs))

@@ -18,7 +18,10 @@ from torch import nn
 import replfx
 from tests.reference import FAMILIES, Options, Stack
 from tests.support.compare import (
+    assert_as_near,
     assert_close,
+    assert_same_bits,
+    assert_same_gradients,
     loss_of,
     of_replfx,
     optimizer_for,
@@ -45,13 +48,7 @@ def test_an_empty_plan_is_bit_identical(case: Case) -> None:
     assert made is not model
     assert type(made) is type(model)
     assert list(made.state_dict()) == list(model.state_dict())
-    results, gradients = run(model, case.inputs())
-    again, gradients_again = run(made, case.inputs())
-    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
-    assert gradients.keys() == gradients_again.keys()
-    for name, gradient in gradients.items():
-        assert gradient is not None
-        assert torch.equal(gradient, gradients_again[name]), name
+    assert_same_bits(run(model, case.inputs()), run(made, case.inputs()))
     for name, tensor in made.state_dict().items():  # running statistics too
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -81,12 +78,8 @@ def assert_is_the_reference(case: Case, model: Stack) -> None:
     results, gradients = run(model, inputs)
     for one, other in zip(results, expected, strict=True):
         assert_close(one, other, "output")
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        wanted = expected_gradients[name]
-        assert gradient is not None, name
-        assert wanted is not None, name
-        assert_close(gradient, wanted, f"gradient of {name}")
+    assert all(gradient is not None for gradient in gradients.values())
+    assert_same_gradients(gradients, expected_gradients)
     for name, buffer in model.named_buffers():
         assert_close(buffer.double(), expected_buffers[name].double(), name)
     for index in replaced_by(model) if case.policy.operator != "identity" else ():
@@ -122,10 +115,7 @@ def test_in_low_precision_it_is_as_near_to_the_reference_as_low_precision_allows
     rounded, _, _ = reference_run(case, model, inputs)
     results = outputs(model, inputs)
     for one, other, exact in zip(results, rounded, truth, strict=True):
-        error, allowed = ((t.detach().double() - exact).norm().item() for t in (one, other))
-        # Two orders of the same operations round independently: their errors differ by a small factor. 4,
-        # and a floor of two units in the last place for where the reference happens to be exact.
-        assert error <= 4 * allowed + 2 * torch.finfo(case.dtype).eps * exact.norm().item()
+        assert_as_near(one, other, exact, case.dtype)
     _, gradients = run(model, inputs)
     for name, gradient in gradients.items():
         assert gradient is not None, name
@@ -294,12 +284,7 @@ def test_a_plan_travels_as_json(case: Case) -> None:
     twin = case.lay_out(replfx.apply(fresh, again))
     twin.load_state_dict(model.state_dict(), strict=True)
     assert list(twin.state_dict()) == list(model.state_dict())
-    results, gradients = run(model, case.inputs())
-    results_again, gradients_again = run(twin, case.inputs())
-    assert all(torch.equal(a, b) for a, b in zip(results, results_again, strict=True))
-    for name, gradient in gradients.items():
-        assert gradient is not None
-        assert torch.equal(gradient, gradients_again[name]), name
+    assert_same_bits(run(model, case.inputs()), run(twin, case.inputs()))
 
 
 @settings(max_examples=10)

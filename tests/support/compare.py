@@ -16,6 +16,9 @@ from tests.support.strategies import Case
 # deviations down to sqrt(eps) = 3e-3, that is under 1e-10. A wrong formula is off by 1e-3 and more.
 EXACT = 1e-10
 
+Gradients = dict[str, Tensor | None]
+Outcome = tuple[list[Tensor], Gradients]
+
 
 def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     result = model(*inputs)
@@ -29,7 +32,7 @@ def loss_of(results: list[Tensor]) -> Tensor:
     return torch.stack([(r * w).sum() for r, w in zip(results, weights, strict=True)]).sum()
 
 
-def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outcome:
     """Outputs, and the gradient of every parameter and of the input."""
     model.zero_grad()
     inputs[0].grad = None
@@ -44,6 +47,34 @@ def assert_close(one: Tensor, other: Tensor, what: str, tolerance: float = EXACT
     scale = max(other.abs().max().item(), 1e-3) if other.numel() else 1.0
     error = (one - other).abs().max().item() if other.numel() else 0.0
     assert error <= tolerance * scale, f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+
+
+def assert_same_gradients(found: Gradients, wanted: Gradients, tolerance: float = EXACT) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert_close(found[name], gradient, f"gradient of {name}", tolerance)
+
+
+def assert_same_bits(one: Outcome, other: Outcome) -> None:
+    """Outputs and gradients; and every gradient is there and finite."""
+    assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
+        assert torch.equal(gradient, other[1][name]), name
+
+
+def assert_as_near(found: Tensor, rounded: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "output") -> None:
+    """`found` is as near to the truth as `rounded`, the same computation in low precision by other means.
+
+    Two orders of the same operations round independently: their errors differ by a small factor. 4, and a floor of
+    two units in the last place for where `rounded` happens to be exact.
+    """
+    error, allowed = ((t.detach().double() - exact).norm().item() for t in (found, rounded))
+    assert error <= 4 * allowed + 2 * torch.finfo(dtype).eps * exact.norm().item(), what
 
 
 def replaced_by(model: nn.Module) -> list[int]:
@@ -69,7 +100,7 @@ def reference_name(name: str) -> str:
 
 def reference_run(
     case: Case, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], dict[str, Tensor | None], dict[str, Tensor]]:
+) -> tuple[list[Tensor], Gradients, dict[str, Tensor]]:
     """Outputs, gradients (by the library's names) and running statistics of the reference, with the same weights."""
     dtype = dtype or case.dtype
     tensors = {}
@@ -132,11 +163,6 @@ def assert_same_run(model: nn.Module, other: nn.Module, case: Case, tolerance: f
     """Outputs and all gradients; `other` runs `model`'s computation with parameters of the same names."""
     results, gradients = run(model, case.inputs())
     again, gradients_again = run(other, case.inputs())
-    assert gradients.keys() == gradients_again.keys()
     for one, two in zip(again, results, strict=True):
         assert_close(one, two, "output", tolerance)
-    for name, wanted in gradients.items():
-        got = gradients_again[name]
-        assert (got is None) == (wanted is None), name
-        if got is not None and wanted is not None:
-            assert_close(got, wanted, f"gradient of {name}", tolerance)
+    assert_same_gradients(gradients_again, gradients, tolerance)
