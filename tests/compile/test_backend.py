@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def test_drawn_models_through_autograd_ahead_of_time(case: Case) -> None:
 
 @pytest.mark.slow
 def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
-    case = replace(case_of("transformer", "block", "channel"), depth=5)
+    case = case_of("transformer", "block", "channel", depth=5)
     truth = case.transformed()
     model = copy.deepcopy(truth).float()
     inputs = tuple(t.detach().float().requires_grad_() for t in case.inputs())
@@ -76,7 +75,7 @@ def attention_in_float64_is_mistaken() -> bool:
 @pytest.mark.skipif(attention_in_float64_is_mistaken(), reason="this PyTorch has pytorch/pytorch#185539")
 @pytest.mark.parametrize(("family", "operator", "fusion"), [("transformer", "block", "channel")])
 def test_by_inductor(family: str, operator: str, fusion: str) -> None:
-    case = replace(case_of(family, operator, fusion, gradient=0.5), depth=5)
+    case = case_of(family, operator, fusion, gradient=0.5, depth=5)
     compiled = assert_same(case.transformed(), case, "inductor")
     assert [bool(found) for found in compiled.batches] == [True, True, False]
 

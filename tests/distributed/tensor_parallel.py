@@ -2,10 +2,8 @@
 
 import copy
 import re
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -26,14 +24,13 @@ from torch.distributed.tensor.parallel import parallelize_module as torch_parall
 
 import replfx
 from tests.distributed.models import BLOCKS, WIDTH, Block, Model
+from tests.distributed.ranks import whole_tensor
+from tests.support.compare import assert_close
+from tests.support.processes import tried
 from tests.support.strategies import randomize
 
 BATCH, TOKENS = 4, 8
 STEPS = 3  # the last two with what the first left in the optimizer and in FSDP's groups
-
-# Of the largest entry: float64, and each number is a sum of some hundred products in another order. A gradient that
-# is summed where it should be averaged, or the other way round, is off by a factor of the processes.
-TOLERANCE = 1e-10
 
 
 def _everything_shared() -> dict[str, ParallelStyle]:
@@ -214,27 +211,25 @@ def work(jobs: Jobs) -> dict[str, str | None]:
         single = case.model()
         history = list(_train(Wrapped(copy.deepcopy(single), lambda x: x), case))
         for mode in modes:
-            try:
-                _check(MODES[mode](copy.deepcopy(single)), case, history)
-                found[f"{name}-{mode}"] = None
-            except Exception:
-                found[f"{name}-{mode}"] = traceback.format_exc()
+            found[f"{name}-{mode}"] = tried(_check, MODES[mode], single, case, history)
     return found
 
 
 Snapshot = dict[str, Tensor]
 
 
-def _check(wrapped: Wrapped, case: Case, history: list[tuple[Snapshot, Snapshot]]) -> None:
-    for step, (gradients, parameters) in enumerate(_train(wrapped, case)):
-        for what, mine, single in (
+def _check(
+    wrap: Callable[[nn.Module], Wrapped], single: nn.Module, case: Case, history: list[tuple[Snapshot, Snapshot]]
+) -> None:
+    """A gradient that is summed where it should be averaged, or the other way round, is off by a factor."""
+    for step, (gradients, parameters) in enumerate(_train(wrap(copy.deepcopy(single)), case)):
+        for what, mine, expected in (
             ("gradient", gradients, history[step][0]),
             ("parameter", parameters, history[step][1]),
         ):
-            assert mine.keys() == single.keys()
+            assert mine.keys() == expected.keys()
             for name, tensor in mine.items():
-                error, scale = (tensor - single[name]).abs().max().item(), max(single[name].abs().max().item(), 1e-3)
-                assert error <= TOLERANCE * scale, f"{what} {step} of {name}: off by {error:.2e} at {scale:.2e}"
+                assert_close(tensor, expected[name], f"{what} {step} of {name}")
 
 
 def _train(wrapped: Wrapped, case: Case) -> Iterator[tuple[Snapshot, Snapshot]]:
@@ -249,24 +244,15 @@ def _train(wrapped: Wrapped, case: Case) -> Iterator[tuple[Snapshot, Snapshot]]:
                 wrapped.model(wrapped.take(x))
         loss = (wrapped.model(wrapped.take(x)) * wrapped.take(weight)).sum() * wrapped.scale
         loss.backward()
-        gradients = {name: _whole(p.grad) for name, p in wrapped.model.named_parameters() if p.grad is not None}
+        gradients = {name: whole_tensor(p.grad) for name, p in wrapped.model.named_parameters() if p.grad is not None}
         optimizer.step()
-        yield gradients, {name: _whole(p).detach().clone() for name, p in wrapped.model.named_parameters()}
+        yield gradients, {name: whole_tensor(p).detach().clone() for name, p in wrapped.model.named_parameters()}
 
 
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-def refusals() -> str:
+def refusals() -> str | None:
     """What `parallelize_module`, and what comes after it, refuses; what went wrong."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    try:
-        _refusals(mesh)
-        _ways_out(mesh)
-    except Exception:
-        return traceback.format_exc()
-    return ""
+    return tried(_refusals, mesh) or tried(_ways_out, mesh)
 
 
 def _refusals(mesh: DeviceMesh) -> None:

@@ -5,7 +5,6 @@ bfloat16 on its own, with weights synthesised in float32 and then rounded; the m
 """
 
 import copy
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from replfx.live import Synthesis, fusion_layers
 from tests.distributed.layouts import by_block
 from tests.distributed.ranks import BATCH, STEPS, whole_tensor
-from tests.reference import Options, Stack
-from tests.support.processes import on_ranks
-from tests.support.strategies import FUSIONS, Case, Policy, fits
+from tests.reference import Stack
+from tests.support.processes import assert_all_well, on_ranks, tried
+from tests.support.strategies import FUSIONS, Case, case_of, fits
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
-    pytest.mark.timeout(1800),  # many cases in one group of processes
-]
+pytestmark = pytest.mark.timeout(1800)  # many cases in one group of processes
 
 LOW = torch.bfloat16
 
@@ -59,12 +55,11 @@ PARTLY_WHOLE: dict[str, Callable[..., object]] = {"whole": _whole, "some_blocks"
 def _cases() -> dict[str, Case]:
     found = {}
     for family in ("transformer", "convnext"):
-        options = Options(width=6, hidden=8, heads=2)
         for operator in ("block", "light"):
             for fusion in FUSIONS if operator == "block" else ("scalar_layer",):
-                policy = Policy({"every": 2}, fusion, operator, 1.0)
-                case = Case(family, options, 5, policy, torch.float32, False, False, True, seed=13)
-                if fits(family, options, operator):
+                facts = {"width": 6, "depth": 5, "dtype": torch.float32, "seed": 13}
+                case = case_of(family, operator, fusion, training=False, **facts)
+                if fits(family, case.options, operator):
                     found[f"{family}-{operator}-{fusion}"] = case
     return found
 
@@ -79,11 +74,7 @@ def work(names: tuple[str, ...]) -> dict[str, str | None]:
         case = CASES[name]
         for layout, wrap in {**SHARDED, **PARTLY_WHOLE}.items():
             for reduced in (torch.float32, None):
-                try:
-                    _check(case, wrap, reduced, exact=layout in SHARDED)
-                    found[f"{name}-{layout}-{reduced}"] = None
-                except Exception:
-                    found[f"{name}-{layout}-{reduced}"] = traceback.format_exc()
+                found[f"{name}-{layout}-{reduced}"] = tried(_check, case, wrap, reduced, layout in SHARDED)
     return found
 
 
@@ -149,9 +140,7 @@ def _rounded(layer: Synthesis) -> dict[str, Tensor]:
 
 
 def check(folder: Path, names: tuple[str, ...]) -> None:
-    for rank, found in enumerate(on_ranks(2, work, folder, names)):
-        failed = {name: trouble for name, trouble in found.items() if trouble is not None}
-        assert not failed, f"process {rank}:\n" + "\n".join(f"{name}\n{trouble}" for name, trouble in failed.items())
+    assert_all_well(on_ranks(2, work, folder, names))
 
 
 @pytest.mark.slow

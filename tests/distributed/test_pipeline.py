@@ -13,12 +13,9 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 import replfx
 from tests.distributed.pipelines import STAGES, Case, work
 from tests.support.models import ConvNet, Tower, tower
-from tests.support.processes import on_ranks
+from tests.support.processes import assert_all_well, on_ranks
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
-    pytest.mark.timeout(1800),  # many cases in one group of processes
-]
+pytestmark = pytest.mark.timeout(1800)  # many cases in one group of processes
 
 TRANSFORMER = Case("transformer", "blocks.4", "block", "scalar")
 JOBS = [
@@ -40,8 +37,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _, _ in JOBS])
 def test_two_stages_train_as_one_process(findings: list[dict[str, str | None]], name: str) -> None:
-    for rank, found in enumerate(findings):
-        assert found[name] is None, f"process {rank}:\n{found[name]}"
+    assert_all_well(findings, name)
 
 
 # ---- what is parted

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import replfx
-from tests.reference import FAMILIES, Options, Stack
+from tests.reference import FAMILIES, Stack
 from tests.support.compare import (
     assert_as_near,
     assert_close,
@@ -31,7 +31,7 @@ from tests.support.compare import (
     run,
     steps,
 )
-from tests.support.strategies import FUSIONS, Case, Policy, cases, fits, randomize
+from tests.support.strategies import FUSIONS, Case, case_of, cases, fits, randomize
 from tests.support.without_replfx import run_without_replfx
 
 LOW_AND_HIGH = (torch.float64, torch.float32, torch.bfloat16)
@@ -96,10 +96,8 @@ def assert_is_the_reference(case: Case, model: Stack) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_every_operator(family: str, operator: str, fusion: str) -> None:
     """So that no pairing depends on what is drawn."""
-    options = Options(width=4, hidden=6, heads=2, dims=3 if family == "basic3d" else 2)
-    policy = Policy({"every": 2}, fusion, operator, 0.5)
-    case = Case(family, options, 4, policy, torch.float64, False, True, True, seed=11)
-    if not fits(family, options, operator):
+    case = case_of(family, operator, fusion, gradient=0.5, hidden=6, depth=4, seed=11)
+    if not fits(family, case.options, operator):
         with pytest.raises(replfx.ReplfxError, match=rf"operator '{operator}' does not fit it"):
             case.transformed()
         return
@@ -144,8 +142,7 @@ def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
 
 @pytest.mark.parametrize("operator", ["block", "light"])
 def test_a_frozen_norm_stays_frozen(operator: str) -> None:
-    policy = Policy({"every": 2}, "channel", operator, 1.0)
-    case = Case("basic", Options(width=4), 4, policy, torch.float64, False, True, False, seed=3)
+    case = case_of("basic", operator, "channel", depth=4, traced_on_inputs=False, seed=3)
     model = case.model()
     for block in model.blocks:
         block.get_submodule("bn2").eval()
@@ -174,10 +171,7 @@ print("loaded")
 def test_a_materialized_model_is_pickled_without_replfx(tmp_path: Path) -> None:
     saved = []
     for family, operator in (("transformer", "block"), ("mlp", "light"), ("convnext", "light"), ("basic", "identity")):
-        case = Case(
-            family, Options(width=4), 4, Policy({"every": 2}, "channel", operator, 1.0), torch.float32,
-            False, False, True, seed=3,
-        )  # fmt: skip
+        case = case_of(family, operator, "channel", training=False, depth=4, dtype=torch.float32, seed=3)
         plain = replfx.materialize(case.transformed())
         inputs = tuple(t.detach() for t in case.inputs())
         saved.append((plain, inputs, plain(*inputs).detach()))
