@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXACT) -> Compiled:
     """Outputs and gradients with gradients enabled, and twice the outputs without."""
     twin = copy.deepcopy(model)
-    compiled: Any = Compiled(twin, inner, cache=True)
-    assert_same_run(model, compiled, case, tolerance)
+    compiled = Compiled(twin, inner, cache=True)
+    assert_same_run(model, twin, compiled, case, tolerance)
     for _ in range(2):
         with torch.no_grad():
             for one, two in zip(outputs(compiled, case.inputs()), outputs(model, case.inputs()), strict=True):
@@ -54,8 +54,7 @@ def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
     inputs = tuple(t.detach().float().requires_grad_() for t in case.inputs())
     _, exact = run(truth, case.inputs())
     _, rounded = run(model, inputs)
-    compiled: Any = Compiled(model, "aot_eager")
-    _, found = run(compiled, tuple(t.detach().requires_grad_() for t in inputs))
+    _, found = run(model, tuple(t.detach().requires_grad_() for t in inputs), Compiled(model, "aot_eager"))
     for name, true in exact.items():
         assert_as_near(found[name], rounded[name], true, torch.float32, name)
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-import replfx
 from replfx.dynamo.syntheses import syntheses_in
 from replfx.passes.merge_syntheses import MergeSyntheses
 from tests.support.compiled import Compiled, graph_of
@@ -220,19 +219,3 @@ def test_no_write_in_the_forward_pass_is_overlooked(write: str, cache: bool) -> 
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     assert not torch.equal(results[0][0], results[0][1]), "the write changes the result"
-
-
-def test_a_model_that_synthesises_nothing_has_the_very_graph() -> None:
-    graphs: list[fx.GraphModule] = []
-
-    def outer(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        def inner(given: fx.GraphModule, _: list[Tensor]) -> Any:
-            graphs.append(given)
-            assert given is graph_module
-            return given.forward
-
-        return replfx.backend(inner=inner)(graph_module, inputs)
-
-    x = torch.randn(TOKENS)
-    torch.compile(nn.Sequential(Twice(), Linear(), Attention()), backend=outer, fullgraph=True)(x)
-    assert len(graphs) == 1

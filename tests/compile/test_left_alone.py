@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import replfx
 from replfx.dynamo.syntheses import syntheses_in
 from replfx.live.synthesis import Reading
-from tests.support.compiled import Compiled, X, graph_of, small
+from tests.support.compiled import Compiled, X, graph_of, noting, small
 from tests.support.models import Mlp, Tower, tower
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -19,12 +19,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 def test_a_model_that_synthesises_nothing_reaches_the_compiler_untouched() -> None:
     seen: list[fx.GraphModule] = []
-
-    def inner(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        seen.append(graph_module)
-        return graph_module.forward
-
-    backend = replfx.backend(inner=inner)
+    backend = replfx.backend(inner=noting(seen))
 
     def outer(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
         before = graph_module.code

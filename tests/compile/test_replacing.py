@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from torch._dynamo.utils import counters
 import replfx
 from tests.reference import FAMILIES
 from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
-from tests.support.compiled import X, batches, needs_compiler, paths, replacing
+from tests.support.compiled import X, batches, needs_compiler, noting, paths, replacing
 from tests.support.functional import Functional, Spec, specs
 from tests.support.models import GPT, ConvNet, Mlp, Plain, Tower, tower
 from tests.support.strategies import Case, cases
@@ -107,14 +106,9 @@ def test_train_and_eval_and_new_shapes_share_the_coefficients() -> None:
 
 @pytest.mark.slow
 def test_one_compilation_for_training_one_for_evaluation_none_a_step() -> None:
-    compiled_graphs: list[fx.GraphModule] = []
-
-    def inner(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        compiled_graphs.append(graph_module)
-        return graph_module.forward
-
+    graphs: list[fx.GraphModule] = []
     model = tower(7)
-    compiled, _ = replacing(model, inner, every=2, cache=True)
+    compiled, _ = replacing(model, noting(graphs), every=2, cache=True)
     for _ in range(3):
         compiled(X).sum().backward()
     model.eval()
@@ -122,15 +116,13 @@ def test_one_compilation_for_training_one_for_evaluation_none_a_step() -> None:
         with torch.no_grad():
             compiled(X)
     # Dynamo's graph is the same for both, which differ in what is differentiated; and what is kept is one more.
-    assert len(compiled_graphs) == 3
-    assert batches(compiled_graphs[0]) == [3, 3]
+    assert len(graphs) == 3
+    assert batches(graphs[0]) == [3, 3]
     assert counters["stats"]["unique_graphs"] == 4  # the model's, and what it became, in both modes
 
 
 def test_sizes_that_change_do_not_compile_anew() -> None:
-    torch.compiler.reset()
-    backend = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(tower(5), backend=backend, dynamic=True, fullgraph=True)
+    compiled, backend = replacing(tower(5), "eager", dynamic=True, every=2)
     for batch in (2, 3, 5):
         compiled(torch.randn(batch, 4))
     before = counters["stats"]["unique_graphs"]
@@ -142,10 +134,7 @@ def test_sizes_that_change_do_not_compile_anew() -> None:
 @pytest.mark.slow
 def test_many_graphs_of_one_model() -> None:
     """Dynamo compiles one code a few times at most; each of our graphs has its own."""
-    torch.compiler.reset()
-    model = GPT(depth=3).eval()
-    backend = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    compiled, backend = replacing(GPT(depth=3).eval(), "eager", dynamic=False, every=2)
     with torch._dynamo.config.patch(recompile_limit=20):
         for length in range(1, 11):
             compiled(torch.zeros(1, length, dtype=torch.long))
@@ -334,9 +323,8 @@ class Broken(nn.Module):
 
 
 def test_a_graph_break_cuts_the_chain_and_is_named() -> None:
-    torch.compiler.reset()
-    backend: Any = replfx.backend(every=2, inner="eager")
-    torch.compile(Broken(), backend=backend)(X)
+    compiled, backend = replacing(Broken(), "eager", fullgraph=False, every=2)
+    compiled(X)
     assert paths(backend) == ["@blocks.1", "@blocks.5"]
     (note,) = backend.notes
     assert note.startswith("a graph ends between `@blocks.3` and `@blocks.4`: both stay; Dynamo broke the graph")
@@ -353,9 +341,8 @@ class BrokenBlock(Mlp):
 
 
 def test_a_graph_break_inside_of_the_blocks_is_named() -> None:
-    torch.compiler.reset()
-    backend: Any = replfx.backend(every=2, inner="eager")
-    torch.compile(Tower(*(BrokenBlock() for _ in range(5))), backend=backend)(X)
+    compiled, backend = replacing(Tower(*(BrokenBlock() for _ in range(5))), "eager", fullgraph=False, every=2)
+    compiled(X)
     with pytest.raises(replfx.CompileError, match=r"nothing was replaced: .*Dynamo broke the graph.*graph_break\(\)"):
         list(backend.parameters())
 
@@ -384,20 +371,17 @@ def test_torchs_encoder_layer_needs_its_fast_path_switched_off(monkeypatch: pyte
 
 def test_what_was_replaced_whole_is_refused_in_pieces() -> None:
     """Else its own weights, which nobody trains, would run there."""
-    torch.compiler.reset()
     model = tower(5)
-    backend: Any = replfx.backend(every=2, inner="eager")
-    torch.compile(model, backend=backend)(X)
+    compiled, backend = replacing(model, "eager", fullgraph=False, every=2)
+    compiled(X)
     part = torch.compile(lambda x: model.blocks[2](model.blocks[1](x)), backend=backend)
     with pytest.raises(replfx.CompileError, match=r"`@blocks\.1` was replaced in a graph before"):
         part(torch.randn(2, 8))
 
 
 def test_coefficients_that_come_late_are_warned_of() -> None:
-    torch.compiler.reset()
     model = nn.ModuleDict({"one": tower(3), "two": tower(3)})
-    backend: Any = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(lambda name, x: model[name](x), backend=backend)
+    compiled, backend = replacing(lambda name, x: model[name](x), "eager", fullgraph=False, every=2)
     compiled("one", X)
     assert len(list(backend.parameters())) == 2
     with pytest.warns(UserWarning, match="is new, and in no optimizer that was made before"):
@@ -410,7 +394,6 @@ def test_coefficients_that_come_late_are_warned_of() -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_through_inductor() -> None:
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = tower(5)
     backend: Any = replfx.backend(every=2)

@@ -7,7 +7,6 @@ tested without.
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import replfx
 from tests.integrations.shipped import MODELS, OPERATORS, STAGES, Shipped, emptied, scattered, shipped
+from tests.support.compiled import needs_compiler
 from tests.support.models import GPT
 from tests.support.slow import some_slow
 from tests.support.without_replfx import run_without_replfx
@@ -145,7 +145,7 @@ def test_it_runs_in_onnxruntime(name: str, operator: str, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(
     ("name", "operator", "stage"),
     [("conv", "block", "materialized"), ("gpt", "light", "materialized"), ("vit", "block", "transformed")],

@@ -65,12 +65,12 @@ def gradients(model: Callable[[Tensor], Tensor], parameters: list[nn.Parameter],
     return list(torch.autograd.grad(model(x).square().sum(), parameters))
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(device: str, backend: str) -> None:
     if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a compiler")
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = Model().to(device)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -78,7 +78,6 @@ def test_compiled_in_one_graph(device: str, backend: str) -> None:
     wanted = gradients(model, list(model.parameters()), x)
     # Two orders of the same float32 operations, on values of some hundreds.
     torch.testing.assert_close(gradients(compiled, list(model.parameters()), x), wanted, rtol=1e-4, atol=1e-3)
-    torch.compiler.reset()
 
 
 @only_plain

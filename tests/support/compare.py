@@ -1,7 +1,7 @@
 """How models are run and compared: outputs, losses, gradients, references, optimizers."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ Gradients = dict[str, Tensor | None]
 Outcome = tuple[list[Tensor], Gradients]
 
 
-def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    result = model(*inputs)
+def outputs(call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    result = call(*inputs)
     return list(result) if isinstance(result, tuple) else [result]
 
 
@@ -32,11 +32,11 @@ def loss_of(results: list[Tensor]) -> Tensor:
     return torch.stack([(r * w).sum() for r, w in zip(results, weights, strict=True)]).sum()
 
 
-def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outcome:
-    """Outputs, and the gradient of every parameter and of the input."""
+def run(model: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Any] | None = None) -> Outcome:
+    """Outputs, and the gradient of every parameter and of the input; `call` runs the model, if it is not called."""
     model.zero_grad()
     inputs[0].grad = None
-    results = outputs(model, inputs)
+    results = outputs(model if call is None else call, inputs)
     loss_of(results).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return [r.detach() for r in results], {**gradients, "input": inputs[0].grad}
@@ -159,10 +159,12 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tens
         optimizer.step()
 
 
-def assert_same_run(model: nn.Module, other: nn.Module, case: Case, tolerance: float = EXACT) -> None:
-    """Outputs and all gradients; `other` runs `model`'s computation with parameters of the same names."""
+def assert_same_run(
+    model: nn.Module, twin: nn.Module, call: Callable[..., Any], case: Case, tolerance: float = EXACT
+) -> None:
+    """Outputs and all gradients of a model, and of a copy of it that `call` runs."""
     results, gradients = run(model, case.inputs())
-    again, gradients_again = run(other, case.inputs())
+    again, gradients_again = run(twin, case.inputs(), call)
     for one, two in zip(again, results, strict=True):
         assert_close(one, two, "output", tolerance)
     assert_same_gradients(gradients_again, gradients, tolerance)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import replfx
+from tests.support.compiled import noting
 from tests.support.models import Tower, tower
 from tests.support.snapshots import assert_unchanged, snapshot
 
@@ -294,18 +295,13 @@ def test_what_cannot_be_unrolled_is_said_before_training() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_model_is_compiled_once_more() -> None:
     torch.manual_seed(0)
     model = replfx.transform(tower(5), every=2)
     twin = copy.deepcopy(model)
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=count)
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(model, backend=noting(graphs))
     for each, its in ((compiled, model), (twin, twin)):
         optimizer = torch.optim.AdamW(its.parameters(), lr=1e-2)
         schedule = replfx.Schedule(each, optimizer, unroll_at=2)
