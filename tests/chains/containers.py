@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.models import CausalBlock, Mlp
+from tests.support.models import CausalBlock, Mlp, Row
 
 __all__ = ["CONTAINERS", "Container"]
 
@@ -86,12 +86,8 @@ class DenseNet(nn.Module):
         return self.head(torch.cat(seen, 1).mean((2, 3)))
 
 
-class GrowingLayer(nn.Module):
+class GrowingLayer(DenseLayer):
     """A dense layer that hands on what it was given."""
-
-    def __init__(self, width: int, growth: int) -> None:
-        super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv(self.norm(x).relu())], 1)
@@ -281,11 +277,9 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [(3, 4), (4, 8)]
-        self.down = nn.ModuleList(nn.Sequential(Residual(i, o), Residual(o, o), Residual(o, o)) for i, o in sizes)
-        self.middle = nn.Sequential(Residual(8, 8), Residual(8, 8), Residual(8, 8))
-        self.up = nn.ModuleList(
-            nn.Sequential(Residual(i, o), Residual(o, o), Residual(o, o)) for i, o in [(8, 4), (16, 4)]
-        )
+        self.down = nn.ModuleList(three(i, o) for i, o in sizes)
+        self.middle = three(8, 8)
+        self.up = nn.ModuleList(three(i, o) for i, o in [(8, 4), (16, 4)])
         self.head = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -324,15 +318,9 @@ class Experts(nn.Module):
 
 
 @container(lambda: torch.randn(4, 40, D), "blocks.1", "blocks.3")
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Row):
     def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Experts(D, 3, 2) for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+        super().__init__(*(Experts(D, 3, 2) for _ in range(5)))
 
 
 # ---- recurrent
@@ -516,16 +504,10 @@ class Albert(nn.Module):
 
 
 @container(sequence, refusal="is shared with")
-class TiedLayers(nn.Module):
+class TiedLayers(Row):
     """Five layers with one set of weights."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Mlp(D) for _ in range(5))
-        for layer in self.layers:
-            layer.fc1.weight, layer.fc2.weight = self.layers[0].fc1.weight, self.layers[0].fc2.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        super().__init__(*(Mlp(D) for _ in range(5)))
+        for layer in self.blocks:
+            layer.fc1.weight, layer.fc2.weight = self.blocks[0].fc1.weight, self.blocks[0].fc2.weight

@@ -13,17 +13,9 @@ from replfx.dynamo.syntheses import syntheses_in
 from replfx.passes.merge_syntheses import MergeSyntheses
 from tests.support.compiled import Compiled, graph_of
 from tests.support.computed import compute
+from tests.support.models import Mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-class Linear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 class Convolution(nn.Module):
@@ -72,7 +64,7 @@ def computed(block: Callable[[], nn.Module], length: int = 5) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("block", "shape", "expected", "cache"),
     [
-        (Linear, TOKENS, [2, 2], True),
+        (Mlp, TOKENS, [2, 2], True),
         (Convolution, PICTURES, [2], False),
         (Attention, TOKENS, [2, 2], True),
         (Twice, TOKENS, [2], False),
@@ -99,7 +91,7 @@ def test_computed_weights_are_synthesised_together_and_once(
 
 
 def test_further_calls_compile_nothing() -> None:
-    model = computed(Linear).eval()
+    model = computed(Mlp).eval()
     compiled = Compiled(model)
     for _ in range(3):
         compiled(torch.randn(TOKENS))
@@ -107,7 +99,7 @@ def test_further_calls_compile_nothing() -> None:
 
 
 def test_one_block_alone() -> None:
-    model = computed(Linear)
+    model = computed(Mlp)
     compiled = Compiled(model[1])
     x = torch.randn(TOKENS)
     torch.testing.assert_close(compiled(x), model[1](x))

@@ -18,7 +18,7 @@ from tests.reference import FAMILIES
 from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
 from tests.support.compiled import X, batches, needs_compiler, noting, paths, replacing
 from tests.support.functional import Functional, Spec, specs
-from tests.support.models import GPT, ConvNet, Mlp, Plain, Tower, tower
+from tests.support.models import GPT, ConvNet, Mlp, Plain, Row, Tower, tower
 from tests.support.strategies import Case, cases
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -306,12 +306,8 @@ def test_a_selection_that_names_nothing_says_what_there_is() -> None:
         list(backend.parameters())
 
 
-class Broken(nn.Module):
+class Broken(Row):
     """Breaks Dynamo's graph between its fourth and its fifth block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Mlp(4, 8) for _ in range(8))
 
     def forward(self, x: Tensor) -> Tensor:
         for i in (0, 1, 2, 3):
@@ -323,7 +319,7 @@ class Broken(nn.Module):
 
 
 def test_a_graph_break_cuts_the_chain_and_is_named() -> None:
-    compiled, backend = replacing(Broken(), "eager", fullgraph=False, every=2)
+    compiled, backend = replacing(Broken(*(Mlp(4, 8) for _ in range(8))), "eager", fullgraph=False, every=2)
     compiled(X)
     assert paths(backend) == ["@blocks.1", "@blocks.5"]
     (note,) = backend.notes

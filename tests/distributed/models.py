@@ -6,6 +6,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.models import Row
+
 WIDTH, HEADS, HIDDEN = 8, 4, 12
 
 
@@ -68,15 +70,8 @@ class ConvBlock(nn.Module):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
-class Model(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+def stack(block: Callable[[], nn.Module]) -> Row:
+    return Row(*(block() for _ in range(5)))
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

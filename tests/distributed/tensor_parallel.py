@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel import parallelize_module as torch_parallelize_module
 
 import replfx
-from tests.distributed.models import BLOCKS, WIDTH, Block, Model
+from tests.distributed.models import BLOCKS, WIDTH, Block, stack
 from tests.distributed.ranks import whole_tensor
 from tests.support.compare import assert_close
 from tests.support.processes import tried
@@ -77,9 +77,8 @@ class Case:
 
     def model(self) -> nn.Module:
         torch.manual_seed(3)
-        model = Model(BLOCKS[self.block]).double()
         made = replfx.transform(
-            model,
+            stack(BLOCKS[self.block]).double(),
             self.inputs(0) if self.block == "fused" else None,  # it unpacks what it computes
             every=2,
             operator=self.operator,
@@ -260,8 +259,8 @@ def _refusals(mesh: DeviceMesh) -> None:
     model, styles = case.model(), _everything_shared()
     kinds = [type(p) for p in model.parameters()]
     for plan, at, message in (
-        ({**styles, "blocks.*.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.*.mlp.fc3` names no module of Model"),
-        ({"blocks.1.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.1.mlp.fc3` names no module of Model"),
+        ({**styles, "blocks.*.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.*.mlp.fc3` names no module of Row"),
+        ({"blocks.1.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.1.mlp.fc3` names no module of Row"),
         (styles, init_device_mesh("cpu", (1, mesh.size())), "device_mesh has 2 dimensions"),
     ):
         with pytest.raises(replfx.FusionError, match=re.escape(message)):
@@ -277,7 +276,7 @@ def _refusals(mesh: DeviceMesh) -> None:
         with pytest.raises((replfx.FusionError, RuntimeError), match=r"call replfx\.parallelize_module|leaf tensors"):
             torch_parallelize_module(case.model(), mesh, plan)(case.inputs(0))
     with pytest.raises(replfx.CaptureError, match="is a DTensor"):
-        replfx.transform(torch_parallelize_module(Model(Block).double(), mesh, styles), every=2)
+        replfx.transform(torch_parallelize_module(stack(Block).double(), mesh, styles), every=2)
 
     replfx.parallelize_module(model, mesh, styles)
     with pytest.raises(replfx.FusionError, match=r"`blocks\.1` has been parallelised before"):

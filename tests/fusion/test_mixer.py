@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import replfx
 from replfx.operators import MixerOperator
+from tests.support.models import Row
 from tests.support.strategies import randomize
 
 WIDTH, TOKENS = 8, 5
@@ -507,11 +508,7 @@ class Masked(nn.Module):
         return x + self.mixing(shown.transpose(1, 2)).transpose(1, 2) * mask.unsqueeze(-1)
 
 
-class MaskedNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Masked() for _ in range(5))
-
+class MaskedRow(Row):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x, mask)
@@ -520,5 +517,5 @@ class MaskedNet(nn.Module):
 
 def test_a_mask_of_whole_numbers_does_not_hide_what_mixes_tokens() -> None:
     x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.long)
-    plan = replfx.plan(MaskedNet(), (x, mask), operator="mixer")
+    plan = replfx.plan(MaskedRow(*(Masked() for _ in range(5))), (x, mask), operator="mixer")
     assert [r.operator.options["dropped"] for r in plan.replacements] == [["norm1", "mlp"]] * 2

@@ -125,6 +125,12 @@ def chain(name: str, length: int = 5) -> nn.Sequential:
     return nn.Sequential(*(BLOCKS[name]() for _ in range(length))).double()
 
 
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def by_hand(model: nn.Module, made: nn.Module) -> nn.Module:
     """The untransformed model, with the means of both neighbours' matrices in its replaced blocks."""
     twin = copy.deepcopy(model)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import replfx
 from replfx.live.classes import live_class
-from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, inputs
+from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, gradients, inputs
 from tests.support.copies import copied
 from tests.support.models import Mlp, Tower, tower
 
@@ -25,12 +25,6 @@ def transformed(name: str) -> tuple[nn.Sequential, nn.Module]:
     made = replfx.transform(model, inputs())
     assert replfx.report(made).replaced == ["1", "3"]
     return model, made
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", BLOCKS)

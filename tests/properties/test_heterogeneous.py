@@ -24,7 +24,7 @@ from tests.support.compare import (
     steps,
 )
 from tests.support.models import Checkpointed
-from tests.support.stacks import LIGHT, Drawn, drawn_stacks, needs_shapes, steps_of
+from tests.support.stacks import LIGHT, Drawn, drawn_stacks, needs_shapes, steps_of, various
 from tests.support.strategies import FUSIONS, randomize
 
 FEW = settings(max_examples=6)
@@ -76,12 +76,10 @@ def test_a_transformed_stack_is_the_reference(drawn: Drawn) -> None:
 @pytest.mark.parametrize(("kind", "fusion"), [(kind, FUSIONS[i % 3]) for i, kind in enumerate(KINDS)])
 def test_every_kind_of_stack(kind: str, fusion: str) -> None:
     """So that no pairing depends on what is drawn."""
-    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
-    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
-    grouped = replace(narrow, before=6, kernel=5, groups=2, window=7)
-    assert_is_the_reference(Drawn(kind, (Step(4, 4), wide, same, narrow, grouped), fusion, "block", 0.5))
+    assert_is_the_reference(Drawn(kind, various(kind), fusion, "block", 0.5))
     if kind in LIGHT:  # which takes the place of blocks that keep the shape
-        assert_is_the_reference(Drawn(kind, (wide, same, narrow, replace(grouped, groups=1)), fusion, "light", 0.5))
+        *steps, grouped = various(kind)[1:]
+        assert_is_the_reference(Drawn(kind, (*steps, replace(grouped, groups=1)), fusion, "light", 0.5))
 
 
 @FEW

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.rewrite import carry_out
-from tests.support.models import Mlp, Plain, tower
+from tests.support.models import Mlp, Plain, Row, tower
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -23,17 +23,15 @@ def outcome(use: Callable[[], Any]) -> Any:
         return error
 
 
-class Chain(nn.Module):
+class Chain(Row):
     """Blocks in a row, and a head."""
 
     def __init__(self, block: Callable[[], nn.Module] = Mlp) -> None:
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList(block() for _ in range(5)), nn.Linear(8, 3)
+        super().__init__(*(block() for _ in range(5)))
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Any:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(super().forward(x))
 
 
 class Cross(Mlp):
@@ -53,8 +51,7 @@ class Without(Chain):
 
     def forward(self, x: Tensor) -> Any:
         with torch.no_grad():
-            for block in self.blocks:
-                x = block(x)
+            x = Row.forward(self, x)
         return self.head(x)
 
 

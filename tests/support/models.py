@@ -33,6 +33,19 @@ class Plain(nn.Module):
         return self.linear(x).relu()
 
 
+class Row(nn.Module):
+    """Blocks in a list, called one after the other."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class Tower(nn.Module):
     """A stem, a chain of blocks, a head."""
 
@@ -49,6 +62,17 @@ class Tower(nn.Module):
 def tower(length: int = 5) -> Tower:
     """A tower of residual blocks that takes `(batch, 4)`."""
     return Tower(*(Mlp() for _ in range(length)))
+
+
+class Residual(nn.Module):
+    """The smallest residual block: x + relu(fc(x)), of width 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
 
 
 class ConvBlock(nn.Module):
@@ -185,17 +209,14 @@ class Layer(nn.Module):
         return x + torch.relu(self.linear(self.norm(x)))
 
 
-class Net(nn.Module):
+class Net(Row):
     def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Layer() for _ in range(5))
+        super().__init__(*(Layer() for _ in range(5)))
         self.head = nn.Linear(8, 3)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x) * self.scale
+        return self.head(super().forward(x)) * self.scale
 
 
 class Checkpointed(nn.Module):

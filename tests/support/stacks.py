@@ -58,6 +58,13 @@ class Drawn:
         return [spots[i].path for i in positions]
 
 
+def various(kind: str) -> tuple[Step, ...]:
+    """Blocks that are wider, narrower, dilated and grouped, each unlike the one before."""
+    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
+    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
+    return Step(4, 4), wide, same, narrow, replace(narrow, before=6, kernel=5, groups=2, window=7)
+
+
 @st.composite
 def steps_of(draw: st.DrawFn, kind: str, *, groups: bool = True) -> tuple[Step, ...]:
     """Three to five blocks, each like the one before or not."""

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import replfx
 from tests.support.compiled import noting
-from tests.support.models import Tower, tower
+from tests.support.models import Mlp, Tower, tower
 from tests.support.snapshots import assert_unchanged, snapshot
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -273,17 +273,8 @@ def test_impossible_schedules_are_refused_before_training(options: dict[str, Any
 
 
 def test_what_cannot_be_unrolled_is_said_before_training() -> None:
-    class Narrow(nn.Module):
-        """Its MLP is too narrow to hold the light operator's map."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
-
-    model = replfx.transform(Tower(*(Narrow() for _ in range(5))), next(batches()), operator="light")
+    narrow = (Mlp(8, 8) for _ in range(5))  # too narrow to hold the light operator's map
+    model = replfx.transform(Tower(*narrow), next(batches()), operator="light")
     assert not replfx.report(model).unrolls
     with pytest.raises(replfx.FusionError, match="cannot be unrolled"):
         replfx.Schedule(model, unroll_at=2)
