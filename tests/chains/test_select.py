@@ -174,13 +174,6 @@ def test_impossible_policies(options: dict[str, object], message: str) -> None:
             replfx.transform(tower(5), **options)
 
 
-def test_unknown_names_are_refused_when_the_policy_is_made() -> None:
-    with pytest.raises(replfx.FusionError, match=r"unknown fusion 'scaler'; there are: .*channel.*scalar"):
-        Policy(every=2, fusion=Choice("scaler"))
-    with pytest.raises(replfx.FusionError, match=r"unknown operator 'lite'; there are: .*identity.*light"):
-        Policy(every=2, operator=Choice("lite"))
-
-
 @pytest.mark.parametrize(
     ("select", "message"),
     [
@@ -199,12 +192,11 @@ def test_unknown_names_are_refused_when_the_policy_is_made() -> None:
         ("", "matches nothing"),
     ],
 )
-@pytest.mark.parametrize("inplace", [False, True])
-def test_impossible_selections(select: str | list[str], message: str, inplace: bool) -> None:
+def test_impossible_selections(select: str | list[str], message: str) -> None:
     model = tower(5)
     before = snapshot(model)
     with pytest.raises(replfx.PlanError, match=message):
-        replfx.transform(model, select=select, inplace=inplace)
+        replfx.transform(model, select=select, inplace=True)
     assert_unchanged(model, before)
 
 
@@ -234,11 +226,7 @@ def test_one_search_serves_every_policy(every: int, operator: str) -> None:
     found, policy = found_in(7), Policy(every=every, operator=Choice(operator))
     refused = dict(found.refused)
     first, again = select(found, policy), select(found, policy)
-    assert (first.plan, first.kept, first.refused, first.nothing) == (
-        again.plan,
-        again.kept,
-        again.refused,
-        again.nothing,
-    )
+    for name in ("plan", "kept", "refused", "nothing"):
+        assert getattr(first, name) == getattr(again, name)
     assert found.refused == refused
     assert (first.nothing is None) == bool(first.plan.replacements)

@@ -76,6 +76,13 @@ class IfSum(Base):
 
 
 @toy()
+class ShapeByValues(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return y[y.nonzero(as_tuple=True)].sum().view(1)
+
+
+@toy()
 class ItemAndList(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x)
