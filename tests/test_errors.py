@@ -19,12 +19,7 @@ X = torch.linspace(-1, 1, 8).view(2, 4)
 
 
 def refuse(
-    kind: type[Exception],
-    message: str,
-    function: Callable[..., Any],
-    model: nn.Module,
-    *rest: Any,
-    **options: Any,
+    kind: type[Exception], message: str, function: Callable[..., Any], model: nn.Module, *rest: Any, **options: Any
 ) -> None:
     """The call raises this, and the model is as it was."""
     before = snapshot(model)
@@ -88,10 +83,7 @@ def test_a_plan_of_the_wrong_type() -> None:
         ([X], r"example_inputs is of type list; give a tensor, a tuple of positional inputs.*\(the_list,\)"),
         (3, "example_inputs is of type int"),
         ("x", "example_inputs is of type str"),
-        (
-            torch.empty(2, 4, device="meta"),
-            r"tensor on meta, the model is on cpu; move one of them with \.to",
-        ),
+        (torch.empty(2, 4, device="meta"), r"tensor on meta, the model is on cpu; move one of them with \.to"),
         ((torch.empty(2, 4, device="meta"),), "tensor on meta, the model is on cpu"),
         ({"x": torch.empty(2, 4, device="meta")}, "tensor on meta, the model is on cpu"),
     ],
@@ -149,15 +141,9 @@ def test_unknown_names(inplace: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"fusion": {"name": "scalar", "start": 1}},
-            r"`blocks\.1`: fusion 'scalar' does not take .*'start': 1",
-        ),
+        ({"fusion": {"name": "scalar", "start": 1}}, r"`blocks\.1`: fusion 'scalar' does not take .*'start': 1"),
         ({"fusion": {"name": "scalar", "initial": "one"}}, "`initial` must be a finite number, or two, not 'one'"),
-        (
-            {"fusion": {"name": "scalar", "initial": float("inf")}},
-            "`initial` must be a finite number, or two, not inf",
-        ),
+        ({"fusion": {"name": "scalar", "initial": float("inf")}}, "`initial` must be a finite number, or two, not inf"),
         ({"fusion": {"name": "scalar", "initial": None}}, "`initial` must be a finite number, or two, not None"),
         ({"fusion": {"initial": 1}}, "fusion must be a name or a dict with a 'name'"),
         ({"fusion": 3}, "fusion must be a name or a dict with a 'name', not 3"),
@@ -165,10 +151,7 @@ def test_unknown_names(inplace: bool) -> None:
         ({"fusion": {"name": "scalar", "initial": {1}}}, "options of fusion 'scalar' must be plain JSON"),
         ({"operator": {"name": "block", "x": 1}}, r"`blocks\.1`: operator 'block' does not take .*'x': 1"),
         ({"operator": ["block"]}, "operator must be a name or a dict with a 'name'"),
-        (
-            {"operator": {"name": "light", "initial_gain": "x"}},
-            r"`blocks\.1`: operator 'light' does not take",
-        ),
+        ({"operator": {"name": "light", "initial_gain": "x"}}, r"`blocks\.1`: operator 'light' does not take"),
         ({"operator": {"name": "light", "maps": []}}, "light operator"),
     ],
     ids=str,

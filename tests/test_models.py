@@ -87,13 +87,7 @@ CASES = [
     # Its attention mixes the channels of a head: no row of the value map alone makes what the output map takes.
     Case("xcit_nano_12", image_model("xcit_nano_12_p8_224", **VIT), 64, (6,), 2, light=False),
     Case("gmlp_ti16", lambda: gmlp(6), 64, (6,), 2, light=False),
-    Case(
-        "volo_d1",
-        volo,
-        64,
-        (4, 14),
-        7,
-    ),
+    Case("volo_d1", volo, 64, (4, 14), 7),
     Case("regnety_004", image_model("regnety_004"), 64, (16,), 6),
     Case("gpt", lambda: GPT(), 0, (6,), 2),
 ]
@@ -329,8 +323,7 @@ COMPILED = [
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
-    ("name", "operator"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] != "gpt")) for case in COMPILED],
+    ("name", "operator"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] != "gpt")) for case in COMPILED]
 )
 def test_compile_and_export_where_the_original_did(name: str, operator: str) -> None:
     (case,) = (case for case in CASES if case.name == name)

@@ -209,10 +209,7 @@ def test_a_policy_that_replaces_nothing_says_so() -> None:
 
 def test_options_travel_into_the_plan() -> None:
     plan = replfx.plan(
-        tower(5),
-        fusion={"name": "channel", "initial": 0.25},
-        operator={"name": "light"},
-        neighbour_gradient=0,
+        tower(5), fusion={"name": "channel", "initial": 0.25}, operator={"name": "light"}, neighbour_gradient=0
     )
     (first, _) = plan.replacements
     assert first.fusion == Choice("channel", {"initial": 0.25})

@@ -197,8 +197,7 @@ class Writes(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("write", "cache"),
-    [*((name, True) for name in WRITES), ("through .data", False), ("a list in place", False)],
+    ("write", "cache"), [*((name, True) for name in WRITES), ("through .data", False), ("a list in place", False)]
 )
 def test_no_write_in_the_forward_pass_is_overlooked(write: str, cache: bool) -> None:
     results = []

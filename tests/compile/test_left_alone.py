@@ -89,13 +89,7 @@ class Writes(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "first"),
-    [
-        ("write", 1),
-        ("write in the same mode", 1),
-        ("write through .data", 1),
-        ("grad", 1),
-        ("grad", 3),
-    ],
+    [("write", 1), ("write in the same mode", 1), ("write through .data", 1), ("grad", 1), ("grad", 3)],
 )
 def test_nothing_moves_over_writes_and_modes(how: str, first: int) -> None:
     def results(compile: bool) -> list[Tensor]:

@@ -31,10 +31,7 @@ def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
     p[2] = p[2].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     a, b = make((5,), (1,), (1,), (1,)), make((1,), (1,), (4,), (2,))
     four = [[tensor.detach() for tensor in tensors] for tensors in (p, n, a, b)]
-    return {
-        "synthesize": [(p, n, a, b)],
-        "synthesize_backward": [(four[0], *four), (four[0], *four, [3, 12, 0, 15])],
-    }
+    return {"synthesize": [(p, n, a, b)], "synthesize_backward": [(four[0], *four), (four[0], *four, [3, 12, 0, 15])]}
 
 
 @pytest.mark.parametrize("device", DEVICES)

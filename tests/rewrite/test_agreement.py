@@ -193,10 +193,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize(
     ("use", "first"),
     [
-        (
-            lambda: replfx.transform(Chain(), X, neighbour_gradient=None),
-            "neighbour_gradient must be a number",
-        ),
+        (lambda: replfx.transform(Chain(), X, neighbour_gradient=None), "neighbour_gradient must be a number"),
         (lambda: replfx.transform(Chain(), 3), "example_inputs is of type int"),
         (
             lambda: replfx.transform(Chain(), X, operator={"name": "block", "fast": 1}),

@@ -55,13 +55,7 @@ def assert_all_well(findings: list[dict[str, str | None]], name: str | None = No
 
 
 def _join(
-    rank: int,
-    count: int,
-    port: int,
-    folder: Path,
-    work: Callable[..., Any],
-    args: tuple[Any, ...],
-    backend: str,
+    rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...], backend: str
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(

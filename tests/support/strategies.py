@@ -73,9 +73,7 @@ class Case:
     def transformed(self, model: Stack | None = None) -> Stack:
         """`model`, or a fresh one, transformed by the policy, with all parameters random again."""
         made = replfx.transform(
-            model or self.model(),
-            self.inputs() if self.traced_on_inputs else None,
-            **self.policy.arguments(),
+            model or self.model(), self.inputs() if self.traced_on_inputs else None, **self.policy.arguments()
         )
         randomize(made, self.seed + 2)
         assert isinstance(made, Stack)

@@ -51,11 +51,7 @@ def test_both_rungs_find_the_same(build: type[nn.Module], shape: tuple[int, ...]
     assert [[f"model.{path}" for path in chain] for chain in plain.chains] == stopped.chains
     assert [f"model.{path}" for path in plain.replaced] == stopped.replaced
     for one, other in zip(plain.blocks, stopped.blocks, strict=True):
-        assert (one.flops, one.saved_bytes, one.parameters) == (
-            other.flops,
-            other.saved_bytes,
-            other.parameters,
-        )
+        assert (one.flops, one.saved_bytes, one.parameters) == (other.flops, other.saved_bytes, other.parameters)
     assert plain.before == stopped.before
     assert plain.after == stopped.after
 
