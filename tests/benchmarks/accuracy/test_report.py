@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -22,6 +21,7 @@ from benchmarks.accuracy.report import Difference, removed_like, rows_of
 from benchmarks.accuracy.tasks import ACCURACY, NATS, TASKS
 from benchmarks.models import GPT
 from replfx import ReplfxError
+from tests.benchmarks.parsing import parsed
 
 # Student's t at 97.5 %, from a printed table.
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
@@ -165,11 +165,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     changes = ("--set", "steps=4", "--set", "evaluations=2", "--set", "batch=2")
 
     def call(*options: str) -> dict[str, Any]:
-        parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
-        places = ("--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
-        args = parser.parse_args(["--task", "wikitext2-bytes", *changes, *places, *options, "--repeats", "2"])
-        assert command.run(args) == 0
+        places = ("--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--repeats", "2")
+        assert command.run(parsed(command, "--task", "wikitext2-bytes", *changes, *places, *options)) == 0
         (written,) = (tmp_path / "out").glob("*.json")
         return json.loads(written.read_text())
 
@@ -214,11 +211,8 @@ def test_time_that_is_up_leaves_a_checkpoint(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_has_to_be_named(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    words = ("--task", "turns", "--out", str(tmp_path))
     with pytest.raises(ReplfxError, match="--data-root"):
-        command.run(parser.parse_args(["--task", "turns", "--out", str(tmp_path)]))
+        command.run(parsed(command, *words))
     with pytest.raises(ReplfxError, match="there is no such folder"):
-        command.run(
-            parser.parse_args(["--task", "turns", "--out", str(tmp_path), "--data-root", str(tmp_path / "none")])
-        )
+        command.run(parsed(command, *words, "--data-root", str(tmp_path / "none")))
