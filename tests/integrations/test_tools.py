@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import replfx
-from tests.support.models import Tower, tower
+from tests.integrations.shipped import transformed_tower
 from tests.support.strategies import randomize
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -35,13 +35,6 @@ def vit(drop_path: float = 0.0) -> VisionTransformer:
 def transformed_vit(operator: str = "block", drop_path: float = 0.0) -> nn.Module:
     model = replfx.transform(vit(drop_path), operator=operator)
     randomize(model, 5)
-    return model
-
-
-def transformed_tower(operator: str = "block", seed: int = 6) -> Tower:
-    torch.manual_seed(seed)
-    model = replfx.transform(tower(5), operator=operator)
-    randomize(model, seed)
     return model
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import replfx
-from tests.support.digits import ResidualCNN
 from tests.support.digits import digits as handwritten
+from tests.support.models import ConvNet
 
 pytestmark = pytest.mark.integrations
 
@@ -69,7 +69,7 @@ def loader() -> DataLoader[Any]:
 def cnn(seed: int) -> nn.Module:
     """Has batch statistics, which are to be saved and loaded too."""
     torch.manual_seed(seed)
-    return ResidualCNN(1, 10, (8,), blocks=5)
+    return ConvNet(5, (8,), channels=1, classes=10)
 
 
 def optimizer_of(

@@ -95,11 +95,13 @@ class ConvBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Stages of basic blocks; takes `(batch, 3, s, s)`."""
+    """Stages of basic blocks; takes `(batch, channels, s, s)`."""
 
-    def __init__(self, depth: int = 4, widths: tuple[int, ...] = (6, 8)) -> None:
+    def __init__(
+        self, depth: int = 4, widths: tuple[int, ...] = (6, 8), *, channels: int = 3, classes: int = 3
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
         stages = []
         width_in = widths[0]
         for index, width in enumerate(widths):
@@ -107,7 +109,7 @@ class ConvNet(nn.Module):
             stages.append(nn.Sequential(first, *(ConvBlock(width) for _ in range(depth - 1))))
             width_in = width
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width_in, 3)
+        self.head = nn.Linear(width_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
