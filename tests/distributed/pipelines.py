@@ -50,7 +50,6 @@ class Case:
         return made.eval()  # statistics of a microbatch are not those of the batch
 
     def input(self, step: int = 0) -> Tensor:
-        """A batch."""
         shape = (BATCH, 5, 4) if self.kind == "transformer" else (BATCH, 3, 6, 6)
         return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 

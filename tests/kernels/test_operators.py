@@ -22,8 +22,6 @@ def leaf(*shape: int, device: str = "cpu") -> Tensor:
 
 
 def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for each operator."""
-
     def make(*shapes: tuple[int, ...]) -> list[Tensor]:
         return [leaf(*shape, device=device) for shape in shapes]
 

@@ -78,7 +78,7 @@ def assert_is_the_reference(drawn: Regions, model: fx.GraphModule) -> None:
     expected = reference_run(drawn.spec, drawn.replaced(), tensors, inputs, training=drawn.training, **drawn.policy())
     loss_of([expected]).backward()
     (result,), gradients = seeded(model, drawn.inputs())
-    assert_close(result, expected.detach(), "output")  # tolerance: as in test_properties
+    assert_close(result, expected.detach(), "output")
     for name, gradient in gradients.items():
         wanted = inputs[0].grad if name == "input" else tensors[name].grad
         assert gradient is not None, name

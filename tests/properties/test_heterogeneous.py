@@ -57,7 +57,7 @@ def assert_is_the_reference(drawn: Drawn) -> None:
     assert replfx.report(model).replaced == drawn.paths(drawn.replaced())
     expected, wanted, tensors = expected_run(drawn, model)
     (result,), gradients = run(model, drawn.inputs())
-    assert_close(result, expected, "output")  # tolerance: as in test_properties, the same operations reordered
+    assert_close(result, expected, "output")
     assert_same_gradients(gradients, wanted)
     for name, buffer in model.named_buffers():
         if name in tensors:

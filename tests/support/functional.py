@@ -59,7 +59,6 @@ class Spec:
 
     @property
     def depth(self) -> int:
-        """How many layers there are."""
         return len(self.widths) - 1
 
 
@@ -126,7 +125,6 @@ class Functional(nn.Module):
         return found
 
     def layer(self, index: int, x: Tensor, extra: Tensor | None) -> Tensor:
-        """One layer."""
         spec = self.spec
         y = _formula(spec.kind, x, self.weights(index), ACTIVATIONS[spec.activation], spec.widths[index])
         if extra is not None:
@@ -151,7 +149,6 @@ class Functional(nn.Module):
         return torch.einsum("...i,ij->...j", x, self.tail).exp() if spec.tail else x
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """Fresh inputs."""
         x = torch.randn(2, 3, self.spec.widths[0])
         return (x, torch.rand(3, 1)) if self.spec.extra in ("input", "computed") else (x,)
 

@@ -25,7 +25,6 @@ class Policy:
     neighbour_gradient: float
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments."""
         return {
             **self.choice,
             "fusion": self.fusion,

@@ -58,8 +58,6 @@ def test_a_small_transformed_model() -> None:
 
 
 class Matrices(replfx.Fusion):
-    """Coefficients of two dimensions."""
-
     def __init__(self, shapes: Any, **options: Any) -> None:
         super().__init__(shapes, **options)
         self.mix = nn.Parameter(torch.full((2, 2), 0.5))
