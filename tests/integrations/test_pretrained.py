@@ -84,15 +84,7 @@ def test_post_norm_blocks_are_refused_with_the_reason(operator: str) -> None:
 # ---- folders
 
 
-def same(model: Any) -> Any:
-    return model
-
-
-def pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("of", [same, copy.deepcopy, pickled])
+@pytest.mark.parametrize("of", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize(("name", "operator"), [("gpt2", "light"), ("bert", "block"), ("t5", "mixer")])
 def test_a_folder_has_the_plan_beside_the_weights(
     name: str, operator: str, of: Callable[[Any], Any], tmp_path: Path

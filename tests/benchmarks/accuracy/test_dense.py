@@ -90,7 +90,6 @@ def test_of_a_block_of_torchvision_the_shortcut_stays() -> None:
     assert torch.equal(Dropped(block, 1e-9, scaled=False).train()(x), skipped(block)(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["removed", "stochastic-depth:survival=0.1", "sharing", "light+channel"])
 def test_a_model_of_torchvision_takes_the_variants(variant: str) -> None:
     task = TASKS["camvid-fcn"]

@@ -124,10 +124,7 @@ def calls_to_transform(name: str, blocks: int, inputs: bool) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inputs"),
-    [
-        *((name, False) for name, tower in TOWERS.items() if tower.symbolic),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in TOWERS),
-    ],
+    [*((name, False) for name, tower in TOWERS.items() if tower.symbolic), *((name, True) for name in TOWERS)],
 )
 def test_transform_is_near_linear(name: str, inputs: bool) -> None:
     calls_to_transform(name, 4, inputs)  # what is imported the first time
