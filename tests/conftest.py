@@ -29,7 +29,7 @@ def registries() -> Iterator[None]:
     yield
     for registry, entries in kept:
         registry._entries.clear()
-        registry._entries.update(entries)  # type: ignore[arg-type]
+        registry._entries.update(entries)
 
 
 @pytest.fixture

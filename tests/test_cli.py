@@ -5,31 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import replfx
 from replfx.cli import main
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return x + torch.relu(self.fc(x))
+from tests.support.models import Residual
 
 
 def tower() -> nn.Module:
-    return nn.Sequential(*(Block() for _ in range(5)))
+    return nn.Sequential(*(Residual() for _ in range(5)))
 
 
 def pair() -> nn.Module:
-    return nn.Sequential(Block(), Block())
+    return nn.Sequential(Residual(), Residual())
 
 
 def not_a_model() -> int:
@@ -48,14 +40,9 @@ def stopped() -> nn.Module:
     raise KeyboardInterrupt
 
 
-class Words(nn.Module):
+class Words(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 4)
-        self.blocks = tower()
-
-    def forward(self, x):
-        return self.blocks(self.embed(x))
+        super().__init__(OrderedDict(embed=nn.Embedding(9, 4), blocks=tower()))
 
 
 def test_inspect_prints_chains_costs_and_savings(capsys):

@@ -19,12 +19,7 @@ X = torch.linspace(-1, 1, 8).view(2, 4)
 
 
 def refuse(
-    kind: type[Exception],
-    message: str,
-    function: Callable[..., Any],
-    model: nn.Module,
-    *rest: Any,
-    **options: Any,
+    kind: type[Exception], message: str, function: Callable[..., Any], model: nn.Module, *rest: Any, **options: Any
 ) -> None:
     """The call raises this, and the model is as it was."""
     before = snapshot(model)
@@ -40,35 +35,16 @@ inplace = pytest.mark.parametrize("inplace", [False, True])
 @inplace
 def test_no_chain(inplace: bool) -> None:
     model = nn.Sequential(Plain(4, 6), Plain(6, 4))
-    refuse(
-        replfx.NoChainError,
-        "no chain of 3 blocks.*`0`: no three like it in a row, only `0` and `1`: a block is replaced between two",
-        replfx.transform,
-        model,
-        X,
-        inplace=inplace,
-    )
+    message = "no chain of 3 blocks.*`0`: no three like it in a row, only `0` and `1`: a block is replaced between two"
+    refuse(replfx.NoChainError, message, replfx.transform, model, X, inplace=inplace)
 
 
-@inplace
-@pytest.mark.parametrize("every", [0, 1, -1, True, 2.5])
-def test_every_below_two(every: Any, inplace: bool) -> None:
-    model = tower(5)
-    refuse(replfx.PlanError, "every", replfx.transform, model, X, every=every, inplace=inplace)
-    refuse(replfx.PlanError, "every", replfx.inspect, model, X, every=every)
-    refuse(replfx.PlanError, "every", replfx.plan, model, X, every=every)
-
-
-def test_a_selection_that_is_refused_is_refused_everywhere() -> None:
+def test_a_choice_that_is_refused_is_refused_everywhere() -> None:
+    """More impossible choices are in tests/chains/test_select.py."""
     model = tower(5)
     for function in (replfx.transform, replfx.inspect, replfx.plan):
-        refuse(
-            replfx.PlanError,
-            "matches nothing; blocks that are in a chain: blocks.0",
-            function,
-            model,
-            select="x*",
-        )
+        refuse(replfx.PlanError, "every", function, model, X, every=1)
+        refuse(replfx.PlanError, "matches nothing; blocks that are in a chain: blocks.0", function, model, select="x*")
         refuse(replfx.PlanError, "`blocks.0` has no kept block on each side", function, model, select="blocks.0")
 
 
@@ -76,14 +52,8 @@ def test_a_selection_that_is_refused_is_refused_everywhere() -> None:
 def test_a_plan_for_another_model(inplace: bool) -> None:
     plan = replfx.plan(tower(7))
     other = Tower(*(Mlp(8, 24) for _ in range(7)))
-    refuse(
-        replfx.PlanError,
-        "`blocks.1` of Tower has other parameters than the plan's: .* made for Tower; .*replfx.plan",
-        replfx.apply,
-        other,
-        plan,
-        inplace=inplace,
-    )
+    message = "`blocks.1` of Tower has other parameters than the plan's: .* made for Tower; .*replfx.plan"
+    refuse(replfx.PlanError, message, replfx.apply, other, plan, inplace=inplace)
     refuse(replfx.PlanError, "Tower has no module `blocks.5`", replfx.apply, tower(5), plan, inplace=inplace)
     convnet = ConvNet(4)
     message = "ConvNet has no module `blocks.1`: the plan was made for Tower"
@@ -96,14 +66,7 @@ def test_a_plan_of_the_wrong_type() -> None:
     text = replfx.plan(model).to_json()
     refuse(replfx.PlanError, "not str; JSON text goes through Plan.from_json", replfx.apply, model, text)
     refuse(replfx.PlanError, "must be a replfx.Plan, not dict", replfx.transform, model, plan={})
-    refuse(
-        replfx.PlanError,
-        "plan= or every=, not both",
-        replfx.transform,
-        model,
-        plan=replfx.plan(model),
-        every=2,
-    )
+    refuse(replfx.PlanError, "plan= or every=, not both", replfx.transform, model, plan=replfx.plan(model), every=2)
 
 
 @inplace
@@ -120,10 +83,7 @@ def test_a_plan_of_the_wrong_type() -> None:
         ([X], r"example_inputs is of type list; give a tensor, a tuple of positional inputs.*\(the_list,\)"),
         (3, "example_inputs is of type int"),
         ("x", "example_inputs is of type str"),
-        (
-            torch.empty(2, 4, device="meta"),
-            r"tensor on meta, the model is on cpu; move one of them with \.to",
-        ),
+        (torch.empty(2, 4, device="meta"), r"tensor on meta, the model is on cpu; move one of them with \.to"),
         ((torch.empty(2, 4, device="meta"),), "tensor on meta, the model is on cpu"),
         ({"x": torch.empty(2, 4, device="meta")}, "tensor on meta, the model is on cpu"),
     ],
@@ -172,11 +132,7 @@ def test_unknown_names(inplace: bool) -> None:
     model = tower(5)
     fusions = "unknown fusion 'scaler'; there are: .*channel, .*scalar, scalar_layer"
     operators = "unknown operator 'bloc'; there are: .*block, .*identity, light"
-    for function, options in (
-        (replfx.transform, {"inplace": inplace}),
-        (replfx.inspect, {}),
-        (replfx.plan, {}),
-    ):
+    for function, options in ((replfx.transform, {"inplace": inplace}), (replfx.inspect, {}), (replfx.plan, {})):
         refuse(replfx.FusionError, fusions, function, model, fusion="scaler", **options)
         refuse(replfx.FusionError, operators, function, model, operator="bloc", **options)
 
@@ -185,15 +141,9 @@ def test_unknown_names(inplace: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"fusion": {"name": "scalar", "start": 1}},
-            r"`blocks\.1`: fusion 'scalar' does not take .*'start': 1",
-        ),
+        ({"fusion": {"name": "scalar", "start": 1}}, r"`blocks\.1`: fusion 'scalar' does not take .*'start': 1"),
         ({"fusion": {"name": "scalar", "initial": "one"}}, "`initial` must be a finite number, or two, not 'one'"),
-        (
-            {"fusion": {"name": "scalar", "initial": float("inf")}},
-            "`initial` must be a finite number, or two, not inf",
-        ),
+        ({"fusion": {"name": "scalar", "initial": float("inf")}}, "`initial` must be a finite number, or two, not inf"),
         ({"fusion": {"name": "scalar", "initial": None}}, "`initial` must be a finite number, or two, not None"),
         ({"fusion": {"initial": 1}}, "fusion must be a name or a dict with a 'name'"),
         ({"fusion": 3}, "fusion must be a name or a dict with a 'name', not 3"),
@@ -201,10 +151,7 @@ def test_unknown_names(inplace: bool) -> None:
         ({"fusion": {"name": "scalar", "initial": {1}}}, "options of fusion 'scalar' must be plain JSON"),
         ({"operator": {"name": "block", "x": 1}}, r"`blocks\.1`: operator 'block' does not take .*'x': 1"),
         ({"operator": ["block"]}, "operator must be a name or a dict with a 'name'"),
-        (
-            {"operator": {"name": "light", "initial_gain": "x"}},
-            r"`blocks\.1`: operator 'light' does not take",
-        ),
+        ({"operator": {"name": "light", "initial_gain": "x"}}, r"`blocks\.1`: operator 'light' does not take"),
         ({"operator": {"name": "light", "maps": []}}, "light operator"),
     ],
     ids=str,
@@ -369,13 +316,8 @@ def test_a_model_that_cannot_be_copied() -> None:
             super().__init__(*(Mlp() for _ in range(5)))
             self.numbers = (i for i in range(3))
 
-    refuse(
-        replfx.CaptureError,
-        "Uncopiable could not be copied.*`numbers` holds.*generator",
-        replfx.transform,
-        Uncopiable(),
-        X,
-    )
+    message = "Uncopiable could not be copied.*`numbers` holds.*generator"
+    refuse(replfx.CaptureError, message, replfx.transform, Uncopiable(), X)
 
 
 def test_every_error_is_a_replfx_error() -> None:

@@ -43,10 +43,10 @@ def test_there_and_back() -> None:
     ids = torch.randint(0, 31, (2, 8))
     for model, inputs in ((given_model(), None), (ConvNet(4), image), (GPT(), ids)):
         for options in ({"operator": "light"}, {"operator": "block", "fusion": "scalar_layer"}, {"every": 3}):
-            plan = replfx.plan(model, inputs, **options)  # type: ignore[arg-type]
+            plan = replfx.plan(model, inputs, **options)
             assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
-            assert replfx.plan(model, inputs, **options).to_json() == plan.to_json()  # type: ignore[arg-type]
-            assert replfx.plan(model, inputs, **options) == plan  # type: ignore[arg-type]
+            assert replfx.plan(model, inputs, **options).to_json() == plan.to_json()
+            assert replfx.plan(model, inputs, **options) == plan
             again = replfx.apply(model, Plan.from_json(plan.to_json()))
             assert replfx.report(again).replaced == [r.path for r in plan.replacements]
     assert Plan.from_json(Plan("Tower").to_json()) == Plan("Tower")
@@ -61,9 +61,9 @@ def test_it_is_plain_json_with_a_format_and_a_version() -> None:
 
 def test_a_plan_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        given_plan().model = "Other"  # type: ignore[misc]
+        given_plan().model = "Other"
     with pytest.raises(AttributeError):
-        given_plan().replacements[0].path = "other"  # type: ignore[misc]
+        given_plan().replacements[0].path = "other"
 
 
 def test_it_outlives_the_process_that_made_it() -> None:
@@ -119,15 +119,11 @@ def hostile() -> list[tuple[str, Any, str]]:
     return [
         ("empty", "", "cut short"),
         ("not json", "import os", "cut short"),
-        ("number", "1", "must be a JSON object, not int"),
-        ("null", "null", "must be a JSON object, not NoneType"),
         ("list", "[]", "must be a JSON object, not list"),
         ("empty object", "{}", "no field 'format'"),
         ("bytes", given_text().encode(), "JSON text, not bytes"),
         ("pickle", pickle.dumps(given_plan()), "JSON text, not bytes"),
         ("pickle as text", pickle.dumps(given_plan(), 0).decode("latin-1"), "cut short"),
-        ("none", None, "JSON text, not NoneType"),
-        ("dict", json.loads(given_text()), "JSON text, not dict"),
         ("twice", given_text() + given_text(), "cut short|whole JSON"),
         ("other format", changed(put("format", value="onnx")), "its format is 'onnx'"),
         ("version 1", changed(put("version", value=1)), "version 1, this replfx reads version 2"),
@@ -141,11 +137,7 @@ def hostile() -> list[tuple[str, Any, str]]:
         ("replacement field", changed(put(*FIRST, "more", value=1)), "replacement 0 has an unknown field 'more'"),
         ("no path", changed(drop(*FIRST, "path")), "replacement 0 has no field 'path'"),
         ("path null", changed(put(*FIRST, "path", value=None)), "'path' must be str"),
-        (
-            "previous list",
-            changed(put(*FIRST, "previous", value=[])),
-            "'previous' must be str or NoneType, not list",
-        ),
+        ("previous list", changed(put(*FIRST, "previous", value=[])), "'previous' must be str or NoneType, not list"),
         ("gradient text", changed(put(*FIRST, "neighbour_gradient", value="1")), "'neighbour_gradient' must be"),
         ("gradient 7", changed(put(*FIRST, "neighbour_gradient", value=7)), "between 0 and 1, not 7"),
         ("gradient true", changed(put(*FIRST, "neighbour_gradient", value=True)), "not bool"),
@@ -161,16 +153,8 @@ def hostile() -> list[tuple[str, Any, str]]:
         ),
         ("inputs numbers", changed(put(*FIRST, "interface", "inputs", value=[0])), "list of slot names"),
         ("output list", changed(put(*FIRST, "interface", "output", value=[])), "its output holds a list"),
-        (
-            "output key",
-            changed(put(*FIRST, "interface", "output", value={"call": "os"})),
-            "its output has 'call'",
-        ),
-        (
-            "output keys",
-            changed(put(*FIRST, "interface", "output", value={"input": "0", "tuple": []})),
-            "one key",
-        ),
+        ("output key", changed(put(*FIRST, "interface", "output", value={"call": "os"})), "its output has 'call'"),
+        ("output keys", changed(put(*FIRST, "interface", "output", value={"input": "0", "tuple": []})), "one key"),
         ("deep output", changed(put(*FIRST, "interface", "output", value=nested(40))), "nested deeper than 32"),
         ("deep json", "[" * 100_000 + "]" * 100_000, "whole JSON"),
         ("deep object", '{"a":' * 100_000, "whole JSON"),
@@ -214,29 +198,13 @@ WELL_FORMED = [
     ("neighbour itself", put(*FIRST, "next", value="blocks.1"), "is replaced in the same plan"),
     ("inside", put(*FIRST, "path", value="blocks.1.fc1"), "has other parameters"),
     ("kind", put(*FIRST, "kind", value="0" * 16), "has other parameters than the plan's"),
-    (
-        "fusion",
-        put(*FIRST, "fusion", "name", value="os.system"),
-        "unknown fusion 'os.system'; there are: channel",
-    ),
+    ("fusion", put(*FIRST, "fusion", "name", value="os.system"), "unknown fusion 'os.system'; there are: channel"),
     ("operator", put(*FIRST, "operator", "name", value="eval"), "unknown operator 'eval'; there are: block"),
-    (
-        "fusion option",
-        put(*FIRST, "fusion", "options", value={"x": 1}),
-        "`blocks.1`: fusion 'channel' does not take",
-    ),
-    (
-        "fusion initial",
-        put(*FIRST, "fusion", "options", value={"initial": "x"}),
-        "`initial` must be a finite number",
-    ),
+    ("fusion option", put(*FIRST, "fusion", "options", value={"x": 1}), "`blocks.1`: fusion 'channel' does not take"),
+    ("fusion initial", put(*FIRST, "fusion", "options", value={"initial": "x"}), "`initial` must be a finite number"),
     ("fusion self", put(*FIRST, "fusion", "options", value={"shapes": {}}), "does not take the options"),
     ("no options", put(*FIRST, "operator", "options", value={}), "malformed|options"),
-    (
-        "no such map",
-        put(*FIRST, "operator", "options", "maps", value=["x", "y"]),
-        "does not take the options",
-    ),
+    ("no such map", put(*FIRST, "operator", "options", "maps", value=["x", "y"]), "does not take the options"),
     ("private map", put(*FIRST, "operator", "options", "maps", value=["__class__", "fc2.weight"]), "lack"),
     ("maps number", put(*FIRST, "operator", "options", "maps", value=3), "malformed"),
     ("maps numbers", put(*FIRST, "operator", "options", "maps", value=[1, 2]), "options|malformed"),
@@ -248,11 +216,7 @@ WELL_FORMED = [
     ("norm", put(*FIRST, "operator", "options", "norm", value="fc9"), "options"),
     ("norm number", put(*FIRST, "operator", "options", "norm", value=4), "options"),
     ("activation", put(*FIRST, "operator", "options", "activation", value="function:__loader__"), "options"),
-    (
-        "activation none",
-        put(*FIRST, "operator", "options", "activation", value="function:nothing"),
-        "options",
-    ),
+    ("activation none", put(*FIRST, "operator", "options", "activation", value="function:nothing"), "options"),
     ("gain", put(*FIRST, "operator", "options", "initial_gain", value="much"), "options"),
     ("option block", put(*FIRST, "operator", "options", "block", value=1), "options"),
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.models import CausalBlock, Mlp
+from tests.support.models import CausalBlock, Mlp, Row
 
 __all__ = ["CONTAINERS", "Container"]
 
@@ -66,8 +66,7 @@ class DenseLayer(nn.Module):
         self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, growth, 3, padding=1, bias=False)
 
     def forward(self, seen: list[Tensor]) -> Tensor:
-        y: Tensor = self.conv(self.norm(torch.cat(seen, 1)).relu())
-        return y
+        return self.conv(self.norm(torch.cat(seen, 1)).relu())
 
 
 @container(image, "dense.1", "dense.3")
@@ -84,16 +83,11 @@ class DenseNet(nn.Module):
         seen = [self.stem(x)]
         for layer in self.dense:
             seen.append(layer(seen))
-        y: Tensor = self.head(torch.cat(seen, 1).mean((2, 3)))
-        return y
+        return self.head(torch.cat(seen, 1).mean((2, 3)))
 
 
-class GrowingLayer(nn.Module):
+class GrowingLayer(DenseLayer):
     """A dense layer that hands on what it was given."""
-
-    def __init__(self, width: int, growth: int) -> None:
-        super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv(self.norm(x).relu())], 1)
@@ -110,8 +104,7 @@ class GrowingNet(nn.Module):
         self.head = nn.Linear(4 + 3 * 5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.dense(self.stem(x)).mean((2, 3)))
-        return y
+        return self.head(self.dense(self.stem(x)).mean((2, 3)))
 
 
 # ---- parallel branches
@@ -124,8 +117,7 @@ class Conv(nn.Module):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.conv(x)).relu()
-        return y
+        return self.norm(self.conv(x)).relu()
 
 
 class InceptionBlock(nn.Module):
@@ -152,8 +144,7 @@ class Inception(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.blocks(x).mean((2, 3)))
-        return y
+        return self.head(self.blocks(x).mean((2, 3)))
 
 
 @container(lambda: (image(), torch.randint(0, 11, (2, 6))), "image.1", "image.3", "text.1", "text.3")
@@ -201,8 +192,7 @@ class NasNet(nn.Module):
         before = x = self.stem(x)
         for cell in self.cells:
             before, x = x, cell(before, x)
-        y: Tensor = self.head(x.mean((2, 3)))
-        return y
+        return self.head(x.mean((2, 3)))
 
 
 # ---- stages
@@ -217,8 +207,7 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-        y: Tensor = self.reduction(self.norm(torch.cat(parts, -1)))
-        return y
+        return self.reduction(self.norm(torch.cat(parts, -1)))
 
 
 class Windowed(nn.Module):
@@ -242,8 +231,7 @@ class Windowed(nn.Module):
         weights = (q @ k.mT * d**-0.5 + self.table[self.index].squeeze(-1)).softmax(-1)
         y = (weights @ v).view(b, h // s, w // s, s, s, d).transpose(2, 3).reshape(b, h, w, d)
         y = torch.roll(self.proj(y), (self.shift, self.shift), (1, 2)) if self.shift else self.proj(y)
-        z: Tensor = self.mlp(x + y)
-        return z
+        return self.mlp(x + y)
 
 
 @container(image, "stages.0.1", "stages.1.1", "stages.1.3")
@@ -265,8 +253,7 @@ class Swin(nn.Module):
         x = self.merge(x)
         for block in self.stages[1]:
             x = block(x)
-        y: Tensor = self.head(x.mean((1, 2)))
-        return y
+        return self.head(x.mean((1, 2)))
 
 
 class Residual(nn.Module):
@@ -276,8 +263,7 @@ class Residual(nn.Module):
         self.skip = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.skip(x) + self.two(self.one(x))
-        return y
+        return self.skip(x) + self.two(self.one(x))
 
 
 def three(width_in: int, width: int) -> nn.Sequential:
@@ -291,11 +277,9 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [(3, 4), (4, 8)]
-        self.down = nn.ModuleList(nn.Sequential(Residual(i, o), Residual(o, o), Residual(o, o)) for i, o in sizes)
-        self.middle = nn.Sequential(Residual(8, 8), Residual(8, 8), Residual(8, 8))
-        self.up = nn.ModuleList(
-            nn.Sequential(Residual(i, o), Residual(o, o), Residual(o, o)) for i, o in [(8, 4), (16, 4)]
-        )
+        self.down = nn.ModuleList(three(i, o) for i, o in sizes)
+        self.middle = three(8, 8)
+        self.up = nn.ModuleList(three(i, o) for i, o in [(8, 4), (16, 4)])
         self.head = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,8 +292,7 @@ class UNet(nn.Module):
         for stage, skip in zip(reversed(self.up), reversed(skips), strict=True):
             x = F.interpolate(x, scale_factor=2)
             x = stage(torch.cat([x, skip], 1))
-        y: Tensor = self.head(x)
-        return y
+        return self.head(x)
 
 
 # ---- mixture of experts
@@ -335,15 +318,9 @@ class Experts(nn.Module):
 
 
 @container(lambda: torch.randn(4, 40, D), "blocks.1", "blocks.3")
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Row):
     def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Experts(D, 3, 2) for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+        super().__init__(*(Experts(D, 3, 2) for _ in range(5)))
 
 
 # ---- recurrent
@@ -356,8 +333,7 @@ class LayeredLstm(nn.Module):
         self.rnn, self.head = nn.LSTM(D, D, num_layers=4, batch_first=True), nn.Linear(D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.rnn(x)[0])
-        return y
+        return self.head(self.rnn(x)[0])
 
 
 @container(sequence, refusal="`rnn`: its 2 layers run in one call of GRU: none can be taken out")
@@ -367,8 +343,7 @@ class LayeredGru(nn.Module):
         self.rnn, self.head = nn.GRU(D, D, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(2 * D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.rnn(x)[0])
-        return y
+        return self.head(self.rnn(x)[0])
 
 
 @container(sequence, "layers.1", "layers.3")
@@ -383,8 +358,7 @@ class StackedLstm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = F.dropout(layer(x)[0], 0.1, self.training)
-        y: Tensor = self.head(x)
-        return y
+        return self.head(x)
 
 
 class Recurrent(nn.Module):
@@ -442,17 +416,16 @@ class Keywords(nn.Module):
         x = self.blocks[1](x, mask=mask)
         x = self.blocks[2](x, scale=0.5)
         x = self.blocks[3](x=x, bias=mask, scale=2.0)
-        y: Tensor = self.blocks[4](x, mask=mask, bias=x.mean())
-        return y
+        return self.blocks[4](x, mask=mask, bias=x.mean())
 
 
 class Masked(Mlp):
-    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
         return super().forward(x) * mask
 
 
 class Biased(Mlp):
-    def forward(self, x: Tensor, *, bias: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *, bias: Tensor) -> Tensor:
         return super().forward(x) + bias
 
 
@@ -493,8 +466,7 @@ class DecoderBlock(nn.Module):
         h = self.norm1(x)
         x = x + self.attn(h, h, h, need_weights=False)[0]
         x = x + self.cross(self.norm2(x), memory, memory, need_weights=False)[0]
-        y: Tensor = self.mlp(x)
-        return y
+        return self.mlp(x)
 
 
 @container(lambda: (sequence(), torch.randn(2, 3, D)), "encoder.1", "encoder.3", "decoder.1", "decoder.3")
@@ -532,16 +504,10 @@ class Albert(nn.Module):
 
 
 @container(sequence, refusal="is shared with")
-class TiedLayers(nn.Module):
+class TiedLayers(Row):
     """Five layers with one set of weights."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Mlp(D) for _ in range(5))
-        for layer in self.layers:
-            layer.fc1.weight, layer.fc2.weight = self.layers[0].fc1.weight, self.layers[0].fc2.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        super().__init__(*(Mlp(D) for _ in range(5)))
+        for layer in self.blocks:
+            layer.fc1.weight, layer.fc2.weight = self.blocks[0].fc1.weight, self.blocks[0].fc2.weight

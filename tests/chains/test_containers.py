@@ -16,6 +16,7 @@ from replfx.modules.paths import is_region, members_of
 from replfx.modules.tree import tensors_in
 from tests.chains.containers import CONTAINERS, Container
 from tests.support.compare import of_replfx
+from tests.support.models import Row
 from tests.support.slow import some_slow
 from tests.support.snapshots import assert_unchanged, snapshot
 from tests.support.strategies import randomize
@@ -153,18 +154,6 @@ def check_reasons(model: nn.Module, report: replfx.Report) -> None:
         assert "".join(why.split()) in printed
 
 
-class Pair(nn.Module):
-    """Two blocks of one class, built by hand, and a third between them."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.blocks(x)
-        return y
-
-
 class Block(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -199,19 +188,19 @@ LIKE = "no three like it in a row: it is not like "
     ],
 )
 def test_what_keeps_two_blocks_apart_is_named(blocks: tuple[nn.Module, ...], reason: str) -> None:
-    report = replfx.inspect(Pair(*blocks), torch.randn(1, 4, 5, 5))
+    report = replfx.inspect(Row(*blocks), torch.randn(1, 4, 5, 5))
     few = "no three like it in a row, only `blocks.0` and `blocks.2`: a block is replaced between two others"
     assert report.refused["blocks.0"] == (few if reason == "only" else LIKE + reason)
 
 
 def test_the_policy_says_what_it_leaves() -> None:
-    model = Pair(*(conv(3) for _ in range(9)))
+    model = Row(*(conv(3) for _ in range(9)))
     x = torch.randn(1, 4, 5, 5)
     for policy, wanted in (
         ({"every": 4}, "every=4 leaves it: it is number 6 in its stage"),
         ({"fraction": 0.2}, "fraction=0.2 leaves it"),
         ({"select": "blocks.5"}, "select does not name it"),
     ):
-        report = replfx.inspect(model, x, **policy)  # type: ignore[arg-type]
+        report = replfx.inspect(model, x, **policy)
         assert wanted in [block.kept for block in report.blocks]
         assert f": {wanted}" in " ".join(str(report).split())

@@ -42,9 +42,7 @@ class Cache:
     def get_seq_length(self, index: int = 0) -> int:
         if index >= len(self.layers) or self.layers[index].keys is None:
             return 0
-        keys = self.layers[index].keys
-        assert keys is not None
-        return keys.shape[-2]
+        return self.layers[index].keys.shape[-2]
 
 
 class Attention(nn.Module):
@@ -58,8 +56,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2])
-        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(-2))
-        return y
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -70,8 +67,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: Any = None) -> Tensor:
         x = x + self.attn(self.norm1(x), cache=cache)
-        y: Tensor = x + self.mlp(self.norm2(x))
-        return y
+        return x + self.mlp(self.norm2(x))
 
 
 class Decoder(nn.Module):
@@ -223,8 +219,7 @@ class Borrowing(Attention):
     def forward(self, x: Tensor, cache: Any = None) -> Tensor:
         k, v = cache.layers[1].keys, cache.layers[1].values
         q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
-        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-        return y
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
 def test_a_cache_that_another_block_reads() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
+from tests.support.models import Row
 
 X = torch.linspace(-1, 1, 2 * 6 * 8).view(2, 6, 8)
 
@@ -18,16 +19,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.makes:
             bias = self.down.bias * 2
-        assert bias is not None
         return x + self.down(self.up(self.norm(x)).relu()), bias
 
 
-class Handing(nn.Module):
+class Handing(Row):
     """As T5: the first block makes a bias, and all others hand it on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(makes=index == 0) for index in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None
@@ -37,7 +33,8 @@ class Handing(nn.Module):
 
 
 def test_a_bias_that_is_handed_on_is_no_second_activation() -> None:
-    model = replfx.transform(Handing(), X, operator="light")
+    blocks = (Block(makes=index == 0) for index in range(6))
+    model = replfx.transform(Handing(*blocks), X, operator="light")
     assert replfx.report(model).replaced == ["blocks.1", "blocks.3"]
     model(X).sum().backward()
 
@@ -53,11 +50,7 @@ class Casting(nn.Module):
         return self.linear(x + position.type(self.linear.weight.dtype)).relu() if x.shape[0] > 0 else x
 
 
-class Positions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Casting() for _ in range(5))
-
+class Positions(Row):
     def forward(self, x: Tensor) -> Tensor:
         position = x.mean(1, keepdim=True)
         for block in self.blocks:
@@ -66,4 +59,5 @@ class Positions(nn.Module):
 
 
 def test_a_cast_that_changes_nothing_is_no_result_of_a_block() -> None:
-    assert replfx.report(replfx.transform(Positions(), X)).replaced == ["blocks.1", "blocks.3"]
+    model = Positions(*(Casting() for _ in range(5)))
+    assert replfx.report(replfx.transform(model, X)).replaced == ["blocks.1", "blocks.3"]

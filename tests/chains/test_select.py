@@ -30,7 +30,7 @@ def found_in(length: int) -> Chains:
 
 def positions(length: int, **policy: object) -> list[int]:
     """Numbers, from 0, of the blocks that a policy chooses in one chain."""
-    plan = select(found_in(length), Policy(**policy)).plan  # type: ignore[arg-type]
+    plan = select(found_in(length), Policy(**policy)).plan
     return [int(r.path.removeprefix("blocks.")) for r in plan.replacements]
 
 
@@ -168,17 +168,10 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
 def test_impossible_policies(options: dict[str, object], message: str) -> None:
     with pytest.raises(replfx.PlanError, match=message):
-        Policy(**options)  # type: ignore[arg-type]
+        Policy(**options)
     if options:
         with pytest.raises(replfx.PlanError, match=message):
-            replfx.transform(tower(5), **options)  # type: ignore[arg-type]
-
-
-def test_unknown_names_are_refused_when_the_policy_is_made() -> None:
-    with pytest.raises(replfx.FusionError, match=r"unknown fusion 'scaler'; there are: .*channel.*scalar"):
-        Policy(every=2, fusion=Choice("scaler"))
-    with pytest.raises(replfx.FusionError, match=r"unknown operator 'lite'; there are: .*identity.*light"):
-        Policy(every=2, operator=Choice("lite"))
+            replfx.transform(tower(5), **options)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +192,11 @@ def test_unknown_names_are_refused_when_the_policy_is_made() -> None:
         ("", "matches nothing"),
     ],
 )
-@pytest.mark.parametrize("inplace", [False, True])
-def test_impossible_selections(select: str | list[str], message: str, inplace: bool) -> None:
+def test_impossible_selections(select: str | list[str], message: str) -> None:
     model = tower(5)
     before = snapshot(model)
     with pytest.raises(replfx.PlanError, match=message):
-        replfx.transform(model, select=select, inplace=inplace)
+        replfx.transform(model, select=select, inplace=True)
     assert_unchanged(model, before)
 
 
@@ -217,10 +209,7 @@ def test_a_policy_that_replaces_nothing_says_so() -> None:
 
 def test_options_travel_into_the_plan() -> None:
     plan = replfx.plan(
-        tower(5),
-        fusion={"name": "channel", "initial": 0.25},
-        operator={"name": "light"},
-        neighbour_gradient=0,
+        tower(5), fusion={"name": "channel", "initial": 0.25}, operator={"name": "light"}, neighbour_gradient=0
     )
     (first, _) = plan.replacements
     assert first.fusion == Choice("channel", {"initial": 0.25})
@@ -234,11 +223,7 @@ def test_one_search_serves_every_policy(every: int, operator: str) -> None:
     found, policy = found_in(7), Policy(every=every, operator=Choice(operator))
     refused = dict(found.refused)
     first, again = select(found, policy), select(found, policy)
-    assert (first.plan, first.kept, first.refused, first.nothing) == (
-        again.plan,
-        again.kept,
-        again.refused,
-        again.nothing,
-    )
+    for name in ("plan", "kept", "refused", "nothing"):
+        assert getattr(first, name) == getattr(again, name)
     assert found.refused == refused
     assert (first.nothing is None) == bool(first.plan.replacements)

@@ -20,7 +20,7 @@ from tests.support.strategies import policies
 def replaced(model: nn.Module, **options: object) -> list[int]:
     """Numbers of the blocks that are replaced; none where nothing is."""
     try:
-        plan = replfx.plan(model, **options)  # type: ignore[arg-type]
+        plan = replfx.plan(model, **options)
     except replfx.NoChainError:
         return []
     return [int(r.path.removeprefix("blocks.")) for r in plan.replacements]
@@ -121,7 +121,7 @@ def test_impossible_splits(split_at: object, message: str) -> None:
     model = tower(5)
     before = snapshot(model)
     with pytest.raises(replfx.PlanError, match=message):
-        replfx.transform(model, split_at=split_at, inplace=True)  # type: ignore[arg-type]
+        replfx.transform(model, split_at=split_at, inplace=True)
     assert_unchanged(model, before)
 
 
@@ -131,8 +131,7 @@ def test_a_container_that_is_never_called() -> None:
             x = self.stem(x)
             for block in self.blocks:
                 x = block(x)
-            y: torch.Tensor = self.head(x)
-            return y
+            return self.head(x)
 
     with pytest.raises(replfx.PlanError, match="split_at='blocks': the model never calls that module itself"):
         replfx.plan(Loop(*tower(5).blocks), split_at="blocks")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import replfx
 import replfx.compile  # registers the name in a checkout
-from tests.support.compare import EXACT, assert_close, assert_same_run, loss_of, outputs, run
+from tests.support.compare import EXACT, assert_as_near, assert_close, assert_same_run, loss_of, outputs, run
 from tests.support.compiled import Compiled, needs_compiler
 from tests.support.models import ConvNet, tower
 from tests.support.strategies import Case, case_of, cases, randomize
@@ -25,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXACT) -> Compiled:
     """Outputs and gradients with gradients enabled, and twice the outputs without."""
     twin = copy.deepcopy(model)
-    compiled: Any = Compiled(twin, inner, cache=True)
-    assert_same_run(model, compiled, case, tolerance)
+    compiled = Compiled(twin, inner, cache=True)
+    assert_same_run(model, twin, compiled, case, tolerance)
     for _ in range(2):
         with torch.no_grad():
             for one, two in zip(outputs(compiled, case.inputs()), outputs(model, case.inputs()), strict=True):
@@ -49,22 +48,15 @@ def test_drawn_models_through_autograd_ahead_of_time(case: Case) -> None:
 
 @pytest.mark.slow
 def test_in_single_precision_it_is_as_near_to_the_truth_as_eager_mode() -> None:
-    case = replace(case_of("transformer", "block", "channel"), depth=5)
+    case = case_of("transformer", "block", "channel", depth=5)
     truth = case.transformed()
     model = copy.deepcopy(truth).float()
     inputs = tuple(t.detach().float().requires_grad_() for t in case.inputs())
     _, exact = run(truth, case.inputs())
     _, rounded = run(model, inputs)
-    compiled: Any = Compiled(model, "aot_eager")
-    _, found = run(compiled, tuple(t.detach().requires_grad_() for t in inputs))
+    _, found = run(model, tuple(t.detach().requires_grad_() for t in inputs), Compiled(model, "aot_eager"))
     for name, true in exact.items():
-        one, other = found[name], rounded[name]
-        assert true is not None
-        assert one is not None
-        assert other is not None
-        error, allowed = ((t.double() - true).norm().item() for t in (one, other))
-        # As in test_properties: rounding of eager mode, times 4, and two units in the last place.
-        assert error <= 4 * allowed + 2 * torch.finfo(torch.float32).eps * true.norm().item(), name
+        assert_as_near(found[name], rounded[name], true, torch.float32, name)
 
 
 def attention_in_float64_is_mistaken() -> bool:
@@ -80,9 +72,8 @@ def attention_in_float64_is_mistaken() -> bool:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(attention_in_float64_is_mistaken(), reason="this PyTorch has pytorch/pytorch#185539")
-@pytest.mark.parametrize(("family", "operator", "fusion"), [("transformer", "block", "channel")])
-def test_by_inductor(family: str, operator: str, fusion: str) -> None:
-    case = replace(case_of(family, operator, fusion, gradient=0.5), depth=5)
+def test_by_inductor() -> None:
+    case = case_of("transformer", "block", "channel", gradient=0.5, depth=5)
     compiled = assert_same(case.transformed(), case, "inductor")
     assert [bool(found) for found in compiled.batches] == [True, True, False]
 

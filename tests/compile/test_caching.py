@@ -90,7 +90,7 @@ def test_frozen_models_need_no_gradient_either(transformed: nn.Module) -> None:
 
 
 def _step(model: nn.Module, kind: type[torch.optim.Optimizer], **options: Any) -> None:
-    optimizer = kind(model.parameters(), lr=0.1, **options)  # type: ignore[call-arg]
+    optimizer = kind(model.parameters(), lr=0.1, **options)
     model(X).sum().backward()
     optimizer.step()
 
@@ -99,7 +99,7 @@ class _ThroughData(torch.optim.Optimizer):
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
 
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -168,7 +168,7 @@ def test_other_dtypes_are_seen(transformed: nn.Module) -> None:
 
 def test_writes_that_torch_does_not_count_are_told_by_forget(transformed: nn.Module) -> None:
     compiled = evaluated(transformed)
-    compiled.model.blocks[0].fc2.weight.data.mul_(2)  # type: ignore[union-attr,index,operator]
+    compiled.model.blocks[0].fc2.weight.data.mul_(2)
     replfx.compile.forget()
     check(compiled)
     assert compiled.calls[0] == 2
@@ -220,7 +220,7 @@ def test_a_kept_value_does_not_keep_weights_alive() -> None:
     cached = Cached(lambda w: (2 * w,))
     (kept,) = cached([weight])
     assert cached([weight])[0] is kept
-    stamp = cached._kept[0][0]  # type: ignore[index]
+    stamp = cached._kept[0][0]
     del weight
     assert stamp.tensor() is None
     assert stamp.storage.expired()

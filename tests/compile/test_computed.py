@@ -7,25 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-import replfx
 from replfx.dynamo.syntheses import syntheses_in
 from replfx.passes.merge_syntheses import MergeSyntheses
 from tests.support.compiled import Compiled, graph_of
 from tests.support.computed import compute
+from tests.support.models import Mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-class Linear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
-        return y
 
 
 class Convolution(nn.Module):
@@ -34,8 +24,7 @@ class Convolution(nn.Module):
         self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.norm(self.conv(x)).relu()
-        return y
+        return x + self.norm(self.conv(x)).relu()
 
 
 class Attention(nn.Module):
@@ -47,8 +36,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        y: Tensor = x + self.attention(h, h, h, need_weights=False)[0]
-        return y
+        return x + self.attention(h, h, h, need_weights=False)[0]
 
 
 class Twice(nn.Module):
@@ -59,8 +47,7 @@ class Twice(nn.Module):
         self.weight = nn.Parameter(torch.randn(8, 8) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + torch.tanh(x @ self.weight) @ self.weight
-        return y
+        return x + torch.tanh(x @ self.weight) @ self.weight
 
 
 TOKENS, PICTURES = (3, 4, 8), (2, 8, 5, 5)
@@ -77,7 +64,7 @@ def computed(block: Callable[[], nn.Module], length: int = 5) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("block", "shape", "expected", "cache"),
     [
-        (Linear, TOKENS, [2, 2], True),
+        (Mlp, TOKENS, [2, 2], True),
         (Convolution, PICTURES, [2], False),
         (Attention, TOKENS, [2, 2], True),
         (Twice, TOKENS, [2], False),
@@ -104,7 +91,7 @@ def test_computed_weights_are_synthesised_together_and_once(
 
 
 def test_further_calls_compile_nothing() -> None:
-    model = computed(Linear).eval()
+    model = computed(Mlp).eval()
     compiled = Compiled(model)
     for _ in range(3):
         compiled(torch.randn(TOKENS))
@@ -112,7 +99,7 @@ def test_further_calls_compile_nothing() -> None:
 
 
 def test_one_block_alone() -> None:
-    model = computed(Linear)
+    model = computed(Mlp)
     compiled = Compiled(model[1])
     x = torch.randn(TOKENS)
     torch.testing.assert_close(compiled(x), model[1](x))
@@ -206,13 +193,11 @@ class Writes(nn.Module):
             if i == 2:
                 self.write(self.inner[0].weight, self.inner[4].weight)
             x = block(x)
-        y: Tensor = self.inner[1](x)  # which reads it again
-        return y
+        return self.inner[1](x)  # which reads it again
 
 
 @pytest.mark.parametrize(
-    ("write", "cache"),
-    [*((name, True) for name in WRITES), ("through .data", False), ("a list in place", False)],
+    ("write", "cache"), [*((name, True) for name in WRITES), ("through .data", False), ("a list in place", False)]
 )
 def test_no_write_in_the_forward_pass_is_overlooked(write: str, cache: bool) -> None:
     results = []
@@ -225,19 +210,3 @@ def test_no_write_in_the_forward_pass_is_overlooked(write: str, cache: bool) -> 
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     assert not torch.equal(results[0][0], results[0][1]), "the write changes the result"
-
-
-def test_a_model_that_synthesises_nothing_has_the_very_graph() -> None:
-    graphs: list[fx.GraphModule] = []
-
-    def outer(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        def inner(given: fx.GraphModule, _: list[Tensor]) -> Any:
-            graphs.append(given)
-            assert given is graph_module
-            return given.forward
-
-        return replfx.backend(inner=inner)(graph_module, inputs)
-
-    x = torch.randn(TOKENS)
-    torch.compile(nn.Sequential(Twice(), Linear(), Attention()), backend=outer, fullgraph=True)(x)
-    assert len(graphs) == 1

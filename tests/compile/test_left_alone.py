@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import replfx
 from replfx.dynamo.syntheses import syntheses_in
 from replfx.live.synthesis import Reading
-from tests.support.compiled import Compiled, X, graph_of, small
+from tests.support.compiled import Compiled, X, graph_of, noting, small
 from tests.support.models import Mlp, Tower, tower
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -19,12 +19,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 def test_a_model_that_synthesises_nothing_reaches_the_compiler_untouched() -> None:
     seen: list[fx.GraphModule] = []
-
-    def inner(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        seen.append(graph_module)
-        return graph_module.forward
-
-    backend = replfx.backend(inner=inner)
+    backend = replfx.backend(inner=noting(seen))
 
     def outer(graph_module: fx.GraphModule, inputs: list[Tensor]) -> Any:
         before = graph_module.code
@@ -94,13 +89,7 @@ class Writes(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "first"),
-    [
-        ("write", 1),
-        ("write in the same mode", 1),
-        ("write through .data", 1),
-        ("grad", 1),
-        ("grad", 3),
-    ],
+    [("write", 1), ("write in the same mode", 1), ("write through .data", 1), ("grad", 1), ("grad", 3)],
 )
 def test_nothing_moves_over_writes_and_modes(how: str, first: int) -> None:
     def results(compile: bool) -> list[Tensor]:
@@ -129,8 +118,7 @@ class Modes(nn.Module):
         x = self.inner.stem(x)
         with self.mode():
             y = self.inner.blocks(x).float()
-        z: Tensor = self.inner.blocks(x + y)
-        return z
+        return self.inner.blocks(x + y)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -157,8 +145,7 @@ def test_a_synthesis_of_a_synthesis_is_no_part_of_its_batch(outer: int, inner: i
     class Synthesised(nn.Module):
         @property
         def weight(self) -> Tensor:
-            theta: Tensor = read.synthesized()["fc1.weight"]
-            return theta
+            return read.synthesized()["fc1.weight"]
 
     model.source = Synthesised()  # what a fusion layer reads has to be in the model
     readings = [dict(side) for side in reader.replfx._readings]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,10 +15,10 @@ from torch._dynamo.utils import counters
 
 import replfx
 from tests.reference import FAMILIES
-from tests.support.compare import assert_close, loss_of, run
-from tests.support.compiled import X, batches, needs_compiler, paths, replacing
+from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
+from tests.support.compiled import X, batches, needs_compiler, noting, paths, replacing
 from tests.support.functional import Functional, Spec, specs
-from tests.support.models import GPT, ConvNet, Mlp, Plain, Tower, tower
+from tests.support.models import GPT, ConvNet, Mlp, Plain, Row, Tower, tower
 from tests.support.strategies import Case, cases
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -39,7 +38,6 @@ def test_it_is_what_transform_makes(case: Case) -> None:
     transformed = case.transformed(copy.deepcopy(model))
     with torch.no_grad():  # its own parameters are random again; take over those that both have
         for name, parameter in transformed.named_parameters():
-            name = name
             if ".fusion." not in name:
                 model.get_parameter(name).copy_(parameter)
         for name, buffer in transformed.named_buffers():
@@ -58,12 +56,8 @@ def test_it_is_what_transform_makes(case: Case) -> None:
     for one, two in zip(results, expected, strict=True):
         assert_close(one, two, "output")
     loss_of(results).backward()
-    found = {**dict(model.named_parameters()), **dict(backend.named_parameters())}
-    for name, gradient in wanted.items():
-        mine = inputs[0] if name == "input" else found[name]
-        assert (mine.grad is None) == (gradient is None), name
-        if gradient is not None:
-            assert_close(mine.grad, gradient, f"gradient of {name}")
+    found = {**dict(model.named_parameters()), **dict(backend.named_parameters()), "input": inputs[0]}
+    assert_same_gradients({name: found[name].grad for name in wanted}, wanted)
 
 
 @pytest.mark.slow
@@ -112,14 +106,9 @@ def test_train_and_eval_and_new_shapes_share_the_coefficients() -> None:
 
 @pytest.mark.slow
 def test_one_compilation_for_training_one_for_evaluation_none_a_step() -> None:
-    compiled_graphs: list[fx.GraphModule] = []
-
-    def inner(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        compiled_graphs.append(graph_module)
-        return graph_module.forward
-
+    graphs: list[fx.GraphModule] = []
     model = tower(7)
-    compiled, _ = replacing(model, inner, every=2, cache=True)
+    compiled, _ = replacing(model, noting(graphs), every=2, cache=True)
     for _ in range(3):
         compiled(X).sum().backward()
     model.eval()
@@ -127,15 +116,13 @@ def test_one_compilation_for_training_one_for_evaluation_none_a_step() -> None:
         with torch.no_grad():
             compiled(X)
     # Dynamo's graph is the same for both, which differ in what is differentiated; and what is kept is one more.
-    assert len(compiled_graphs) == 3
-    assert batches(compiled_graphs[0]) == [3, 3]
+    assert len(graphs) == 3
+    assert batches(graphs[0]) == [3, 3]
     assert counters["stats"]["unique_graphs"] == 4  # the model's, and what it became, in both modes
 
 
 def test_sizes_that_change_do_not_compile_anew() -> None:
-    torch.compiler.reset()
-    backend = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(tower(5), backend=backend, dynamic=True, fullgraph=True)
+    compiled, backend = replacing(tower(5), "eager", dynamic=True, every=2)
     for batch in (2, 3, 5):
         compiled(torch.randn(batch, 4))
     before = counters["stats"]["unique_graphs"]
@@ -147,10 +134,7 @@ def test_sizes_that_change_do_not_compile_anew() -> None:
 @pytest.mark.slow
 def test_many_graphs_of_one_model() -> None:
     """Dynamo compiles one code a few times at most; each of our graphs has its own."""
-    torch.compiler.reset()
-    model = GPT(depth=3).eval()
-    backend = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    compiled, backend = replacing(GPT(depth=3).eval(), "eager", dynamic=False, every=2)
     with torch._dynamo.config.patch(recompile_limit=20):
         for length in range(1, 11):
             compiled(torch.zeros(1, length, dtype=torch.long))
@@ -322,12 +306,8 @@ def test_a_selection_that_names_nothing_says_what_there_is() -> None:
         list(backend.parameters())
 
 
-class Broken(nn.Module):
+class Broken(Row):
     """Breaks Dynamo's graph between its fourth and its fifth block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Mlp(4, 8) for _ in range(8))
 
     def forward(self, x: Tensor) -> Tensor:
         for i in (0, 1, 2, 3):
@@ -339,9 +319,8 @@ class Broken(nn.Module):
 
 
 def test_a_graph_break_cuts_the_chain_and_is_named() -> None:
-    torch.compiler.reset()
-    backend: Any = replfx.backend(every=2, inner="eager")
-    torch.compile(Broken(), backend=backend)(X)
+    compiled, backend = replacing(Broken(*(Mlp(4, 8) for _ in range(8))), "eager", fullgraph=False, every=2)
+    compiled(X)
     assert paths(backend) == ["@blocks.1", "@blocks.5"]
     (note,) = backend.notes
     assert note.startswith("a graph ends between `@blocks.3` and `@blocks.4`: both stay; Dynamo broke the graph")
@@ -358,9 +337,8 @@ class BrokenBlock(Mlp):
 
 
 def test_a_graph_break_inside_of_the_blocks_is_named() -> None:
-    torch.compiler.reset()
-    backend: Any = replfx.backend(every=2, inner="eager")
-    torch.compile(Tower(*(BrokenBlock() for _ in range(5))), backend=backend)(X)
+    compiled, backend = replacing(Tower(*(BrokenBlock() for _ in range(5))), "eager", fullgraph=False, every=2)
+    compiled(X)
     with pytest.raises(replfx.CompileError, match=r"nothing was replaced: .*Dynamo broke the graph.*graph_break\(\)"):
         list(backend.parameters())
 
@@ -389,20 +367,17 @@ def test_torchs_encoder_layer_needs_its_fast_path_switched_off(monkeypatch: pyte
 
 def test_what_was_replaced_whole_is_refused_in_pieces() -> None:
     """Else its own weights, which nobody trains, would run there."""
-    torch.compiler.reset()
     model = tower(5)
-    backend: Any = replfx.backend(every=2, inner="eager")
-    torch.compile(model, backend=backend)(X)
+    compiled, backend = replacing(model, "eager", fullgraph=False, every=2)
+    compiled(X)
     part = torch.compile(lambda x: model.blocks[2](model.blocks[1](x)), backend=backend)
     with pytest.raises(replfx.CompileError, match=r"`@blocks\.1` was replaced in a graph before"):
         part(torch.randn(2, 8))
 
 
 def test_coefficients_that_come_late_are_warned_of() -> None:
-    torch.compiler.reset()
     model = nn.ModuleDict({"one": tower(3), "two": tower(3)})
-    backend: Any = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(lambda name, x: model[name](x), backend=backend)
+    compiled, backend = replacing(lambda name, x: model[name](x), "eager", fullgraph=False, every=2)
     compiled("one", X)
     assert len(list(backend.parameters())) == 2
     with pytest.warns(UserWarning, match="is new, and in no optimizer that was made before"):
@@ -415,7 +390,6 @@ def test_coefficients_that_come_late_are_warned_of() -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_through_inductor() -> None:
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = tower(5)
     backend: Any = replfx.backend(every=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import replace
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import replfx
-from tests.reference.heterogeneous import Step
-from tests.support.compare import assert_close, loss_of, run
+from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
 from tests.support.compiled import paths, replacing
-from tests.support.models import ConvNet, Mlp, Tower
-from tests.support.stacks import Drawn, drawn_stacks
+from tests.support.models import ConvNet, Mlp, Row, Tower
+from tests.support.stacks import Drawn, drawn_stacks, various
 from tests.support.strategies import randomize
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -56,11 +55,8 @@ def assert_is_what_transform_makes(drawn: Drawn) -> None:
     result = compiled(*inputs)
     assert_close(result, expected[0], "output")
     loss_of([result]).backward()
-    for name, gradient in wanted.items():
-        found = inputs[0].grad if name == "input" else mine[names[name]].grad
-        assert (found is None) == (gradient is None), name
-        if found is not None and gradient is not None:
-            assert_close(found, gradient, f"gradient of {name}")
+    found = {name: inputs[0].grad if name == "input" else mine[names[name]].grad for name in wanted}
+    assert_same_gradients(found, wanted)
     for name, buffer in transformed.named_buffers():
         torch.testing.assert_close(mine[in_graph(name, replaced)], buffer)
 
@@ -74,11 +70,7 @@ def test_it_is_what_transform_makes(drawn: Drawn) -> None:
 
 @pytest.mark.parametrize("kind", ["units", "windows", "flat_conv_norm"])
 def test_every_kind_of_stack(kind: str) -> None:
-    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
-    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
-    grouped = replace(narrow, before=6, kernel=5, groups=2, window=7)
-    steps = (Step(4, 4), wide, same, narrow, grouped)
-    assert_is_what_transform_makes(Drawn(kind, steps, "channel", "block", 0.5))
+    assert_is_what_transform_makes(Drawn(kind, various(kind), "channel", "block", 0.5))
 
 
 def flat(*widths: int, kernels: tuple[int, ...] = (3, 5, 7, 3)) -> nn.Sequential:
@@ -136,19 +128,9 @@ def test_other_values_at_each_call() -> None:
 
 
 def test_a_window_is_selected_by_its_path() -> None:
-    model, x = nn.ModuleDict({"features": flat(4, 8, 6, 6)}), torch.randn(2, 3, 8, 8)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.features = model["features"]
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.features(x)
-            return y
-
-    compiled, backend = replacing(Model(), "eager", select="features[6:9]")
-    transformed = replfx.transform(Model(), x, select="features[6:9]")
+    model, x = nn.Sequential(OrderedDict(features=flat(4, 8, 6, 6))), torch.randn(2, 3, 8, 8)
+    compiled, backend = replacing(model, "eager", select="features[6:9]")
+    transformed = replfx.transform(model, x, select="features[6:9]")
     assert torch.equal(compiled(x), transformed(x))
     assert paths(backend) == ["@features[6:9]"]
 
@@ -172,12 +154,12 @@ def test_a_light_operator_is_refused() -> None:
         list(backend.parameters())
 
 
-class Twice(nn.Module):
-    """Calls its second block twice."""
+def unlike(kind: type[Row]) -> Row:
+    return kind(*(Mlp(4, hidden) for hidden in (8, 6, 7)))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Mlp(4, hidden) for hidden in (8, 6, 7))
+
+class Twice(Row):
+    """Calls its second block twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         for index in (0, 1, 1, 2):
@@ -186,27 +168,21 @@ class Twice(nn.Module):
 
 
 def test_a_block_that_is_called_twice_is_refused() -> None:
-    compiled, backend = replacing(Twice(), "eager", every=2)
+    compiled, backend = replacing(unlike(Twice), "eager", every=2)
     compiled(torch.randn(2, 4))
     with pytest.raises(replfx.CompileError, match=r"`@blocks\.1`: it is called 2 times in one forward pass"):
         list(backend.parameters())
 
 
-class Reads(nn.Module):
+class Reads(Row):
     """Reads a weight of a block's itself."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Mlp(4, hidden) for hidden in (8, 6, 7))
-
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x + self.blocks[1].fc1.weight.sum()
+        return super().forward(x) + self.blocks[1].fc1.weight.sum()
 
 
 def test_a_block_whose_weight_is_read_outside_stays() -> None:
-    compiled, backend = replacing(Reads(), "eager", every=2)
+    compiled, backend = replacing(unlike(Reads), "eager", every=2)
     compiled(torch.randn(2, 4))
     with pytest.raises(replfx.CompileError, match=r"`@blocks\.1`: its parameter `fc1\.weight` is read outside"):
         list(backend.parameters())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
+from tests.support.compiled import noting, replacing
 from tests.support.models import GPT, ConvNet, Mlp, Tower, tower
 from tests.support.slow import some_slow
 
@@ -35,10 +36,9 @@ class Changing(nn.Module):
         return x
 
 
-def replacing(model: Any, x: Tensor, **options: Any) -> tuple[Any, Any]:
+def begun(model: Any, x: Tensor, *, fullgraph: bool = False, **options: Any) -> tuple[Any, Any]:
     """The model compiled and called once, with coefficients that are nothing like their start."""
-    backend: Any = replfx.backend(every=2, inner="eager")
-    compiled = torch.compile(model, backend=backend, **options)
+    compiled, backend = replacing(model, "eager", fullgraph=fullgraph, every=2, **options)
     compiled(x)
     with torch.no_grad():
         for parameter in backend.parameters():
@@ -74,8 +74,7 @@ SLOW = {"attention", "convolutions", "modules"}
 
 def _direct(model: Any) -> nn.Module:
     model.direct = True
-    made: nn.Module = model
-    return made
+    return model
 
 
 @pytest.mark.parametrize("name", some_slow(MODELS, SLOW))
@@ -83,7 +82,7 @@ def test_past_the_limit_of_recompilations_a_call_is_an_error(name: str) -> None:
     make, given = MODELS[name]
     model = make().train(name not in ("attention", "windows"))
     with torch._dynamo.config.patch(recompile_limit=2):
-        compiled, _ = replacing(model, given(2), dynamic=False)
+        compiled, _ = begun(model, given(2), dynamic=False)
         found = calls(compiled, (given(n) for n in range(3, 6)))
     assert [isinstance(each, replfx.CompileError) for each in found] == [False, True, True]
     assert "is replaced, but here Dynamo runs it as it is" in str(found[-1])
@@ -95,14 +94,14 @@ def test_past_the_limit_of_recompilations_a_call_is_an_error(name: str) -> None:
 
 def test_past_the_limit_of_all_recompilations() -> None:
     with torch._dynamo.config.patch(accumulated_recompile_limit=2):
-        compiled, _ = replacing(Changing(), rows(2), dynamic=False)
+        compiled, _ = begun(Changing(), rows(2), dynamic=False)
         found = calls(compiled, (rows(n) for n in (3, 4)))
     assert [isinstance(each, replfx.CompileError) for each in found] == [False, True]
 
 
 def test_in_one_graph_dynamo_says_so_itself() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
-        compiled, _ = replacing(Changing(), rows(2), dynamic=False, fullgraph=True)
+        compiled, _ = begun(Changing(), rows(2), dynamic=False, fullgraph=True)
         compiled(rows(3))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             compiled(rows(4))
@@ -111,7 +110,7 @@ def test_in_one_graph_dynamo_says_so_itself() -> None:
 @pytest.mark.parametrize("suppress", [True, False])
 def test_a_block_that_a_graph_break_leaves_outside_later(suppress: bool) -> None:
     model = Changing()
-    compiled, _ = replacing(model, rows())
+    compiled, _ = begun(model, rows())
     model.broken = True
     with (
         torch._dynamo.config.patch(suppress_errors=suppress),
@@ -122,7 +121,7 @@ def test_a_block_that_a_graph_break_leaves_outside_later(suppress: bool) -> None
 
 def test_an_error_that_is_suppressed_is_named() -> None:
     model = Changing()
-    compiled, _ = replacing(model, rows(), dynamic=False)
+    compiled, _ = begun(model, rows(), dynamic=False)
     model.blocks[2].extra = nn.Parameter(torch.zeros(8))  # it reads other parameters than before
     model.blocks[2].register_forward_hook(lambda module, args, y: y + module.extra)
     torch.compiler.reset()
@@ -135,7 +134,7 @@ def test_an_error_that_is_suppressed_is_named() -> None:
 
 @pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
 def test_a_stance_is_named(stance: Any) -> None:
-    compiled, _ = replacing(Changing(), rows(), dynamic=False)
+    compiled, _ = begun(Changing(), rows(), dynamic=False)
     stances: AbstractContextManager[Any] = torch.compiler.set_stance(stance)
     with stances, pytest.raises(replfx.CompileError, match=rf"set_stance\('{stance}'\)"):
         compiled(rows(7))
@@ -144,7 +143,7 @@ def test_a_stance_is_named(stance: Any) -> None:
 @pytest.mark.parametrize("part", ["blocks.1", "blocks.3.fc1"])
 def test_a_block_that_is_switched_off_later(part: str) -> None:
     model = Changing()
-    compiled, _ = replacing(model, rows())
+    compiled, _ = begun(model, rows())
     module: Any = model.get_submodule(part)
     module.forward = torch.compiler.disable(module.forward)
     with pytest.raises(replfx.CompileError, match=r"`@blocks\.\d` (is|was) replaced"):
@@ -185,10 +184,9 @@ class Functional(nn.Module):
 
 def test_blocks_that_nothing_would_tell_of_need_one_graph() -> None:
     with pytest.raises(replfx.CompileError, match=r"`@weights\.1` is no call of a module.*fullgraph=True"):
-        replacing(Functional(), rows())
-    torch.compiler.reset()
+        begun(Functional(), rows())
     with torch._dynamo.config.patch(recompile_limit=2):
-        compiled, backend = replacing(Functional(), rows(2), dynamic=False, fullgraph=True)
+        compiled, backend = begun(Functional(), rows(2), dynamic=False, fullgraph=True)
         assert len(backend.plan.replacements) == 2
         compiled(rows(3))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -201,7 +199,7 @@ def test_blocks_that_nothing_would_tell_of_need_one_graph() -> None:
 def test_the_model_alone_its_copies_and_its_pickles_run_as_they_are() -> None:
     model, x = tower(5), torch.randn(2, 4)
     expected = model(x)
-    replacing(model, x)
+    begun(model, x)
     data = pickle.dumps(model.blocks[1]._forward_pre_hooks)
     assert b"replfx" not in data
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -212,7 +210,7 @@ def test_the_model_alone_its_copies_and_its_pickles_run_as_they_are() -> None:
 @pytest.mark.slow
 def test_another_backend_may_run_the_model_eagerly() -> None:
     model, x = Changing(), rows(2)
-    replacing(model, x)
+    begun(model, x)
     torch.compiler.reset()
     other = torch.compile(model, backend="eager", dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -224,13 +222,8 @@ def test_another_backend_may_run_the_model_eagerly() -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_the_watch_compiles_nothing_anew(skip: bool) -> None:
     graphs: list[Any] = []
-
-    def inner(graph_module: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(graph_module)
-        return graph_module.forward
-
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=skip):
-        compiled = torch.compile(Changing(), backend=replfx.backend(every=2, inner=inner), fullgraph=True)
+        compiled = torch.compile(Changing(), backend=replfx.backend(every=2, inner=noting(graphs)), fullgraph=True)
         for _ in range(3):
             compiled(rows())
     assert len(graphs) == 1
@@ -241,5 +234,5 @@ def test_nothing_is_watched_if_the_backend_refuses() -> None:
     with torch.no_grad():
         model.blocks[2].fc1.weight[0, 0] = torch.nan
     with pytest.raises(replfx.CompileError, match="not finite"):
-        replacing(model, rows())
+        begun(model, rows())
     assert not any(module._forward_pre_hooks for module in model.modules())

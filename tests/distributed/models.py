@@ -6,6 +6,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.models import Row
+
 WIDTH, HEADS, HIDDEN = 8, 4, 12
 
 
@@ -21,8 +23,7 @@ class Attention(nn.Module):
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(
             -1
         )  # DTensors have no fused kernel here
-        mixed: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
-        return mixed
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
 class FusedAttention(nn.Module):
@@ -35,8 +36,7 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)
-        mixed: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
-        return mixed
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -45,8 +45,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return y
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -71,15 +70,8 @@ class ConvBlock(nn.Module):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
-class Model(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+def stack(block: Callable[[], nn.Module]) -> Row:
+    return Row(*(block() for _ in range(5)))
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

@@ -50,7 +50,6 @@ class Case:
         return made.eval()  # statistics of a microbatch are not those of the batch
 
     def input(self, step: int = 0) -> Tensor:
-        """A batch."""
         shape = (BATCH, 5, 4) if self.kind == "transformer" else (BATCH, 3, 6, 6)
         return torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
@@ -64,7 +63,7 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 def as_sequence(model: nn.Module, split_at: str, rank: int, x: Tensor) -> tuple[Any, dict[str, str]]:
     """The very modules of the model, in an nn.Sequential."""
-    flat = [model.stem, *model.blocks, model.head]  # type: ignore[misc, list-item]
+    flat = [model.stem, *model.blocks, model.head]
     cut = 1 + int(split_at.rpartition(".")[2])
     part = nn.Sequential(*(flat[:cut] if rank == 0 else flat[cut:]))
     names = _names(model)
@@ -83,7 +82,7 @@ def as_pruned(model: nn.Module, split_at: str, rank: int, x: Tensor) -> tuple[An
             setattr(blocks, name, nn.Identity())
     setattr(part, "head" if rank == 0 else "stem", nn.Identity())
     if rank == 0 and isinstance(part, ConvNet):
-        part.forward = lambda x: part.stages(part.stem(x))  # type: ignore[method-assign]
+        part.forward = lambda x: part.stages(part.stem(x))
     return PipelineStage(part, rank, STAGES, torch.device("cpu")), {n: n for n, _ in part.named_parameters()}
 
 

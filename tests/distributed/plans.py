@@ -39,17 +39,17 @@ def models(rank: int, world: int) -> dict[str, nn.Module]:
     return {
         "nothing": alike,
         "nothing, wrapped": DistributedDataParallel(replfx.transform(tower(7))),
-        "nothing, wrapped on one rank": torch.compile(alike) if last else alike,  # type: ignore[dict-item]
+        "nothing, wrapped on one rank": torch.compile(alike) if last else alike,
         "nothing, untransformed": tower(7),
         "blocks of one shape": replfx.transform(tower(7), select="blocks.3" if last else "blocks.1"),
         "how many": replfx.transform(tower(7), select=["blocks.1"] if last else ["blocks.1", "blocks.5"]),
         "fusion": replfx.transform(tower(7), fusion="channel" if last else "scalar"),
-        "option": replfx.transform(tower(7), **gradient),  # type: ignore[arg-type]
+        "option": replfx.transform(tower(7), **gradient),
         "one untransformed": tower(7) if last else alike,
         "all but one untransformed": alike if last else tower(7),
         "one materialized": replfx.materialize(alike) if last else alike,
         "within": wrapped,
-        "no module": "model" if last else alike,  # type: ignore[dict-item]
+        "no module": "model" if last else alike,
         "several": replfx.transform(tower(7), every=2 if rank == 0 else 3),
     }
 

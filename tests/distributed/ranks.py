@@ -1,7 +1,6 @@
 """What each process of test_data_parallel.py does: one group of processes goes through all cases."""
 
 import copy
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,18 +13,14 @@ import replfx
 from replfx.live import fusion_layers
 from tests.distributed.layouts import MODES, MORE_MODES, Mode
 from tests.reference import Stack
+from tests.support.compare import Gradients, assert_close
+from tests.support.processes import tried
 from tests.support.regions import Regions
 from tests.support.stacks import Drawn
 from tests.support.strategies import Case
 
-Gradients = dict[str, Tensor | None]
-
 BATCH = 8  # one example each for four processes that take a step in two parts
 STEPS = 3  # the last two with what the first left in the optimizer and in FSDP's groups
-
-# Of the largest entry of a gradient. The processes sum the same float64 numbers in another order, as in
-# test_properties; a gradient that is not averaged, or averaged twice, is off by a factor of the processes.
-TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,7 @@ def work(jobs: list[Job]) -> dict[str, str | None]:
         single = copy.deepcopy(model)
         history = list(_train(single, single, job, slice(None), Mode(lambda model: model)))
         for mode, name in zip(job.modes, job.names, strict=True):
-            try:
-                _check(copy.deepcopy(model), single, history, {**MODES, **MORE_MODES}[mode], job)
-                found[name] = None
-            except Exception:
-                found[name] = traceback.format_exc()
+            found[name] = tried(_check, copy.deepcopy(model), single, history, {**MODES, **MORE_MODES}[mode], job)
     return found
 
 
@@ -134,9 +125,10 @@ def whole_tensor(tensor: Tensor | None) -> Tensor | None:
 
 
 def _compare(one: Tensor | None, other: Tensor | None, what: str) -> None:
+    """The processes sum the same float64 numbers in another order.
+
+    A gradient that is not averaged, or averaged twice, is off by a factor of the processes.
+    """
     assert (one is None) == (other is None), f"{what}: {one is None} here, {other is None} in one process"
-    if one is None or other is None:
-        return
-    assert one.shape == other.shape, what
-    error, scale = (one - other).abs().max().item(), max(other.abs().max().item(), 1e-3)
-    assert error <= TOLERANCE * scale, f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+    if one is not None:
+        assert_close(one, other, what)

@@ -2,10 +2,8 @@
 
 import copy
 import re
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -25,15 +23,14 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel import parallelize_module as torch_parallelize_module
 
 import replfx
-from tests.distributed.models import BLOCKS, WIDTH, Block, Model
+from tests.distributed.models import BLOCKS, WIDTH, Block, stack
+from tests.distributed.ranks import whole_tensor
+from tests.support.compare import assert_close
+from tests.support.processes import tried
 from tests.support.strategies import randomize
 
 BATCH, TOKENS = 4, 8
 STEPS = 3  # the last two with what the first left in the optimizer and in FSDP's groups
-
-# Of the largest entry: float64, and each number is a sum of some hundred products in another order. A gradient that
-# is summed where it should be averaged, or the other way round, is off by a factor of the processes.
-TOLERANCE = 1e-10
 
 
 def _everything_shared() -> dict[str, ParallelStyle]:
@@ -80,9 +77,8 @@ class Case:
 
     def model(self) -> nn.Module:
         torch.manual_seed(3)
-        model = Model(BLOCKS[self.block]).double()
         made = replfx.transform(
-            model,
+            stack(BLOCKS[self.block]).double(),
             self.inputs(0) if self.block == "fused" else None,  # it unpacks what it computes
             every=2,
             operator=self.operator,
@@ -124,7 +120,7 @@ def _by_block(model: nn.Module) -> Wrapped:
     """As scripts do that go through the blocks of a model with one plan."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {path.removeprefix("blocks.*."): style for path, style in _everything_shared().items()}
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         replfx.parallelize_module(block, mesh, plan)
     return Wrapped(model, lambda x: x)
 
@@ -155,7 +151,7 @@ def _sharded_tensor(model: nn.Module, **options: bool) -> Wrapped:
     """Tensor parallelism within pairs of processes, FSDP2 across them."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     replfx.parallelize_module(model, mesh["tensor"], _everything_shared())
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         fully_shard(block, mesh=mesh["data"], **options)
     fully_shard(model, mesh=mesh["data"])
     rank, parts = mesh.get_local_rank("data"), mesh.size(0)
@@ -165,7 +161,7 @@ def _sharded_tensor(model: nn.Module, **options: bool) -> Wrapped:
 def _sharded_sequence(model: nn.Module) -> Wrapped:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     replfx.parallelize_module(model, mesh["tensor"], _sequence_shared())
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         fully_shard(block, mesh=mesh["data"], reshard_after_forward=False)
     fully_shard(model, mesh=mesh["data"])
     rank, parts, inner = mesh.get_local_rank("data"), mesh.size(0), mesh.get_local_rank("tensor")
@@ -214,27 +210,25 @@ def work(jobs: Jobs) -> dict[str, str | None]:
         single = case.model()
         history = list(_train(Wrapped(copy.deepcopy(single), lambda x: x), case))
         for mode in modes:
-            try:
-                _check(MODES[mode](copy.deepcopy(single)), case, history)
-                found[f"{name}-{mode}"] = None
-            except Exception:
-                found[f"{name}-{mode}"] = traceback.format_exc()
+            found[f"{name}-{mode}"] = tried(_check, MODES[mode], single, case, history)
     return found
 
 
 Snapshot = dict[str, Tensor]
 
 
-def _check(wrapped: Wrapped, case: Case, history: list[tuple[Snapshot, Snapshot]]) -> None:
-    for step, (gradients, parameters) in enumerate(_train(wrapped, case)):
-        for what, mine, single in (
+def _check(
+    wrap: Callable[[nn.Module], Wrapped], single: nn.Module, case: Case, history: list[tuple[Snapshot, Snapshot]]
+) -> None:
+    """A gradient that is summed where it should be averaged, or the other way round, is off by a factor."""
+    for step, (gradients, parameters) in enumerate(_train(wrap(copy.deepcopy(single)), case)):
+        for what, mine, expected in (
             ("gradient", gradients, history[step][0]),
             ("parameter", parameters, history[step][1]),
         ):
-            assert mine.keys() == single.keys()
+            assert mine.keys() == expected.keys()
             for name, tensor in mine.items():
-                error, scale = (tensor - single[name]).abs().max().item(), max(single[name].abs().max().item(), 1e-3)
-                assert error <= TOLERANCE * scale, f"{what} {step} of {name}: off by {error:.2e} at {scale:.2e}"
+                assert_close(tensor, expected[name], f"{what} {step} of {name}")
 
 
 def _train(wrapped: Wrapped, case: Case) -> Iterator[tuple[Snapshot, Snapshot]]:
@@ -249,25 +243,15 @@ def _train(wrapped: Wrapped, case: Case) -> Iterator[tuple[Snapshot, Snapshot]]:
                 wrapped.model(wrapped.take(x))
         loss = (wrapped.model(wrapped.take(x)) * wrapped.take(weight)).sum() * wrapped.scale
         loss.backward()
-        gradients = {name: _whole(p.grad) for name, p in wrapped.model.named_parameters() if p.grad is not None}
+        gradients = {name: whole_tensor(p.grad) for name, p in wrapped.model.named_parameters() if p.grad is not None}
         optimizer.step()
-        yield gradients, {name: _whole(p).detach().clone() for name, p in wrapped.model.named_parameters()}
+        yield gradients, {name: whole_tensor(p).detach().clone() for name, p in wrapped.model.named_parameters()}
 
 
-def _whole(tensor: Any) -> Tensor:
-    assert isinstance(tensor, Tensor)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-def refusals() -> str:
+def refusals() -> str | None:
     """What `parallelize_module`, and what comes after it, refuses; what went wrong."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    try:
-        _refusals(mesh)
-        _ways_out(mesh)
-    except Exception:
-        return traceback.format_exc()
-    return ""
+    return tried(_refusals, mesh) or tried(_ways_out, mesh)
 
 
 def _refusals(mesh: DeviceMesh) -> None:
@@ -275,8 +259,8 @@ def _refusals(mesh: DeviceMesh) -> None:
     model, styles = case.model(), _everything_shared()
     kinds = [type(p) for p in model.parameters()]
     for plan, at, message in (
-        ({**styles, "blocks.*.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.*.mlp.fc3` names no module of Model"),
-        ({"blocks.1.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.1.mlp.fc3` names no module of Model"),
+        ({**styles, "blocks.*.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.*.mlp.fc3` names no module of Row"),
+        ({"blocks.1.mlp.fc3": ColwiseParallel()}, mesh, "`blocks.1.mlp.fc3` names no module of Row"),
         (styles, init_device_mesh("cpu", (1, mesh.size())), "device_mesh has 2 dimensions"),
     ):
         with pytest.raises(replfx.FusionError, match=re.escape(message)):
@@ -292,7 +276,7 @@ def _refusals(mesh: DeviceMesh) -> None:
         with pytest.raises((replfx.FusionError, RuntimeError), match=r"call replfx\.parallelize_module|leaf tensors"):
             torch_parallelize_module(case.model(), mesh, plan)(case.inputs(0))
     with pytest.raises(replfx.CaptureError, match="is a DTensor"):
-        replfx.transform(torch_parallelize_module(Model(Block).double(), mesh, styles), every=2)
+        replfx.transform(torch_parallelize_module(stack(Block).double(), mesh, styles), every=2)
 
     replfx.parallelize_module(model, mesh, styles)
     with pytest.raises(replfx.FusionError, match=r"`blocks\.1` has been parallelised before"):

@@ -22,27 +22,22 @@ from torch.utils._pytree import tree_map
 import replfx
 from tests.distributed.layouts import by_block
 from tests.distributed.ranks import BATCH, whole_tensor
-from tests.reference import Options
 from tests.support.processes import on_ranks
-from tests.support.strategies import Case, Policy
+from tests.support.strategies import Case, case_of
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
-    pytest.mark.timeout(1800),  # many cases in one group of processes
-]
+pytestmark = pytest.mark.timeout(1800)  # many cases in one group of processes
 
 STEPS = 3  # before the checkpoint, and after
 TOLERANCE = 1e-9  # float64 sums in another order, through some steps of AdamW
 
 
-def case_of(fusion: str, operator: str, seed: int = 13) -> Case:
-    options, policy = Options(width=6, hidden=8, heads=2), Policy({"every": 2}, fusion, operator, 1.0)
-    return Case("transformer", options, 5, policy, torch.float64, False, False, True, seed)
+def transformer(fusion: str, operator: str, seed: int = 13) -> Case:
+    return case_of("transformer", operator, fusion, training=False, width=6, depth=5, seed=seed)
 
 
-CASE = case_of("channel", "block")
+CASE = transformer("channel", "block")
 # Begins with other numbers: what is not loaded is not equal.
-FRESH = case_of("channel", "block", seed=14)
+FRESH = transformer("channel", "block", seed=14)
 
 Weights = dict[str, Tensor]
 
@@ -74,7 +69,7 @@ class Run:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def weights(self) -> Weights:
-        return {name: whole_tensor(p).detach().clone() for name, p in self.model.named_parameters()}  # type: ignore[union-attr]
+        return {name: whole_tensor(p).detach().clone() for name, p in self.model.named_parameters()}
 
 
 def save(run: Run, folder: Path) -> None:
@@ -103,7 +98,7 @@ def _save(folder: Path) -> tuple[Weights, Weights]:
     halfway = run.weights()
     run.train(STEPS)
     save(Run(CASE.model(), by_block), folder / "untransformed")
-    save(Run(case_of("scalar", "light").transformed(), by_block), folder / "another")
+    save(Run(transformer("scalar", "light").transformed(), by_block), folder / "another")
     return halfway, run.weights()
 
 
@@ -195,7 +190,7 @@ def test_the_plan_beside_a_checkpoint_tells_another_plan_and_version() -> None:
     plan = replfx.plan(CASE.model(), CASE.inputs(), **CASE.policy.arguments())
     text = plan.to_json()
     assert replfx.Plan.from_json(text) == plan
-    other = case_of("channel", "identity")
+    other = transformer("channel", "identity")
     assert replfx.Plan.from_json(text) != replfx.plan(other.model(), other.inputs(), **other.policy.arguments())
     with pytest.raises(replfx.PlanError, match="the plan is of version 1, this replfx reads version 2; make it anew"):
         replfx.Plan.from_json(text.replace('"version": 2', '"version": 1'))

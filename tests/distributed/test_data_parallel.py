@@ -4,21 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.distributed.layouts import MODES, MORE_MODES
 from tests.distributed.ranks import Job, work
-from tests.reference import FAMILIES, Options
+from tests.reference import FAMILIES
 from tests.reference.heterogeneous import Step
-from tests.support.processes import on_ranks
+from tests.support.processes import assert_all_well, on_ranks
 from tests.support.regions import Regions, spec_of
 from tests.support.stacks import Drawn
-from tests.support.strategies import FUSIONS, Case, Policy, fits
+from tests.support.strategies import FUSIONS, Case, case_of, fits
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
-    pytest.mark.timeout(1800),  # many cases in one group of processes
-]
+pytestmark = pytest.mark.timeout(1800)  # many cases in one group of processes
 
 BOTH = ("transformer", "basic")
 HYBRID = tuple(mode for mode in MORE_MODES if mode.startswith("hsdp"))
@@ -28,17 +24,19 @@ def _uniform(operators: tuple[str, ...], families: tuple[str, ...] = tuple(FAMIL
     """Stacks of like blocks, with their number: the first two families in every fusion, the others in one."""
     found = []
     for position, family in enumerate(families):
-        options = Options(width=6, hidden=8, heads=2, dims=3 if family == "basic3d" else 2)
         for operator in operators:
             for number, fusion in enumerate(FUSIONS):
-                if not fits(family, options, operator) or (operator == "identity" and (number or family not in BOTH)):
+                gradient = (1.0, 0.5, 0.0)[(position + number) % 3]
+                # In evaluation mode: normalising over half a batch is another computation.
+                case = case_of(family, operator, fusion, gradient=gradient, training=False, width=6, depth=5, seed=13)
+                if not fits(family, case.options, operator):
+                    continue
+                if operator == "identity" and (number or family not in BOTH):
                     continue
                 if family not in BOTH and number != (position + (operator == "light")) % 3:
                     continue
-                policy = Policy({"every": 2}, fusion, operator, (1.0, 0.5, 0.0)[(position + number) % 3])
-                # In evaluation mode: normalising over half a batch is another computation.
-                looked = not FAMILIES[family].residual  # in each process: it takes longer than training
-                case = Case(family, options, 5, policy, torch.float64, False, False, looked, seed=13)
+                # Looked at in each process, which takes longer than training.
+                case = replace(case, traced_on_inputs=not FAMILIES[family].residual)
                 found.append((f"{family}-{operator}-{fusion}", case, len(found)))
     return found
 
@@ -112,13 +110,7 @@ def _family(job: Job) -> str:
 
 def check(ranks: int, jobs: list[Job], folder: Path) -> None:
     """All in one group of processes, and so in one test: it takes longer to start than to train."""
-    failed = [
-        f"process {rank}, {name}:\n{trouble}"
-        for rank, found in enumerate(on_ranks(ranks, work, folder, jobs))
-        for name, trouble in found.items()
-        if trouble is not None
-    ]
-    assert not failed, "\n".join(failed)
+    assert_all_well(on_ranks(ranks, work, folder, jobs))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ bfloat16 on its own, with weights synthesised in float32 and then rounded; the m
 """
 
 import copy
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from replfx.live import Synthesis, fusion_layers
 from tests.distributed.layouts import by_block
 from tests.distributed.ranks import BATCH, STEPS, whole_tensor
-from tests.reference import Options, Stack
-from tests.support.processes import on_ranks
-from tests.support.strategies import FUSIONS, Case, Policy, fits
+from tests.reference import Stack
+from tests.support.processes import assert_all_well, on_ranks, tried
+from tests.support.strategies import FUSIONS, Case, case_of, fits
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed"),
-    pytest.mark.timeout(1800),  # many cases in one group of processes
-]
+pytestmark = pytest.mark.timeout(1800)  # many cases in one group of processes
 
 LOW = torch.bfloat16
 
@@ -59,12 +55,11 @@ PARTLY_WHOLE: dict[str, Callable[..., object]] = {"whole": _whole, "some_blocks"
 def _cases() -> dict[str, Case]:
     found = {}
     for family in ("transformer", "convnext"):
-        options = Options(width=6, hidden=8, heads=2)
         for operator in ("block", "light"):
             for fusion in FUSIONS if operator == "block" else ("scalar_layer",):
-                policy = Policy({"every": 2}, fusion, operator, 1.0)
-                case = Case(family, options, 5, policy, torch.float32, False, False, True, seed=13)
-                if fits(family, options, operator):
+                facts = {"width": 6, "depth": 5, "dtype": torch.float32, "seed": 13}
+                case = case_of(family, operator, fusion, training=False, **facts)
+                if fits(family, case.options, operator):
                     found[f"{family}-{operator}-{fusion}"] = case
     return found
 
@@ -79,11 +74,7 @@ def work(names: tuple[str, ...]) -> dict[str, str | None]:
         case = CASES[name]
         for layout, wrap in {**SHARDED, **PARTLY_WHOLE}.items():
             for reduced in (torch.float32, None):
-                try:
-                    _check(case, wrap, reduced, exact=layout in SHARDED)
-                    found[f"{name}-{layout}-{reduced}"] = None
-                except Exception:
-                    found[f"{name}-{layout}-{reduced}"] = traceback.format_exc()
+                found[f"{name}-{layout}-{reduced}"] = tried(_check, case, wrap, reduced, layout in SHARDED)
     return found
 
 
@@ -97,7 +88,7 @@ def _check(case: Case, wrap: Callable[..., object], reduced: torch.dtype | None,
     for step in range(STEPS):
         with torch.no_grad():  # each step from the same numbers: a coefficient may round to either side of a tie
             for name, parameter in model.named_parameters():
-                single.get_parameter(name).copy_(whole_tensor(parameter))  # type: ignore[arg-type]
+                single.get_parameter(name).copy_(whole_tensor(parameter))
         x = (case.inputs(BATCH)[0].detach() + step).split(size)
         optimizer.zero_grad()
         result = model(x[rank])
@@ -106,10 +97,10 @@ def _check(case: Case, wrap: Callable[..., object], reduced: torch.dtype | None,
         wanted, sizes = _by_hand(single, x)
         largest = max(size for name, size in sizes.items() if ".fusion." in name)
         for name, parameter in model.named_parameters():
-            assert parameter.dtype == parameter.grad.dtype == torch.float32, name  # type: ignore[union-attr]
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
             tight = neighbours_of_shards and ".fusion." not in name and ".operator." not in name
             own = whole_tensor(parameter.grad)
-            error, scale = (own - wanted[name]).abs().max().item(), sizes[name]  # type: ignore[operator]
+            error, scale = (own - wanted[name]).abs().max().item(), sizes[name]
             if not exact and ".fusion." in name:  # sums in which much cancels
                 scale = largest
             limit = FLOAT32 if tight else ROUNDED if exact else COARSE
@@ -126,13 +117,12 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
         layers = fusion_layers(single)
         made = {path: _rounded(layer) for path, layer in layers.items()}
         for path, layer in layers.items():
-            layer._synthesize = lambda *_, made=made[path], **__: made  # type: ignore[method-assign, misc]
+            layer._synthesize = lambda *_, made=made[path], **__: made
         low = {name: p.to(LOW) for name, p in single.named_parameters()}
         torch.func.functional_call(single, low, (x.to(LOW),)).float().square().mean().backward()
         for layer in layers.values():
             del layer._synthesize
         for name, parameter in single.named_parameters():
-            assert parameter.grad is not None
             total[name] = total.get(name, 0) + parameter.grad / len(parts)
             sizes[name] = max(sizes.get(name, 0.0), parameter.grad.abs().max().item())
     return total, sizes
@@ -140,7 +130,6 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
 
 def _rounded(layer: Synthesis) -> dict[str, Tensor]:
     """A layer's weights from float32 neighbours and rounded coefficients, rounded."""
-    assert layer.fusion is not None
     sides = [
         {name: getattr(r.owner(), r.leaf)[slice(*(r.rows or (None,)))] for name, r in side.items()}
         for side in layer._readings or ()
@@ -151,9 +140,7 @@ def _rounded(layer: Synthesis) -> dict[str, Tensor]:
 
 
 def check(folder: Path, names: tuple[str, ...]) -> None:
-    for rank, found in enumerate(on_ranks(2, work, folder, names)):
-        failed = {name: trouble for name, trouble in found.items() if trouble is not None}
-        assert not failed, f"process {rank}:\n" + "\n".join(f"{name}\n{trouble}" for name, trouble in failed.items())
+    assert_all_well(on_ranks(2, work, folder, names))
 
 
 @pytest.mark.slow

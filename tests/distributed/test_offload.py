@@ -10,19 +10,15 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from tests.distributed.layouts import by_block
-from tests.distributed.ranks import BATCH, TOLERANCE, whole_tensor
-from tests.reference import Options
+from tests.distributed.ranks import BATCH, whole_tensor
+from tests.support.compare import EXACT
 from tests.support.processes import on_ranks
-from tests.support.strategies import Case, Policy
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
+from tests.support.strategies import case_of
 
 
 def work(device: str, operator: str) -> None:
     """Three steps, beside those of the same model as one piece on the device."""
-    options = Options(width=6, hidden=8, heads=2)
-    case = Case("transformer", options, 5, Policy({"every": 2}, "channel", operator, 1.0), torch.float64, False, False,
-                True, seed=3)  # fmt: skip
+    case = case_of("transformer", operator, "channel", training=False, width=6, depth=5, seed=3)
     model = case.transformed()
     single = copy.deepcopy(model).to(device)
     sharded = by_block(model, offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda"))
@@ -31,7 +27,7 @@ def work(device: str, operator: str) -> None:
     for step in range(3):
         x = (case.inputs(BATCH)[0].detach() + step).to(device)
         losses = [net(x).square().mean() for net in nets]
-        torch.testing.assert_close(losses[1], losses[0], rtol=TOLERANCE, atol=0)
+        torch.testing.assert_close(losses[1], losses[0], rtol=EXACT, atol=0)
         for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()

@@ -23,8 +23,6 @@ def script(name: str) -> ModuleType:
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text().splitlines()) <= LINES
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -38,7 +38,7 @@ def aligned(draw: st.DrawFn) -> Drawn:
         for shape in (source, target):
             shape[1 - first] = min(shape[1 - first], 4)
             shape[first] = factor * shape[1 - first]
-    return Layout(layout), tuple(source), tuple(target)  # type: ignore[arg-type]
+    return Layout(layout), tuple(source), tuple(target)
 
 
 @st.composite
@@ -133,7 +133,7 @@ def test_there_and_back(drawn: Drawn, seed: int) -> None:
     theta = torch.randn(source, dtype=TWO, generator=torch.Generator().manual_seed(seed))
     for made in (up, down):
         with torch.no_grad():
-            made.gains.fill_(1.0)  # type: ignore[union-attr]
+            made.gains.fill_(1.0)
     assert torch.equal(down(up({"p0": theta}))["p0"], theta)
 
 
@@ -146,7 +146,7 @@ def test_rows_that_are_no_table_on_either_side_are_rows(have: int, want: int) ->
     made, _, _ = alignment_of([(layout, (have, 2), (want, 2))])
     theta = torch.randn(have, 2, dtype=TWO)
     with torch.no_grad():
-        made.gains.fill_(1.0)  # type: ignore[union-attr]
+        made.gains.fill_(1.0)
     result = made({"p0": theta})["p0"]
     if layout.what == "matrix":
         assert torch.equal(result, theta[[i % have for i in range(want)]])
@@ -165,7 +165,6 @@ def test_groups_keep_what_each_channel_reads(have: int, want: int) -> None:
     shapes = source.weight.shape, target.weight.shape
     layout = layout_of(source, target, *shapes)
     made = Alignment({"p": shapes[0]}, {"p": shapes[1]}, {"p": layout}, dtype=TWO, device=torch.device("cpu"))
-    assert made.gains is not None
     with torch.no_grad():
         kernel = made({"p": source.weight})["p"]
         x = torch.randn(2, 12, 5, 5, dtype=TWO)

@@ -198,8 +198,7 @@ class Deep(nn.Module):
         self.norm, self.layers = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(self.norm(x))
-        return y
+        return self.layers(self.norm(x))
 
 
 class Dropping(nn.Module):

@@ -21,8 +21,7 @@ class Basic(nn.Module):
         self.bn1, self.bn2, self.activation = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH), activation
 
     def branch(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return out
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(x + self.branch(x))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import replfx
 from replfx.operators import MixerOperator
+from tests.support.models import Row
 from tests.support.strategies import randomize
 
 WIDTH, TOKENS = 8, 5
@@ -199,8 +200,7 @@ class _Mixed(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.block.mixed(x)
-        return mixed
+        return self.block.mixed(x)
 
 
 @pytest.mark.parametrize("with_inputs", [True, False])
@@ -336,26 +336,22 @@ def test_options_that_are_malformed_are_refused() -> None:
 
 def _timm(name: str, **options: object) -> nn.Module:
     timm = pytest.importorskip("timm")
-    model: nn.Module = timm.create_model(name, num_classes=10, **options)
-    return model
+    return timm.create_model(name, num_classes=10, **options)
 
 
 def _mlp_mixer() -> nn.Module:
     module = pytest.importorskip("timm.models.mlp_mixer")
-    model: nn.Module = module.MlpMixer(num_classes=10, img_size=64, patch_size=32, num_blocks=5, embed_dim=24)
-    return model
+    return module.MlpMixer(num_classes=10, img_size=64, patch_size=32, num_blocks=5, embed_dim=24)
 
 
 def _torchvision_vit() -> nn.Module:
     models = pytest.importorskip("torchvision").models
-    model: nn.Module = models.VisionTransformer(32, 16, num_layers=5, num_heads=2, hidden_dim=24, mlp_dim=48)
-    return model
+    return models.VisionTransformer(32, 16, num_layers=5, num_heads=2, hidden_dim=24, mlp_dim=48)
 
 
 def _torchvision_swin() -> nn.Module:
     models = pytest.importorskip("torchvision").models
-    model: nn.Module = models.SwinTransformer([4, 4], 12, [2, 2, 6, 2], [1, 2, 2, 2], window_size=[7, 7])
-    return model
+    return models.SwinTransformer([4, 4], 12, [2, 2, 6, 2], [1, 2, 2, 2], window_size=[7, 7])
 
 
 @pytest.mark.parametrize(
@@ -509,15 +505,10 @@ class Masked(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.mlp(self.norm1(x))
         shown = self.norm2(x) * mask.unsqueeze(-1)
-        y: Tensor = x + self.mixing(shown.transpose(1, 2)).transpose(1, 2) * mask.unsqueeze(-1)
-        return y
+        return x + self.mixing(shown.transpose(1, 2)).transpose(1, 2) * mask.unsqueeze(-1)
 
 
-class MaskedNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Masked() for _ in range(5))
-
+class MaskedRow(Row):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x, mask)
@@ -526,5 +517,5 @@ class MaskedNet(nn.Module):
 
 def test_a_mask_of_whole_numbers_does_not_hide_what_mixes_tokens() -> None:
     x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.long)
-    plan = replfx.plan(MaskedNet(), (x, mask), operator="mixer")
+    plan = replfx.plan(MaskedRow(*(Masked() for _ in range(5))), (x, mask), operator="mixer")
     assert [r.operator.options["dropped"] for r in plan.replacements] == [["norm1", "mlp"]] * 2

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.support.models import GPT, ConvNet
+from tests.support.models import GPT, ConvNet, Tower, tower
+from tests.support.strategies import randomize
 
 STAGES = ("transformed", "materialized")
 OPERATORS = ("block", "light")
@@ -20,8 +21,7 @@ OPERATORS = ("block", "light")
 def _vit() -> nn.Module:
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 5, "num_heads": 2, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **sizes)
-    return model
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
 
 
 def _images(count: int) -> Tensor:
@@ -70,6 +70,13 @@ def shipped(name: str, operator: str, stage: str, dtype: torch.dtype = torch.flo
         model = replfx.materialize(model)
     x, y = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
     return Shipped(build, model, x, y)
+
+
+def transformed_tower(operator: str = "block", seed: int = 6) -> Tower:
+    torch.manual_seed(seed)
+    model = replfx.transform(tower(5), operator=operator)
+    randomize(model, seed)
+    return model
 
 
 def scattered(model: nn.Module) -> nn.Module:

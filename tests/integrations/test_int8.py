@@ -129,8 +129,7 @@ def static_int8(model: nn.Module, batches: list[Tensor]) -> fx.GraphModule:
     with torch.no_grad():
         for batch in batches:
             prepared(batch)
-    converted: fx.GraphModule = convert_pt2e(prepared)
-    return converted
+    return convert_pt2e(prepared)
 
 
 def used_tensors(model: fx.GraphModule) -> list[Tensor]:
@@ -195,8 +194,7 @@ class PreActivation(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
-        return y
+        return x + self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
 
 
 @torch.no_grad()

@@ -15,22 +15,14 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.live import Synthesis
-from tests.support.models import Tower, tower
-from tests.support.strategies import randomize
+from tests.integrations.shipped import transformed_tower
+from tests.support.models import tower
 
 pytestmark = pytest.mark.integrations
 
 POINTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
 OPERATORS = pytest.mark.parametrize("operator", ["block", "light"])
 KEPT = r".*blocks\.[024]\.fc\d"
-
-
-def transformed(operator: str = "block") -> Tower:
-    torch.manual_seed(0)
-    model = replfx.transform(tower(5), operator=operator)
-    randomize(model, 1)
-    assert isinstance(model, Tower)
-    return model
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
@@ -49,14 +41,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 @OPERATORS
 def test_adapters_stand_beside_the_weights_that_fusion_layers_read(operator: str) -> None:
-    model = transformed(operator)
+    model = transformed_tower(operator)
     by_hand, before = replfx.materialize(model), copy.deepcopy(model)
     lora = adapted(model)
     with torch.no_grad():
         for index in (0, 2, 4):
             for name in ("fc1", "fc2"):
                 layer = model.blocks[index].get_submodule(name)
-                pair = (layer.lora_B["default"].weight, layer.lora_A["default"].weight)  # type: ignore[index, union-attr]
+                pair = (layer.lora_B["default"].weight, layer.lora_A["default"].weight)
                 by_hand.get_parameter(f"blocks.{index}.{name}.weight").add_(2.0 * pair[0] @ pair[1])  # alpha/r
     torch.testing.assert_close(lora(POINTS), by_hand(POINTS))
     assert not torch.allclose(lora(POINTS), before(POINTS))
@@ -66,7 +58,7 @@ def test_adapters_stand_beside_the_weights_that_fusion_layers_read(operator: str
 
 @OPERATORS
 def test_it_is_lora_on_the_materialized_model(operator: str) -> None:
-    model = transformed(operator)
+    model = transformed_tower(operator)
     plain, lora = adapted(replfx.materialize(model)), adapted(model)
     expected = gradients(plain)
     found = gradients(lora)
@@ -88,7 +80,7 @@ def train(lora: nn.Module, steps: int = 3, optimizer: torch.optim.Optimizer | No
 def test_coefficients_are_trained_if_they_are_asked_for(tmp_path: Path) -> None:
     from peft import PeftModel
 
-    model = transformed()
+    model = transformed_tower()
     plan, base = replfx.plan(tower(5)), copy.deepcopy(model.state_dict())
     lora = adapted(model, modules_to_save=["fusion"])
     groups = {group["name"]: len(group["params"]) for group in replfx.parameter_groups(lora)}
@@ -112,7 +104,7 @@ def layers_of(model: nn.Module) -> list[Synthesis]:
 def test_training_goes_on_from_saved_adapters(operator: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    model = transformed(operator)
+    model = transformed_tower(operator)
     plan, base = replfx.plan(tower(5), operator=operator), copy.deepcopy(model.state_dict())
     lora = adapted(model)
     optimizer = train(lora)
@@ -130,7 +122,7 @@ def test_training_goes_on_from_saved_adapters(operator: str, tmp_path: Path) -> 
 
 @OPERATORS
 def test_a_merge_is_right_after_materialize(operator: str) -> None:
-    lora = adapted(transformed(operator))
+    lora = adapted(transformed_tower(operator))
     expected = lora(POINTS)
     careless = copy.deepcopy(lora).merge_and_unload()
     assert not torch.allclose(careless(POINTS), expected)  # its fusion layers read the merged weights
@@ -142,19 +134,19 @@ def test_a_merge_is_right_after_materialize(operator: str) -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]])
 def test_a_replaced_block_takes_adapters_of_its_own(targets: str | list[str]) -> None:
-    lora = adapted(transformed(), target_modules=targets)
+    lora = adapted(transformed_tower(), target_modules=targets)
     lora(POINTS).square().sum().backward()
     trained = {name for name, p in lora.named_parameters() if p.requires_grad and p.grad is not None}
     assert {name.split(".lora_")[0] for name in trained} >= {
         f"base_model.model.blocks.1.{layer}" for layer in ("fc1", "fc2")
     }
-    adapted(transformed("light"), target_modules=["fc1", "fc2"])  # has none of the block's layers
+    adapted(transformed_tower("light"), target_modules=["fc1", "fc2"])  # has none of the block's layers
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @OPERATORS
 def test_it_is_compiled_and_exported(operator: str) -> None:
-    lora = adapted(transformed(operator))
+    lora = adapted(transformed_tower(operator))
     compiled = torch.compile(copy.deepcopy(lora), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(POINTS), lora(POINTS))
     program = torch.export.export(lora.base_model.model, (POINTS,))

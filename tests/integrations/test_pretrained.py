@@ -61,8 +61,7 @@ def transformed(name: str, operator: str = "block", **options: Any) -> Any:
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:
-    result: torch.Tensor = model(**inputs_of(name)).logits
-    return result
+    return model(**inputs_of(name)).logits
 
 
 # ---- operators
@@ -85,15 +84,7 @@ def test_post_norm_blocks_are_refused_with_the_reason(operator: str) -> None:
 # ---- folders
 
 
-def same(model: Any) -> Any:
-    return model
-
-
-def pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("of", [same, copy.deepcopy, pickled])
+@pytest.mark.parametrize("of", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize(("name", "operator"), [("gpt2", "light"), ("bert", "block"), ("t5", "mixer")])
 def test_a_folder_has_the_plan_beside_the_weights(
     name: str, operator: str, of: Callable[[Any], Any], tmp_path: Path
@@ -171,7 +162,7 @@ def test_the_plan_is_that_of_the_blocks_which_are_replaced_still(tmp_path: Path)
 def test_a_class_of_the_users_own_is_named(tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    class Mine(GPT2LMHeadModel):  # type: ignore[misc]
+    class Mine(GPT2LMHeadModel):
         pass
 
     model = replfx.transform(Mine(language_model("gpt2").config), inputs_of("gpt2"))

@@ -7,7 +7,6 @@ tested without.
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import replfx
 from tests.integrations.shipped import MODELS, OPERATORS, STAGES, Shipped, emptied, scattered, shipped
+from tests.support.compiled import needs_compiler
 from tests.support.models import GPT
 from tests.support.slow import some_slow
 from tests.support.without_replfx import run_without_replfx
@@ -102,9 +102,6 @@ def test_a_shipped_model_does_not_need_replfx(operator: str, tmp_path: Path) -> 
 
 # ---- torch.jit
 
-# A light residual block runs a convolution with a weight that is not its own.
-WITH_MATERIALIZING = {("conv", "light")}
-
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @every_stage
@@ -112,7 +109,7 @@ WITH_MATERIALIZING = {("conv", "light")}
 @every_model
 def test_it_is_traced_or_says_what_to_trace(name: str, operator: str, stage: str) -> None:
     made = shipped(name, operator, stage)
-    if stage == "transformed" and (name, operator) in WITH_MATERIALIZING:
+    if (name, operator, stage) == ("conv", "light", "transformed"):  # its convolution's weight is not its own
         with pytest.raises(replfx.FusionError, match=r"trace replfx\.materialize\(model\)"):
             torch.jit.trace(made.model, made.x)
         assert torch.isfinite(made.on_y()).all()  # and it runs as before
@@ -145,7 +142,7 @@ def test_it_runs_in_onnxruntime(name: str, operator: str, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(
     ("name", "operator", "stage"),
     [("conv", "block", "materialized"), ("gpt", "light", "materialized"), ("vit", "block", "transformed")],

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import replfx
-from tests.support.digits import ResidualCNN
 from tests.support.digits import digits as handwritten
+from tests.support.models import ConvNet
 
 pytestmark = pytest.mark.integrations
 
@@ -69,7 +69,7 @@ def loader() -> DataLoader[Any]:
 def cnn(seed: int) -> nn.Module:
     """Has batch statistics, which are to be saved and loaded too."""
     torch.manual_seed(seed)
-    return ResidualCNN(1, 10, (8,), blocks=5)
+    return ConvNet(5, (8,), channels=1, classes=10)
 
 
 def optimizer_of(
@@ -213,8 +213,7 @@ def bert(seed: int) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
-    model: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=17, max_position_embeddings=64, **SIZES))
-    return model
+    return BertForSequenceClassification(BertConfig(vocab_size=17, max_position_embeddings=64, **SIZES))
 
 
 def vit(seed: int) -> nn.Module:
@@ -222,8 +221,7 @@ def vit(seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     config = ViTConfig(image_size=8, patch_size=2, num_channels=1, **SIZES)
-    model: nn.Module = ViTForImageClassification(config)
-    return model
+    return ViTForImageClassification(config)
 
 
 def test_transformers_trainer(tmp_path: Path) -> None:

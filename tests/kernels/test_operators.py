@@ -22,8 +22,6 @@ def leaf(*shape: int, device: str = "cpu") -> Tensor:
 
 
 def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for each operator."""
-
     def make(*shapes: tuple[int, ...]) -> list[Tensor]:
         return [leaf(*shape, device=device) for shape in shapes]
 
@@ -31,10 +29,7 @@ def arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
     p[2] = p[2].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     a, b = make((5,), (1,), (1,), (1,)), make((1,), (1,), (4,), (2,))
     four = [[tensor.detach() for tensor in tensors] for tensors in (p, n, a, b)]
-    return {
-        "synthesize": [(p, n, a, b)],
-        "synthesize_backward": [(four[0], *four), (four[0], *four, [3, 12, 0, 15])],
-    }
+    return {"synthesize": [(p, n, a, b)], "synthesize_backward": [(four[0], *four), (four[0], *four, [3, 12, 0, 15])]}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -65,12 +60,12 @@ def gradients(model: Callable[[Tensor], Tensor], parameters: list[nn.Parameter],
     return list(torch.autograd.grad(model(x).square().sum(), parameters))
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(device: str, backend: str) -> None:
     if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a compiler")
-    torch.compiler.reset()
     torch.manual_seed(0)
     model = Model().to(device)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -78,7 +73,6 @@ def test_compiled_in_one_graph(device: str, backend: str) -> None:
     wanted = gradients(model, list(model.parameters()), x)
     # Two orders of the same float32 operations, on values of some hundreds.
     torch.testing.assert_close(gradients(compiled, list(model.parameters()), x), wanted, rtol=1e-4, atol=1e-3)
-    torch.compiler.reset()
 
 
 @only_plain

@@ -16,8 +16,7 @@ WIDTH = 8
 
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + super().forward(x)
-        return y
+        return x + super().forward(x)
 
 
 class Named(nn.ModuleDict):
@@ -77,8 +76,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)[:, None]
-        y: Tensor = x + self.attention(h, h, h, need_weights=False)[0][:, 0]
-        return y
+        return x + self.attention(h, h, h, need_weights=False)[0][:, 0]
 
 
 class Recurrent(nn.Module):
@@ -89,8 +87,7 @@ class Recurrent(nn.Module):
         self.layer = nn.LSTM(WIDTH, WIDTH, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.layer(x[:, None])[0][:, 0]
-        return y
+        return x + self.layer(x[:, None])[0][:, 0]
 
 
 class Checkpointed(Mlp):
@@ -98,12 +95,10 @@ class Checkpointed(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         def part(h: Tensor) -> Tensor:
-            y: Tensor = self.fc2(self.act(self.fc1(h))) * self.fc1.weight.abs().mean()
-            return y
+            return self.fc2(self.act(self.fc1(h))) * self.fc1.weight.abs().mean()
 
         h = self.norm(x).to(self.fc1.weight.dtype)
-        y: Tensor = x + torch.utils.checkpoint.checkpoint(part, h, use_reentrant=False)
-        return y
+        return x + torch.utils.checkpoint.checkpoint(part, h, use_reentrant=False)
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
@@ -130,12 +125,16 @@ def chain(name: str, length: int = 5) -> nn.Sequential:
     return nn.Sequential(*(BLOCKS[name]() for _ in range(length))).double()
 
 
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def by_hand(model: nn.Module, made: nn.Module) -> nn.Module:
     """The untransformed model, with the means of both neighbours' matrices in its replaced blocks."""
     twin = copy.deepcopy(model)
     for r in replfx.plan_of(made).replacements:
-        assert r.previous is not None
-        assert r.next is not None
         here, before, after = (twin.get_submodule(path) for path in (r.path, r.previous, r.next))
         with torch.no_grad():
             for name, weight in here.named_parameters():

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import replfx
+from tests.support.models import Residual, Row
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc(x).relu()
-
-
-class Wide(Block):
+class Wide(Residual):
     def __init__(self) -> None:
         super().__init__()
         self.out, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -31,9 +23,9 @@ class Wide(Block):
 class Held(nn.Module):
     """Registers its blocks, and runs them from where `hold` puts them."""
 
-    def __init__(self, hold: Callable[[list[Block]], object], run: Callable[[object], list[nn.Module]]) -> None:
+    def __init__(self, hold: Callable[[list[Residual]], object], run: Callable[[object], list[nn.Module]]) -> None:
         super().__init__()
-        blocks = [Block() for _ in range(5)]
+        blocks = [Residual() for _ in range(5)]
         for number, block in enumerate(blocks):
             self.add_module(f"block{number}", block)
         self.held, self.run = hold(blocks), run
@@ -69,7 +61,7 @@ HOLDERS = {
 def test_a_block_is_replaced_wherever_the_model_holds_it(holder: str, inplace: bool) -> None:
     torch.manual_seed(0)
     hold, run = HOLDERS[holder]
-    model, x = Held(hold, run), torch.randn(3, 4)  # type: ignore[arg-type]
+    model, x = Held(hold, run), torch.randn(3, 4)
     kept = [copy.deepcopy(getattr(model, f"block{i}")) for i in (0, 2, 4)]
     removed = replfx.transform(model, x, operator="identity")
     expected = x
@@ -89,12 +81,12 @@ def test_a_block_is_replaced_wherever_the_model_holds_it(holder: str, inplace: b
     assert list(again.state_dict()) == list(state)
     full = replfx.unroll(made)
     assert torch.equal(full(x), output)
-    assert all(type(block) is Block for block in run(full.held))  # type: ignore[arg-type]
+    assert all(type(block) is Residual for block in run(full.held))
 
 
 def test_a_block_that_was_not_replaced_stays_everywhere_after_a_failure() -> None:
     model, x = Held(list, runs_list), torch.randn(3, 4)
-    blocks = list(model.held)  # type: ignore[call-overload]
+    blocks = list(model.held)
     with torch.no_grad():
         model.block1.fc.weight[0, 0] = float("nan")
     with pytest.raises(replfx.ReplfxError, match="not finite"):
@@ -104,10 +96,10 @@ def test_a_block_that_was_not_replaced_stays_everywhere_after_a_failure() -> Non
 
 def test_hooks_of_a_replaced_block_stay_with_it() -> None:
     """A library that looks for blocks by their class, after transform, finds replaced ones too."""
-    model, x, seen = nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 4), []
+    model, x, seen = nn.Sequential(*(Residual() for _ in range(3))), torch.randn(2, 4), []
     made = replfx.transform(model, x)
     for module in made.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Residual):
             module.register_forward_hook(lambda *_: seen.append("class"))
     handle = made[1].register_forward_hook(lambda *_: seen.append("path"))
     made(x)
@@ -122,12 +114,11 @@ def test_hooks_of_a_replaced_block_stay_with_it() -> None:
     assert seen == ["class"] * 3
 
 
-class Rescaling(nn.Module):
+class Rescaling(Row):
     """Halves weights of its blocks when it is first evaluated, and doubles them when it is trained again (RWKV)."""
 
-    def __init__(self, kind: type[Block], *rescaled: str) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(kind() for _ in range(5))
+    def __init__(self, kind: type[Residual], *rescaled: str) -> None:
+        super().__init__(*(kind() for _ in range(5)))
         self.rescaled, self.halved = rescaled, False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,9 +128,7 @@ class Rescaling(nn.Module):
                     for block in self.blocks:
                         block.get_submodule(name).weight.mul_(2.0 if self.training else 0.5)
             self.halved = not self.training
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return super().forward(x)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -183,6 +172,6 @@ def test_weights_that_the_model_reads_itself_are_the_synthesised_ones(x: Tensor 
 
 
 def test_a_model_that_writes_to_all_that_would_be_replaced_is_refused() -> None:
-    model = Rescaling(Block, "fc")
+    model = Rescaling(Residual, "fc")
     with pytest.raises(replfx.FusionError, match=r"`blocks\.1`: operator 'block' has nothing to synthesise"):
         replfx.transform(model, torch.randn(3, 4))

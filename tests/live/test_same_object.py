@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import replfx
 from replfx.live.classes import live_class
-from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, inputs
+from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, gradients, inputs
 from tests.support.copies import copied
 from tests.support.models import Mlp, Tower, tower
 
@@ -25,12 +25,6 @@ def transformed(name: str) -> tuple[nn.Sequential, nn.Module]:
     made = replfx.transform(model, inputs())
     assert replfx.report(made).replaced == ["1", "3"]
     return model, made
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -48,14 +42,11 @@ def test_gradients_are_those_of_a_model_by_hand(name: str) -> None:
     x = inputs()
     twin = by_hand(model, made)
     found, wanted = gradients(made, x), gradients(twin, x)
-    matrices = [n for n, p in twin[1].named_parameters() if p.dim() > 1]  # type: ignore[index]
+    matrices = [n for n, p in twin[1].named_parameters() if p.dim() > 1]
     for key, gradient in found.items():
         if ".replfx." in key:
             block, side = int(key[0]), -1 if key.endswith("previous") else 1
-            products = [
-                (wanted[f"{block}.{n}"] * twin[block + side].get_parameter(n)).sum()  # type: ignore[index]
-                for n in matrices
-            ]
+            products = [(wanted[f"{block}.{n}"] * twin[block + side].get_parameter(n)).sum() for n in matrices]
             torch.testing.assert_close(gradient, torch.stack(products))
         elif key[0] in "024" and key[2:] in matrices:
             shares = [wanted[f"{i}.{key[2:]}"] / 2 for i in (int(key[0]) - 1, int(key[0]) + 1) if i in (1, 3)]
@@ -80,27 +71,26 @@ def test_the_object_and_its_class_stay(operator: str) -> None:
             self.seen += 1
             h = self.value(self.norm1(x)).transpose(1, 2)
             x = x + self.out(self.mix(h).transpose(1, 2))
-            y: Tensor = x + self.last(torch.relu(self.mlp(self.norm2(x))))
-            return y
+            return x + self.last(torch.relu(self.mlp(self.norm2(x))))
 
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Pre() for _ in range(3))), torch.randn(2, 5, 8)
     block, kind = model[1], type(model[1])
     calls: list[str] = []
     block.register_forward_hook(lambda *_: calls.append("hook"))
-    block.custom = "kept"  # type: ignore[assignment]
+    block.custom = "kept"
     made = replfx.transform(model, x, operator=operator, inplace=True)
     assert made is model
     assert made[1] is block
     assert isinstance(made[1], kind)
     assert type(made[1]).__name__ == "Pre"
     assert made[1].custom == "kept"
-    made[1].custom = 3  # type: ignore[assignment]
+    made[1].custom = 3
     assert vars(block)["custom"] == 3
     made(x)
     assert calls == ["hook"]
     back = replfx.unroll(made)
-    assert back[1] is block  # type: ignore[index]
+    assert back[1] is block
     assert type(block) is kind
     assert block.custom == 3
     assert list(back.state_dict()) == list(nn.Sequential(*(Pre() for _ in range(3))).state_dict())
@@ -125,8 +115,8 @@ def test_who_goes_through_a_block_meets_what_was_there(name: str) -> None:
     before, after = model[1], made.get_submodule("1")
     assert [n for n, _ in after.named_children()] == [*(n for n, _ in before.named_children()), "replfx"]
     if hasattr(before, "__len__"):
-        assert len(after) == len(before)  # type: ignore[arg-type]
-        assert len(list(after)) == len(list(before))  # type: ignore[call-overload]
+        assert len(after) == len(before)
+        assert len(list(after)) == len(list(before))
     made.float()
     assert {p.dtype for p in made.parameters()} == {torch.float32}  # coefficients too
     made.eval()
@@ -165,7 +155,7 @@ def test_one_class_for_each_class_and_set_of_names() -> None:
     one, other = made.get_submodule("blocks.1"), made.get_submodule("blocks.3")
     assert type(one) is type(other)
     assert type(one.fc1) is type(other.fc2)
-    traits = type(one.fc1)._replfx_traits  # type: ignore[attr-defined]
+    traits = type(one.fc1)._replfx_traits
     assert live_class(nn.Linear, traits) is type(one.fc1)
     assert repr(one.fc1) == repr(nn.Linear(8, 16))
 
@@ -212,8 +202,7 @@ def test_what_keeps_its_weights_a_second_time_is_refused() -> None:
             self.all = [self.fc1.weight, self.fc2.weight]
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = x + (x @ self.all[0].T).relu() @ self.all[1].T
-            return y
+            return x + (x @ self.all[0].T).relu() @ self.all[1].T
 
     with pytest.raises(replfx.FusionError, match=r"its attribute `all` holds the parameter `fc1.weight` too"):
         replfx.transform(Tower(*(Keeping() for _ in range(5))), select="blocks.1")

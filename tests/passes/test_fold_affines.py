@@ -21,8 +21,7 @@ class Normed(nn.Module):
         self.norm, self.fc1, self.fc2 = norm, nn.Linear(16, hidden), nn.Linear(hidden, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
-        return y
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
 
 
 def normed(kind: type[nn.Module], hidden: int = 40) -> nn.Module:
@@ -77,8 +76,7 @@ class ByName(Normed):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = nn.functional.linear(input=self.norm(x), weight=self.fc1.weight, bias=self.fc1.bias)
-        y: Tensor = x + self.fc2(nn.functional.gelu(hidden))
-        return y
+        return x + self.fc2(nn.functional.gelu(hidden))
 
 
 class Unused(Normed):
@@ -102,8 +100,7 @@ class Squared(Normed):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         scores = nn.functional.linear(h, h)
-        y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(x))) + scores.mean()
-        return y
+        return x + self.fc2(nn.functional.gelu(self.fc1(x))) + scores.mean()
 
 
 @pytest.mark.parametrize("block", [OverTokens, ByName, Unused, Squared])

@@ -13,7 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 import replfx
 from tests.reference.functional import reference_run
-from tests.support.compare import assert_close, loss_of, of_replfx, optimizer_for, run, steps
+from tests.support.compare import (
+    Outcome,
+    assert_close,
+    assert_same_bits,
+    assert_same_gradients,
+    loss_of,
+    of_replfx,
+    optimizer_for,
+    run,
+    steps,
+)
 from tests.support.functional import KINDS, Functional, specs
 from tests.support.regions import Regions, spec_of
 from tests.support.snapshots import assert_unchanged, snapshot
@@ -39,23 +49,10 @@ def regions(draw: st.DrawFn) -> Regions:
     return drawn
 
 
-Outcome = tuple[list[Tensor], dict[str, Tensor | None]]
-
-
 def seeded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outcome:
     """Outputs and gradients with the same random numbers for dropout each time."""
     torch.manual_seed(11)
     return run(model, inputs)
-
-
-def assert_same(one: Outcome, other: Outcome) -> None:
-    """To the bit; and every gradient is there and finite."""
-    assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
-    assert one[1].keys() == other[1].keys()
-    for name, gradient in one[1].items():
-        assert gradient is not None, name
-        assert torch.isfinite(gradient).all(), name
-        assert torch.equal(gradient, other[1][name]), name  # type: ignore[arg-type]
 
 
 # ---- 1 and 2: an empty plan, and the reference
@@ -68,7 +65,7 @@ def test_an_empty_plan_is_bit_identical(drawn: Regions) -> None:
     made = replfx.apply(model, replfx.Plan("Functional"))
     assert type(made) is Functional
     assert list(made.state_dict()) == list(model.state_dict())
-    assert_same(seeded(made, drawn.inputs()), seeded(model, drawn.inputs()))
+    assert_same_bits(seeded(made, drawn.inputs()), seeded(model, drawn.inputs()))
 
 
 def assert_is_the_reference(drawn: Regions, model: fx.GraphModule) -> None:
@@ -81,7 +78,7 @@ def assert_is_the_reference(drawn: Regions, model: fx.GraphModule) -> None:
     expected = reference_run(drawn.spec, drawn.replaced(), tensors, inputs, training=drawn.training, **drawn.policy())
     loss_of([expected]).backward()
     (result,), gradients = seeded(model, drawn.inputs())
-    assert_close(result, expected.detach(), "output")  # tolerance: as in test_properties
+    assert_close(result, expected.detach(), "output")
     for name, gradient in gradients.items():
         wanted = inputs[0].grad if name == "input" else tensors[name].grad
         assert gradient is not None, name
@@ -100,7 +97,7 @@ def test_a_transformed_model_is_the_reference(drawn: Regions) -> None:
     made = replfx.transform(model, inputs, **drawn.policy())
     assert_unchanged(model, before)
     randomize(made, drawn.seed + 2)
-    assert_is_the_reference(drawn, made)  # type: ignore[arg-type]
+    assert_is_the_reference(drawn, made)
 
 
 @pytest.mark.parametrize(("kind", "number"), [(kind, i) for i, kind in enumerate(KINDS)])
@@ -144,8 +141,7 @@ class Inside(nn.Module):
         self.stem, self.body, self.head = nn.Conv2d(3, 4, 1), self.Body(), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
-        return y
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -185,10 +181,10 @@ def assert_plain(model: nn.Module, drawn: Regions) -> None:
     assert not any("replfx" in base.__module__ for base in type(model).__mro__)
     original = replace(drawn, seed=drawn.seed + 4).model()
     original.load_state_dict(model.state_dict(), strict=True)
-    assert_same(seeded(original, drawn.inputs()), seeded(model, drawn.inputs()))
+    assert_same_bits(seeded(original, drawn.inputs()), seeded(model, drawn.inputs()))
     saved = pickle.dumps(model)
     assert b"replfx" not in saved
-    assert_same(seeded(pickle.loads(saved), drawn.inputs()), seeded(model, drawn.inputs()))
+    assert_same_bits(seeded(pickle.loads(saved), drawn.inputs()), seeded(model, drawn.inputs()))
 
 
 @FEW
@@ -234,7 +230,7 @@ def test_a_plan_travels_as_json(drawn: Regions) -> None:
     twin = replfx.apply(fresh, replfx.Plan.from_json(text), drawn.given())
     twin.load_state_dict(model.state_dict(), strict=True)
     assert list(twin.state_dict()) == list(model.state_dict())
-    assert_same(seeded(twin, drawn.inputs()), seeded(model, drawn.inputs()))
+    assert_same_bits(seeded(twin, drawn.inputs()), seeded(model, drawn.inputs()))
 
 
 @FEW
@@ -247,33 +243,29 @@ def test_copies_stand_alone(drawn: Regions) -> None:
     wanted = seeded(other, drawn.inputs())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert replfx.report(twin) == replfx.report(model)
-        assert_same(seeded(twin, drawn.inputs()), before)
+        assert_same_bits(seeded(twin, drawn.inputs()), before)
         twin.load_state_dict(other.state_dict())  # its fusion layers read its own parameters …
-        assert_same(seeded(twin, drawn.inputs()), wanted)
+        assert_same_bits(seeded(twin, drawn.inputs()), wanted)
         with pytest.raises(replfx.StateDictError):
             twin.load_state_dict(drawn.model().state_dict())
-    assert_same(seeded(model, drawn.inputs()), before)  # … and the model's the model's
+    assert_same_bits(seeded(model, drawn.inputs()), before)  # … and the model's the model's
     inputs = drawn.inputs()  # which seeds
     torch.manual_seed(11)
     called = torch.func.functional_call(model, dict(other.state_dict()), inputs)
     assert torch.equal(called, wanted[0][0])
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("kind", ["linear", "attention"])
 def test_compiled_exported_and_checkpointed(kind: str) -> None:
     drawn = Regions(spec_of(kind, 1), neighbour_gradient=0.5)
     model = drawn.transformed()
     wanted, gradients = seeded(model, drawn.inputs())
-    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for call in (compiled, lambda *inputs: checkpoint(model, *inputs, use_reentrant=False)):
-        model.zero_grad()
-        result = call(*drawn.inputs())
-        loss_of([result]).backward()
-        assert_close(result.detach(), wanted[0], "output")
-        for name, parameter in model.named_parameters():
-            assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
-    torch.compiler.reset()
+        (result,), found = run(model, drawn.inputs(), call)
+        assert_close(result, wanted[0], "output")
+        assert_same_gradients(found, gradients)
     model.eval()
     inputs = tuple(t.detach() for t in drawn.inputs())
     program = torch.export.export(model, inputs)

@@ -12,9 +12,19 @@ from torch import Tensor, nn
 
 import replfx
 from tests.reference.heterogeneous import KINDS, Step, reference_run, replaced_every, spots_of
-from tests.support.compare import assert_close, loss_of, of_replfx, optimizer_for, outputs, run, steps
+from tests.support.compare import (
+    assert_close,
+    assert_same_bits,
+    assert_same_gradients,
+    loss_of,
+    of_replfx,
+    optimizer_for,
+    outputs,
+    run,
+    steps,
+)
 from tests.support.models import Checkpointed
-from tests.support.stacks import LIGHT, Drawn, drawn_stacks, needs_shapes, steps_of
+from tests.support.stacks import LIGHT, Drawn, drawn_stacks, needs_shapes, steps_of, various
 from tests.support.strategies import FUSIONS, randomize
 
 FEW = settings(max_examples=6)
@@ -47,13 +57,8 @@ def assert_is_the_reference(drawn: Drawn) -> None:
     assert replfx.report(model).replaced == drawn.paths(drawn.replaced())
     expected, wanted, tensors = expected_run(drawn, model)
     (result,), gradients = run(model, drawn.inputs())
-    assert_close(result, expected, "output")  # tolerance: as in test_properties, the same operations reordered
-    assert gradients.keys() == wanted.keys()
-    for name, gradient in gradients.items():
-        other = wanted[name]
-        assert (gradient is None) == (other is None), name
-        if gradient is not None and other is not None:
-            assert_close(gradient, other, f"gradient of {name}")
+    assert_close(result, expected, "output")
+    assert_same_gradients(gradients, wanted)
     for name, buffer in model.named_buffers():
         if name in tensors:
             assert_close(buffer.double(), tensors[name].double(), name)
@@ -71,12 +76,10 @@ def test_a_transformed_stack_is_the_reference(drawn: Drawn) -> None:
 @pytest.mark.parametrize(("kind", "fusion"), [(kind, FUSIONS[i % 3]) for i, kind in enumerate(KINDS)])
 def test_every_kind_of_stack(kind: str, fusion: str) -> None:
     """So that no pairing depends on what is drawn."""
-    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
-    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
-    grouped = replace(narrow, before=6, kernel=5, groups=2, window=7)
-    assert_is_the_reference(Drawn(kind, (Step(4, 4), wide, same, narrow, grouped), fusion, "block", 0.5))
+    assert_is_the_reference(Drawn(kind, various(kind), fusion, "block", 0.5))
     if kind in LIGHT:  # which takes the place of blocks that keep the shape
-        assert_is_the_reference(Drawn(kind, (wide, same, narrow, replace(grouped, groups=1)), fusion, "light", 0.5))
+        *steps, grouped = various(kind)[1:]
+        assert_is_the_reference(Drawn(kind, (*steps, replace(grouped, groups=1)), fusion, "light", 0.5))
 
 
 @FEW
@@ -141,18 +144,13 @@ def test_unroll_gives_full_depth_back(drawn: Drawn, kind: str) -> None:
 @FEW
 @given(drawn=drawn_stacks(operators=BOTH))
 def test_a_plan_travels_as_json(drawn: Drawn) -> None:
-    plan = replfx.plan(drawn.model(), drawn.given(), **drawn.policy())  # type: ignore[arg-type]
+    plan = replfx.plan(drawn.model(), drawn.given(), **drawn.policy())
     assert replfx.Plan.from_json(plan.to_json()) == plan
     model, fresh = drawn.transformed(), replace(drawn, seed=drawn.seed + 5).model()
     twin = replfx.apply(fresh, replfx.Plan.from_json(plan.to_json()))
     twin.load_state_dict(model.state_dict(), strict=True)
     assert list(twin.state_dict()) == list(model.state_dict())
-    (results, gradients), (again, gradients_again) = (run(m, drawn.inputs()) for m in (model, twin))
-    assert torch.equal(results[0], again[0])
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        assert torch.isfinite(gradient).all(), name
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
+    assert_same_bits(run(model, drawn.inputs()), run(twin, drawn.inputs()))
 
 
 @FEW
@@ -196,26 +194,23 @@ def test_checkpointed(drawn: Drawn) -> None:
     assert_close(result.detach(), wanted[0], "output")
     for name, parameter in parts.items():
         assert parameter.grad is not None, name
-        assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
+        assert_close(parameter.grad, gradients[name], f"gradient of {name}")
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("kind", ["units", "flat_conv_norm"])
 def test_compiled_and_exported(kind: str) -> None:
     stack = (Step(4, 4), Step(4, 6, kernel=5), Step(6, 6), Step(6, 6, kernel=5))
     drawn = Drawn(kind, stack, neighbour_gradient=0.5)
     model = drawn.transformed()
-    torch.compiler.reset()
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     wanted, gradients = run(model, drawn.inputs())
-    (x,) = drawn.inputs()
-    result = compiled(x)
-    loss_of([result]).backward()
-    assert_close(result.detach(), wanted[0], "output")
-    for name, parameter in twin.named_parameters():
-        assert_close(parameter.grad, gradients[name], f"gradient of {name}")  # type: ignore[arg-type]
-    torch.compiler.reset()
+    (result,), found = run(twin, drawn.inputs(), compiled)
+    assert_close(result, wanted[0], "output")
+    assert_same_gradients(found, gradients)
     model.eval()
-    program = torch.export.export(model, (x.detach(),))
+    x = drawn.inputs()[0].detach()
+    program = torch.export.export(model, (x,))
     assert set(program.state_dict) == set(model.state_dict())
-    assert_close(program.module()(x.detach()), model(x.detach()).detach(), "exported")
+    assert_close(program.module()(x), model(x).detach(), "exported")

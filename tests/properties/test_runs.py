@@ -5,16 +5,23 @@ Runs on several processes are in tests/distributed.
 
 import copy
 import pickle
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor, nn
+from torch import nn
 
 from tests.reference import FAMILIES, Options
-from tests.support.compare import assert_close, assert_same_run, loss_of, outputs, reference_run, replaced_by
+from tests.support.compare import (
+    assert_as_near,
+    assert_close,
+    assert_same_run,
+    loss_of,
+    outputs,
+    reference_run,
+    replaced_by,
+)
+from tests.support.compiled import needs_compiler
 from tests.support.models import Checkpointed
 from tests.support.strategies import FUSIONS, Case, case_of, cases, fits, randomize
 
@@ -31,31 +38,16 @@ def every_case() -> list[tuple[str, str, str, float]]:
     return [*found, ("mlp", "identity", "scalar", 1.0)]
 
 
-class _Inner(nn.Module):
-    """Gives a compiled model's parameters the names that they have without `_orig_mod`."""
-
-    def __init__(self, model: nn.Module, call: nn.Module) -> None:
-        super().__init__()
-        self.model, self.call = model, call
-
-    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
-
-    def forward(self, *args: Tensor) -> object:
-        return self.call(*args)
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("family", "operator", "fusion", "gradient"), every_case())
 def test_compiled_in_one_graph(family: str, operator: str, fusion: str, gradient: float) -> None:
     case = case_of(family, operator, fusion, gradient=gradient)
     model = case.transformed()
     twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    assert_same_run(model, _Inner(twin, compiled), case)
+    assert_same_run(model, twin, torch.compile(twin, fullgraph=True, backend="aot_eager"), case)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("family", "operator"), [("transformer", "block"), ("basic", "light")])
@@ -63,7 +55,7 @@ def test_compiled_by_inductor(family: str, operator: str) -> None:
     case = case_of(family, operator, "channel")
     model = case.transformed()
     twin = copy.deepcopy(model)
-    assert_same_run(model, _Inner(twin, torch.compile(twin, fullgraph=True)), case)
+    assert_same_run(model, twin, torch.compile(twin, fullgraph=True), case)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +81,7 @@ def test_checkpointed(case: Case) -> None:
     twin = copy.deepcopy(model)
     wrapped = copy.copy(twin)  # shares the blocks, and has them in a list of its own
     wrapped._modules = {"blocks": nn.ModuleList([Checkpointed(block) for block in twin.blocks])}
-    assert_same_run(model, _Inner(twin, wrapped), case)
+    assert_same_run(model, twin, wrapped, case)
 
 
 # ---- copied, saved, cast
@@ -138,9 +130,7 @@ def test_cast(case: Case) -> None:
     rounded, _, _ = reference_run(case, low, inputs, torch.float32)
     for one, other, exact in zip(outputs(low, inputs), rounded, truth, strict=True):
         assert one.dtype == torch.float32
-        error, allowed = ((t.detach().double() - exact).norm().item() for t in (one, other))
-        # As in test_properties: rounding of the reference itself, times 4, and two units in the last place.
-        assert error <= 4 * allowed + 2 * torch.finfo(torch.float32).eps * exact.norm().item()
+        assert_as_near(one, other, exact, torch.float32)
     back = copy.deepcopy(low).to(torch.float64)
     assert {p.dtype for p in back.parameters()} == {torch.float64}
 
@@ -171,11 +161,9 @@ def test_autocast(case: Case) -> None:
     truth, _, _ = reference_run(case, model, inputs, torch.float64)
     if case.policy.operator == "block":  # the same computation, so the same dtypes
         assert [r.dtype for r in results] == [r.dtype for r in reference]
+    # A light operator rounds the product of its two maps where the reference rounds the activation between them.
     for one, other, exact in zip(results, rounded, truth, strict=True):
-        error, allowed = ((t.detach().double() - exact).norm().item() for t in (one, other))
-        # As in test_properties, with bfloat16's last place: a light operator rounds the product of its two
-        # maps where the reference rounds the activation between them.
-        assert error <= 4 * allowed + 2 * torch.finfo(torch.bfloat16).eps * exact.norm().item()
+        assert_as_near(one, other, exact, torch.bfloat16)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(outputs(model, inputs))

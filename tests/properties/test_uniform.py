@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import replfx
-from tests.reference import FAMILIES, Options, Stack
+from tests.reference import FAMILIES, Stack
 from tests.support.compare import (
+    assert_as_near,
     assert_close,
+    assert_same_bits,
+    assert_same_gradients,
     loss_of,
     of_replfx,
     optimizer_for,
@@ -28,7 +31,7 @@ from tests.support.compare import (
     run,
     steps,
 )
-from tests.support.strategies import FUSIONS, Case, Policy, cases, fits, randomize
+from tests.support.strategies import FUSIONS, Case, case_of, cases, fits, randomize
 from tests.support.without_replfx import run_without_replfx
 
 LOW_AND_HIGH = (torch.float64, torch.float32, torch.bfloat16)
@@ -45,13 +48,7 @@ def test_an_empty_plan_is_bit_identical(case: Case) -> None:
     assert made is not model
     assert type(made) is type(model)
     assert list(made.state_dict()) == list(model.state_dict())
-    results, gradients = run(model, case.inputs())
-    again, gradients_again = run(made, case.inputs())
-    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
-    assert gradients.keys() == gradients_again.keys()
-    for name, gradient in gradients.items():
-        assert gradient is not None
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
+    assert_same_bits(run(model, case.inputs()), run(made, case.inputs()))
     for name, tensor in made.state_dict().items():  # running statistics too
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -81,12 +78,8 @@ def assert_is_the_reference(case: Case, model: Stack) -> None:
     results, gradients = run(model, inputs)
     for one, other in zip(results, expected, strict=True):
         assert_close(one, other, "output")
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        wanted = expected_gradients[name]
-        assert gradient is not None, name
-        assert wanted is not None, name
-        assert_close(gradient, wanted, f"gradient of {name}")
+    assert all(gradient is not None for gradient in gradients.values())
+    assert_same_gradients(gradients, expected_gradients)
     for name, buffer in model.named_buffers():
         assert_close(buffer.double(), expected_buffers[name].double(), name)
     for index in replaced_by(model) if case.policy.operator != "identity" else ():
@@ -103,10 +96,8 @@ def assert_is_the_reference(case: Case, model: Stack) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_every_operator(family: str, operator: str, fusion: str) -> None:
     """So that no pairing depends on what is drawn."""
-    options = Options(width=4, hidden=6, heads=2, dims=3 if family == "basic3d" else 2)
-    policy = Policy({"every": 2}, fusion, operator, 0.5)
-    case = Case(family, options, 4, policy, torch.float64, False, True, True, seed=11)
-    if not fits(family, options, operator):
+    case = case_of(family, operator, fusion, gradient=0.5, hidden=6, depth=4, seed=11)
+    if not fits(family, case.options, operator):
         with pytest.raises(replfx.ReplfxError, match=rf"operator '{operator}' does not fit it"):
             case.transformed()
         return
@@ -122,10 +113,7 @@ def test_in_low_precision_it_is_as_near_to_the_reference_as_low_precision_allows
     rounded, _, _ = reference_run(case, model, inputs)
     results = outputs(model, inputs)
     for one, other, exact in zip(results, rounded, truth, strict=True):
-        error, allowed = ((t.detach().double() - exact).norm().item() for t in (one, other))
-        # Two orders of the same operations round independently: their errors differ by a small factor. 4,
-        # and a floor of two units in the last place for where the reference happens to be exact.
-        assert error <= 4 * allowed + 2 * torch.finfo(case.dtype).eps * exact.norm().item()
+        assert_as_near(one, other, exact, case.dtype)
     _, gradients = run(model, inputs)
     for name, gradient in gradients.items():
         assert gradient is not None, name
@@ -154,8 +142,7 @@ def test_materialize_keeps_the_outputs_and_nothing_else(case: Case) -> None:
 
 @pytest.mark.parametrize("operator", ["block", "light"])
 def test_a_frozen_norm_stays_frozen(operator: str) -> None:
-    policy = Policy({"every": 2}, "channel", operator, 1.0)
-    case = Case("basic", Options(width=4), 4, policy, torch.float64, False, True, False, seed=3)
+    case = case_of("basic", operator, "channel", depth=4, traced_on_inputs=False, seed=3)
     model = case.model()
     for block in model.blocks:
         block.get_submodule("bn2").eval()
@@ -184,10 +171,7 @@ print("loaded")
 def test_a_materialized_model_is_pickled_without_replfx(tmp_path: Path) -> None:
     saved = []
     for family, operator in (("transformer", "block"), ("mlp", "light"), ("convnext", "light"), ("basic", "identity")):
-        case = Case(
-            family, Options(width=4), 4, Policy({"every": 2}, "channel", operator, 1.0), torch.float32,
-            False, False, True, seed=3,
-        )  # fmt: skip
+        case = case_of(family, operator, "channel", training=False, depth=4, dtype=torch.float32, seed=3)
         plain = replfx.materialize(case.transformed())
         inputs = tuple(t.detach() for t in case.inputs())
         saved.append((plain, inputs, plain(*inputs).detach()))
@@ -294,12 +278,7 @@ def test_a_plan_travels_as_json(case: Case) -> None:
     twin = case.lay_out(replfx.apply(fresh, again))
     twin.load_state_dict(model.state_dict(), strict=True)
     assert list(twin.state_dict()) == list(model.state_dict())
-    results, gradients = run(model, case.inputs())
-    results_again, gradients_again = run(twin, case.inputs())
-    assert all(torch.equal(a, b) for a, b in zip(results, results_again, strict=True))
-    for name, gradient in gradients.items():
-        assert gradient is not None
-        assert torch.equal(gradient, gradients_again[name]), name  # type: ignore[arg-type]
+    assert_same_bits(run(model, case.inputs()), run(twin, case.inputs()))
 
 
 @settings(max_examples=10)

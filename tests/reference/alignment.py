@@ -113,7 +113,6 @@ def split_gains(
     for name, target in targets.items():
         found[name] = {}
         for dim in differing(sources[name], target):
-            assert vector is not None
             found[name][dim] = vector[position : position + target[dim]]
             position += target[dim]
     assert position == (0 if vector is None else len(vector))

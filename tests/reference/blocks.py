@@ -376,11 +376,7 @@ FAMILIES: dict[str, Family] = {
         _mix_separate,
     ),
     "mlp": Family(
-        MlpBlock,
-        _run_mlp_block,
-        _tokens,
-        _light_normed_first,
-        lambda o: {"fc1.weight": ALL, "fc2.weight": ALL},
+        MlpBlock, _run_mlp_block, _tokens, _light_normed_first, lambda o: {"fc1.weight": ALL, "fc2.weight": ALL}
     ),
     "masked": Family(MaskedBlock, _run_masked, _tokens),
     "basic": Family(BasicBlock, _run_basic, _image, _light_basic, lambda o: {"conv2.weight": ALL}, spatial=2),

@@ -63,5 +63,4 @@ def reference_run(
         made = _fuse(parts["a"], parts["b"], *aligned, dict.fromkeys(targets, ALL), fusion, 1.0)
         own = {role: parts[f"own.p{n}"] for n, role in enumerate(roles) if role not in targets}
         state.update({plain.paths[i][role]: t for role, t in {**made, **own}.items()})
-    result: Tensor = functional_call(plain, state, inputs, strict=True)
-    return result
+    return functional_call(plain, state, inputs, strict=True)

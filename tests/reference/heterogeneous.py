@@ -305,7 +305,6 @@ def reference_run(
         sides = [_inside(plain, spots[j]) for j in (i - 1, i + 1)]
         if operator == "light":
             maps = FAMILIES[_family(kind)].light_maps
-            assert maps is not None
             rows = maps(options_of(steps[i]))
         else:
             rows = {n: ALL for n, shape in block.items() if any(_fits(s.get(n), shape) for s in sides)}
@@ -388,7 +387,6 @@ def _put_light(plain: nn.Module, i: int, kind: str, step: Step, theta: Tensors, 
             h = F.conv2d(x, theta["conv2.weight"], padding=padding, dilation=step.dilation)
             return (x + _batch_norm(own, "norm", h, training)).relu()
         formula = FAMILIES[_family(kind)].light
-        assert formula is not None
         return formula(theta, own, x, options_of(step), training)
 
     blocks[i] = _Light(run)

@@ -29,7 +29,7 @@ class Stack(nn.Module):
 class MaskedStack(Stack):
     """Hands a mask to every block, and adds up what they give besides their activation."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(())
         for block in self.blocks:
             x, seen = block(x, mask)
@@ -72,10 +72,8 @@ def reference_forward(
             if operator == "block":
                 y = kind.run({**theta, **own}, x, options, training, *extra)
             elif operator == "mixer":
-                assert kind.mixer is not None
                 y = kind.mixer({**theta, **own}, x, options, training)
             else:
-                assert kind.light is not None
                 y = kind.light(theta, own, x, options, training)
         if family == "masked":
             x, seen = y
@@ -96,7 +94,6 @@ def _parts(family: str, options: Options, operator: str, block: Tensors) -> dict
     if operator == "mixer":
         return {name: ALL for name, t in block.items() if t.dim() >= 2 and name.startswith("attn.")}
     chosen = FAMILIES[family].light_maps
-    assert chosen is not None
     return chosen(options)
 
 

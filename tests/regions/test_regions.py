@@ -373,8 +373,7 @@ class Convs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv, bn in zip(self.convs, self.bns, strict=True):
             x = self.relu(bn(conv(x)))
-        y: Tensor = self.head(x.mean((2, 3)))
-        return y
+        return self.head(x.mean((2, 3)))
 
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 6 * 6).view(2, 3, 6, 6)

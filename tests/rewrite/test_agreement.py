@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.rewrite import carry_out
-from tests.support.models import Mlp, Plain, tower
+from tests.support.models import Mlp, Plain, Row, tower
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -23,17 +23,15 @@ def outcome(use: Callable[[], Any]) -> Any:
         return error
 
 
-class Chain(nn.Module):
+class Chain(Row):
     """Blocks in a row, and a head."""
 
     def __init__(self, block: Callable[[], nn.Module] = Mlp) -> None:
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList(block() for _ in range(5)), nn.Linear(8, 3)
+        super().__init__(*(block() for _ in range(5)))
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Any:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(super().forward(x))
 
 
 class Cross(Mlp):
@@ -53,8 +51,7 @@ class Without(Chain):
 
     def forward(self, x: Tensor) -> Any:
         with torch.no_grad():
-            for block in self.blocks:
-                x = block(x)
+            x = Row.forward(self, x)
         return self.head(x)
 
 
@@ -147,8 +144,7 @@ class Tied(nn.Module):
             self.two.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.two(torch.relu(self.one(x)))
-        return y
+        return x + self.two(torch.relu(self.one(x)))
 
 
 class Twice(nn.Module):
@@ -160,8 +156,7 @@ class Twice(nn.Module):
         self.again = self.one
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.again(torch.relu(self.one(x)))
-        return y
+        return x + self.again(torch.relu(self.one(x)))
 
 
 def test_a_block_with_weights_that_are_one_is_refused() -> None:
@@ -198,11 +193,8 @@ class Shared(nn.Module):
 @pytest.mark.parametrize(
     ("use", "first"),
     [
-        (
-            lambda: replfx.transform(Chain(), X, neighbour_gradient=None),  # type: ignore[arg-type]
-            "neighbour_gradient must be a number",
-        ),
-        (lambda: replfx.transform(Chain(), 3), "example_inputs is of type int"),  # type: ignore[arg-type]
+        (lambda: replfx.transform(Chain(), X, neighbour_gradient=None), "neighbour_gradient must be a number"),
+        (lambda: replfx.transform(Chain(), 3), "example_inputs is of type int"),
         (
             lambda: replfx.transform(Chain(), X, operator={"name": "block", "fast": 1}),
             "`blocks.1`: operator 'block' does not take the options {'fast': 1}: there is no option 'fast'",
@@ -228,7 +220,7 @@ def test_a_refusal_begins_with_its_own_reason(use: Callable[[], Any], first: str
 
 def test_a_block_that_is_called_again_and_again_says_so() -> None:
     model = Shared()
-    model.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())  # type: ignore[assignment]
+    model.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     assert replfx.inspect(model, X).refused["block.0"] == "it is called 4 times in one forward pass"
 
 

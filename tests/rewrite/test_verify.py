@@ -139,8 +139,7 @@ def test_parameters_that_had_no_gradient_before_are_not_held_against_it() -> Non
             self.tower, self.spare = tower(5), nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.tower(x)
-            return y
+            return self.tower(x)
 
     assert replfx.report(replfx.transform(Unused(), X)).replaced == ["tower.blocks.1", "tower.blocks.3"]
 

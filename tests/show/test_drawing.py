@@ -20,7 +20,7 @@ def chain(length: int, every: int = 2, name: str = "blocks", index: int = 0) -> 
     for i in range(length):
         replaced = i % every == 1 and i + 1 < length
         sides = {"previous": f"{name}.{i - 1}", "next": f"{name}.{i + 1}", "operator": "block", "fusion": "scalar"}
-        blocks.append(BlockReport(f"{name}.{i}", index, 1000, **(sides if replaced else {})))  # type: ignore[arg-type]
+        blocks.append(BlockReport(f"{name}.{i}", index, 1000, **(sides if replaced else {})))
     return blocks
 
 
@@ -35,9 +35,6 @@ def boxes(svg: str) -> list[tuple[str, bool, float, float]]:
     found = []
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         title, rect = group.find(f"{SVG}title"), group.find(f"{SVG}rect")
-        assert title is not None
-        assert title.text is not None
-        assert rect is not None
         x, y = float(rect.attrib["x"]), float(rect.attrib["y"])
         found.append((title.text.partition(":")[0], group.attrib["opacity"] != "1", x, y))
     return found

@@ -1,7 +1,7 @@
 """How models are run and compared: outputs, losses, gradients, references, optimizers."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ from tests.support.strategies import Case
 # deviations down to sqrt(eps) = 3e-3, that is under 1e-10. A wrong formula is off by 1e-3 and more.
 EXACT = 1e-10
 
+Gradients = dict[str, Tensor | None]
+Outcome = tuple[list[Tensor], Gradients]
 
-def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    result = model(*inputs)
+
+def outputs(call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    result = call(*inputs)
     return list(result) if isinstance(result, tuple) else [result]
 
 
@@ -29,11 +32,11 @@ def loss_of(results: list[Tensor]) -> Tensor:
     return torch.stack([(r * w).sum() for r, w in zip(results, weights, strict=True)]).sum()
 
 
-def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """Outputs, and the gradient of every parameter and of the input."""
+def run(model: nn.Module, inputs: tuple[Tensor, ...], call: Callable[..., Any] | None = None) -> Outcome:
+    """Outputs, and the gradient of every parameter and of the input; `call` runs the model, if it is not called."""
     model.zero_grad()
     inputs[0].grad = None
-    results = outputs(model, inputs)
+    results = outputs(model if call is None else call, inputs)
     loss_of(results).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return [r.detach() for r in results], {**gradients, "input": inputs[0].grad}
@@ -44,6 +47,34 @@ def assert_close(one: Tensor, other: Tensor, what: str, tolerance: float = EXACT
     scale = max(other.abs().max().item(), 1e-3) if other.numel() else 1.0
     error = (one - other).abs().max().item() if other.numel() else 0.0
     assert error <= tolerance * scale, f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+
+
+def assert_same_gradients(found: Gradients, wanted: Gradients, tolerance: float = EXACT) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert_close(found[name], gradient, f"gradient of {name}", tolerance)
+
+
+def assert_same_bits(one: Outcome, other: Outcome) -> None:
+    """Outputs and gradients; and every gradient is there and finite."""
+    assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
+        assert torch.equal(gradient, other[1][name]), name
+
+
+def assert_as_near(found: Tensor, rounded: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "output") -> None:
+    """`found` is as near to the truth as `rounded`, the same computation in low precision by other means.
+
+    Two orders of the same operations round independently: their errors differ by a small factor. 4, and a floor of
+    two units in the last place for where `rounded` happens to be exact.
+    """
+    error, allowed = ((t.detach().double() - exact).norm().item() for t in (found, rounded))
+    assert error <= 4 * allowed + 2 * torch.finfo(dtype).eps * exact.norm().item(), what
 
 
 def replaced_by(model: nn.Module) -> list[int]:
@@ -69,7 +100,7 @@ def reference_name(name: str) -> str:
 
 def reference_run(
     case: Case, model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], dict[str, Tensor | None], dict[str, Tensor]]:
+) -> tuple[list[Tensor], Gradients, dict[str, Tensor]]:
     """Outputs, gradients (by the library's names) and running statistics of the reference, with the same weights."""
     dtype = dtype or case.dtype
     tensors = {}
@@ -128,15 +159,12 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tens
         optimizer.step()
 
 
-def assert_same_run(model: nn.Module, other: nn.Module, case: Case, tolerance: float = EXACT) -> None:
-    """Outputs and all gradients; `other` runs `model`'s computation with parameters of the same names."""
+def assert_same_run(
+    model: nn.Module, twin: nn.Module, call: Callable[..., Any], case: Case, tolerance: float = EXACT
+) -> None:
+    """Outputs and all gradients of a model, and of a copy of it that `call` runs."""
     results, gradients = run(model, case.inputs())
-    again, gradients_again = run(other, case.inputs())
-    assert gradients.keys() == gradients_again.keys()
+    again, gradients_again = run(twin, case.inputs(), call)
     for one, two in zip(again, results, strict=True):
         assert_close(one, two, "output", tolerance)
-    for name, wanted in gradients.items():
-        got = gradients_again[name]
-        assert (got is None) == (wanted is None), name
-        if got is not None and wanted is not None:
-            assert_close(got, wanted, f"gradient of {name}", tolerance)
+    assert_same_gradients(gradients_again, gradients, tolerance)

@@ -49,12 +49,6 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)
 
-    def named_parameters(self) -> Any:
-        return self.model.named_parameters()
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad()
-
 
 def batches(graph_module: fx.GraphModule) -> list[int]:
     """How many syntheses each batched one in the graph makes."""
@@ -109,11 +103,23 @@ def forward_and_backward(model: nn.Module, x: Tensor, **options: Any) -> dict[st
     return found
 
 
-def replacing(model: nn.Module, inner: Any = "aot_eager", **options: Any) -> tuple[Any, Any]:
+def noting(graphs: list[fx.GraphModule]) -> Callable[..., Any]:
+    """An inner compiler that notes what reaches it, and runs it as it is."""
+
+    def inner(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    return inner
+
+
+def replacing(
+    model: Any, inner: Any = "aot_eager", *, fullgraph: bool = True, dynamic: bool | None = None, **options: Any
+) -> tuple[Any, Any]:
     """The compiled model and its backend, afresh."""
     torch.compiler.reset()
     backend = replfx.backend(inner=inner, **options)
-    return torch.compile(model, backend=backend, fullgraph=True), backend
+    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic), backend
 
 
 def paths(backend: Any) -> list[str]:

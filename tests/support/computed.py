@@ -26,8 +26,7 @@ def _computing(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     def computed(name: str) -> property:
         def read(self: Any) -> Tensor:
             index, before, after = self._reads[name]
-            theta: Tensor = self._coefficients[0].combine(index, getattr(before, name), getattr(after, name))
-            return theta
+            return self._coefficients[0].combine(index, getattr(before, name), getattr(after, name))
 
         return property(read)
 

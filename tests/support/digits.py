@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.models import vision_transformer
+from tests.support.models import ConvNet
 
 
 @dataclass(frozen=True)
@@ -35,54 +36,8 @@ def digits() -> Digits:
     return Digits((train - mean) / deviation, as_tensor(labels), (test - mean) / deviation, as_tensor(test_labels))
 
 
-class BasicBlock(nn.Module):
-    """The residual block of CIFAR ResNets: two 3×3 convolutions beside a shortcut."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the branch to the shortcut."""
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class ResidualCNN(nn.Module):
-    """A CIFAR-style ResNet: stages of basic blocks, each stage after the first at half the resolution."""
-
-    def __init__(self, channels: int, classes: int, widths: tuple[int, ...], blocks: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
-        stages: list[nn.Module] = []
-        width_in = widths[0]
-        for index, width in enumerate(widths):
-            first = BasicBlock(width_in, width, stride=1 if index == 0 else 2)
-            rest = [BasicBlock(width, width, stride=1) for _ in range(blocks - 1)]
-            stages.append(nn.Sequential(first, *rest))
-            width_in = width
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width_in, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify a batch of images."""
-        features: Tensor = self.stages(self.stem(x)).mean(dim=(2, 3))
-        logits: Tensor = self.head(features)
-        return logits
-
-
 def cnn() -> nn.Module:
-    return ResidualCNN(1, 10, (16, 32), blocks=6)
+    return ConvNet(6, (16, 32), channels=1, classes=10)
 
 
 def vit() -> nn.Module:

@@ -59,7 +59,6 @@ class Spec:
 
     @property
     def depth(self) -> int:
-        """How many layers there are."""
         return len(self.widths) - 1
 
 
@@ -126,7 +125,6 @@ class Functional(nn.Module):
         return found
 
     def layer(self, index: int, x: Tensor, extra: Tensor | None) -> Tensor:
-        """One layer."""
         spec = self.spec
         y = _formula(spec.kind, x, self.weights(index), ACTIVATIONS[spec.activation], spec.widths[index])
         if extra is not None:
@@ -141,7 +139,6 @@ class Functional(nn.Module):
             assert not isinstance(x, fx.Proxy)
         extra = mask
         if spec.extra == "computed":
-            assert mask is not None
             extra = (mask + 1).sqrt()
         if spec.extra == "buffer":
             extra = self.mask
@@ -152,7 +149,6 @@ class Functional(nn.Module):
         return torch.einsum("...i,ij->...j", x, self.tail).exp() if spec.tail else x
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """Fresh inputs."""
         x = torch.randn(2, 3, self.spec.widths[0])
         return (x, torch.rand(3, 1)) if self.spec.extra in ("input", "computed") else (x,)
 

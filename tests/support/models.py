@@ -19,8 +19,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.fc2(self.act(self.fc1(self.norm(x))))
-        return y
+        return x + self.fc2(self.act(self.fc1(self.norm(x))))
 
 
 class Plain(nn.Module):
@@ -34,6 +33,19 @@ class Plain(nn.Module):
         return self.linear(x).relu()
 
 
+class Row(nn.Module):
+    """Blocks in a list, called one after the other."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class Tower(nn.Module):
     """A stem, a chain of blocks, a head."""
 
@@ -44,13 +56,23 @@ class Tower(nn.Module):
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.blocks(self.stem(x)))
-        return y
+        return self.head(self.blocks(self.stem(x)))
 
 
 def tower(length: int = 5) -> Tower:
     """A tower of residual blocks that takes `(batch, 4)`."""
     return Tower(*(Mlp() for _ in range(length)))
+
+
+class Residual(nn.Module):
+    """The smallest residual block: x + relu(fc(x)), of width 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
 
 
 class ConvBlock(nn.Module):
@@ -73,11 +95,13 @@ class ConvBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Stages of basic blocks; takes `(batch, 3, s, s)`."""
+    """Stages of basic blocks; takes `(batch, channels, s, s)`."""
 
-    def __init__(self, depth: int = 4, widths: tuple[int, ...] = (6, 8)) -> None:
+    def __init__(
+        self, depth: int = 4, widths: tuple[int, ...] = (6, 8), *, channels: int = 3, classes: int = 3
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
         stages = []
         width_in = widths[0]
         for index, width in enumerate(widths):
@@ -85,11 +109,10 @@ class ConvNet(nn.Module):
             stages.append(nn.Sequential(first, *(ConvBlock(width) for _ in range(depth - 1))))
             width_in = width
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width_in, 3)
+        self.head = nn.Linear(width_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
-        return y
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
 class CausalBlock(nn.Module):
@@ -110,8 +133,7 @@ class CausalBlock(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
-        y: Tensor = x + self.drop(self.mlp(self.norm2(x)))
-        return y
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class GPT(nn.Module):
@@ -141,8 +163,7 @@ class GPT(nn.Module):
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        return self.head(self.norm(x))
 
 
 class Stop(nn.Module):
@@ -155,8 +176,7 @@ class Stop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] < 0:
             raise AssertionError
-        y: Tensor = self.model(x)
-        return y
+        return self.model(x)
 
 
 class WithExtras(nn.Module):
@@ -191,18 +211,14 @@ class Layer(nn.Module):
         return x + torch.relu(self.linear(self.norm(x)))
 
 
-class Net(nn.Module):
+class Net(Row):
     def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Layer() for _ in range(5))
+        super().__init__(*(Layer() for _ in range(5)))
         self.head = nn.Linear(8, 3)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        y: Tensor = self.head(x) * self.scale
-        return y
+        return self.head(super().forward(x)) * self.scale
 
 
 class Checkpointed(nn.Module):

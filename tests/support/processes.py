@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,28 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any, bac
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
+def tried(check: Callable[..., object], *args: Any) -> str | None:
+    """What went wrong in a check, for the process that asks; None where nothing did."""
+    try:
+        check(*args)
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def assert_all_well(findings: list[dict[str, str | None]], name: str | None = None) -> None:
+    """Nothing went wrong in any process: in the case of this name, or in all."""
+    failed = [
+        f"process {rank}, {each}:\n{found[each]}"
+        for rank, found in enumerate(findings)
+        for each in (found if name is None else [name])
+        if found[each] is not None
+    ]
+    assert not failed, "\n".join(failed)
+
+
 def _join(
-    rank: int,
-    count: int,
-    port: int,
-    folder: Path,
-    work: Callable[..., Any],
-    args: tuple[Any, ...],
-    backend: str,
+    rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...], backend: str
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -30,17 +30,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         plain = {k: v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")}
         facts[f"{path}:attributes"] = sorted(plain)
         facts[f"{path}:values"] = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | str | tuple)}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        facts[f"{name}:tensor"] = (
-            id(tensor),
-            type(tensor),
-            tensor.requires_grad,
-            tensor.dtype,
-            tensor.device,
-        )
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        facts[f"{name}:tensor"] = (id(tensor), type(tensor), tensor.requires_grad, tensor.dtype, tensor.device)
         facts[f"{name}:bits"] = bits(tensor)
         facts[f"{name}:grad"] = None if tensor.grad is None else bits(tensor.grad)
     return facts

@@ -45,7 +45,7 @@ class Drawn:
         return {"fusion": self.fusion, "operator": self.operator, "neighbour_gradient": self.neighbour_gradient}
 
     def transformed(self) -> nn.Module:
-        made = replfx.transform(self.model(), self.given(), **self.policy())  # type: ignore[arg-type]
+        made = replfx.transform(self.model(), self.given(), **self.policy())
         randomize(made, self.seed + 2)
         return made
 
@@ -56,6 +56,13 @@ class Drawn:
     def paths(self, positions: Sequence[int]) -> list[str]:
         spots = spots_of(self.kind, self.steps)
         return [spots[i].path for i in positions]
+
+
+def various(kind: str) -> tuple[Step, ...]:
+    """Blocks that are wider, narrower, dilated and grouped, each unlike the one before."""
+    wide, narrow = Step(4, 8, hidden=3, heads=2, kernel=5, window=5), Step(8, 6, hidden=12, window=3)
+    same = replace(wide, before=8, dilation=2 if kind == "units" else 1)
+    return Step(4, 4), wide, same, narrow, replace(narrow, before=6, kernel=5, groups=2, window=7)
 
 
 @st.composite

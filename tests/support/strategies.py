@@ -1,6 +1,6 @@
 """What the property tests draw: a stack of blocks, how it is run, and what of it is replaced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ class Policy:
     neighbour_gradient: float
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments."""
         return {
             **self.choice,
             "fusion": self.fusion,
@@ -73,9 +72,7 @@ class Case:
     def transformed(self, model: Stack | None = None) -> Stack:
         """`model`, or a fresh one, transformed by the policy, with all parameters random again."""
         made = replfx.transform(
-            model or self.model(),
-            self.inputs() if self.traced_on_inputs else None,
-            **self.policy.arguments(),
+            model or self.model(), self.inputs() if self.traced_on_inputs else None, **self.policy.arguments()
         )
         randomize(made, self.seed + 2)
         assert isinstance(made, Stack)
@@ -174,7 +171,18 @@ def fits(family: str, options: Options, operator: str) -> bool:
     return operator == "block" or family != "masked"
 
 
-def case_of(family: str, operator: str, fusion: str, *, gradient: float = 1.0, training: bool = True) -> Case:
-    options = Options(width=4, hidden=8, heads=2, dims=3 if family == "basic3d" else 2)
+def case_of(
+    family: str,
+    operator: str,
+    fusion: str,
+    *,
+    gradient: float = 1.0,
+    training: bool = True,
+    width: int = 4,
+    hidden: int = 8,
+    **facts: Any,
+) -> Case:
+    """A small case, every second block of it replaced; `facts` are fields of `Case`."""
+    options = Options(width, hidden, heads=2, dims=3 if family == "basic3d" else 2)
     policy = Policy({"every": 2}, fusion, operator, gradient)
-    return Case(family, options, 3, policy, torch.float64, False, training, True, seed=5)
+    return replace(Case(family, options, 3, policy, torch.float64, False, training, True, seed=5), **facts)

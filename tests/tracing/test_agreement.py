@@ -49,7 +49,6 @@ def findings(model: nn.Module, inputs: Inputs, rung: str) -> tuple[Any, ...]:
 def test_the_rungs_agree_on_drawn_stacks(case: Case) -> None:
     model = case.model()
     inputs = Inputs.of(case.inputs(), model)
-    assert inputs is not None
     first = findings(model, inputs, "symbolic")
     assert first[0] or first[2]
     assert findings(model, inputs, "fakes") == first
@@ -79,7 +78,6 @@ def test_the_rungs_agree_on_models(name: str) -> None:
         warnings.simplefilter("ignore")
         model = build()
     inputs = Inputs.of(torch.randn(2, 3, size, size), model)
-    assert inputs is not None
     try:
         first = findings(model, inputs, "symbolic")
     except Exception as error:  # the rung is for models whose Python code lets it

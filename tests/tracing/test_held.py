@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.support.models import Layer
+from tests.support.models import Layer, Row
 
 REGISTRY: dict[int, Any] = {}
 
@@ -69,18 +69,14 @@ def test_a_capture_sees_blocks_that_are_held_elsewhere(name: str) -> None:
 
 
 def test_a_parameter_that_a_closure_reads() -> None:
-    class Tied(nn.Module):
+    class Tied(Row):
         def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(Layer() for _ in range(5))
+            super().__init__(*(Layer() for _ in range(5)))
             self.weight = nn.Parameter(torch.randn(8, 8))
             self.last = lambda x: x @ self.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            y: Tensor = self.last(x)
-            return y
+            return self.last(super().forward(x))
 
     model, x = Tied(), torch.randn(2, 8)
     with pytest.raises(replfx.CaptureError, match="`weight` is also held"):

@@ -46,8 +46,7 @@ class Droppy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         x = x + self.path(self.norm(x))
-        y: Tensor = self.drop(x)
-        return y
+        return self.drop(x)
 
 
 class Masked(nn.Module):
@@ -66,8 +65,7 @@ class Masked(nn.Module):
 
 def seeded(module: nn.Module, *args: Tensor) -> Tensor:
     torch.manual_seed(3)
-    result: Tensor = module(*args)
-    return result
+    return module(*args)
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -147,8 +145,7 @@ def test_tied_weights_stay_tied() -> None:
             self.two.weight = self.one.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.two(self.one(x))
-            return y
+            return self.two(self.one(x))
 
     model, x = Tied(), torch.randn(2, 4)
     for inputs in (None, x):

@@ -66,8 +66,6 @@ def equal_up_to_order(one: Tensor, other: Tensor) -> bool:
 def assert_computes_the_same(graph: fx.GraphModule, model: nn.Module, toy: Toy) -> None:
     graph.graph.lint()
     inputs, twin = (Inputs.of(toy.inputs(), model) for _ in range(2))
-    assert inputs is not None
-    assert twin is not None
     flat = Inputs(tuple(twin.tensors()), {})
     actual, actual_gradients, actual_buffers = run(graph, flat, model)
     expected, gradients, buffers = run(model, inputs, model)
@@ -104,7 +102,7 @@ def _no_caches() -> None:
     toys.cached_pair.cache_clear()
     toys.TABLES.clear()
     toys.NOTED.clear()
-    toys.LAST = toys.GlobalCaches.sines = None  # type: ignore[attr-defined]
+    toys.LAST = toys.GlobalCaches.sines = None
 
 
 @pytest.mark.parametrize(("name", "rung"), CASES)
@@ -112,7 +110,6 @@ def test_every_rung_computes_the_same(name: str, rung: str) -> None:
     toy = TOYS[name]
     model = build(toy)
     inputs = Inputs.of(toy.inputs(), model)
-    assert inputs is not None
     assert_computes_the_same(capture_by(rung, model, inputs), model, toy)
 
 

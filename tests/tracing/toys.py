@@ -76,6 +76,13 @@ class IfSum(Base):
 
 
 @toy()
+class ShapeByValues(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return y[y.nonzero(as_tuple=True)].sum().view(1)
+
+
+@toy()
 class ItemAndList(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x)
@@ -150,8 +157,7 @@ class ObjectsBetweenLeaves(Base):
         options: dict[str, Any] = {"k": 1}
         pack = self.one(self.run(x), options)
         pair = self.three(self.two(pack, options), options)
-        y: Tensor = pair.x * pair.scale + options["left"] + pack.rest[0]
-        return y
+        return pair.x * pair.scale + options["left"] + pack.rest[0]
 
 
 class Router(nn.Module):
@@ -232,16 +238,14 @@ class CustomFunction(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x * 3)
         y = y + StraightThrough.apply(y, 2.0)
-        z: Tensor = Dirty.apply(y * 1)
-        return z
+        return Dirty.apply(y * 1)
 
 
 @toy("fake")
 class CustomFunctionOfTwo(Base):
     def forward(self, x: Tensor) -> Tensor:
         product, total, n = TwoOutputs.apply(self.run(x), x)
-        y: Tensor = product * n - total
-        return y
+        return product * n - total
 
 
 class Reversible(Function):
@@ -263,15 +267,13 @@ class Reversible(Function):
             for layer in ctx.layers:
                 y = layer(y)
         y.backward(grad[0])
-        assert x.grad is not None
         return x.grad, None
 
 
 @toy("fake")
 class FunctionOverModules(Base):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = Reversible.apply(x, self.blocks)
-        return y
+        return Reversible.apply(x, self.blocks)
 
 
 # ---- in place
@@ -353,10 +355,10 @@ class DirectForward(Base):
 class TiedParameters(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks[2].fc1.weight = self.blocks[0].fc1.weight  # type: ignore[union-attr]
+        self.blocks[2].fc1.weight = self.blocks[0].fc1.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x) @ self.blocks[0].fc1.weight.t()[:, :8]  # type: ignore[union-attr, index]
+        return self.run(x) @ self.blocks[0].fc1.weight.t()[:, :8]
 
 
 @toy("fake")
@@ -366,15 +368,15 @@ class Functional(Base):
         doubled = {name: p * 2 for name, p in block.named_parameters()}
         x = torch.func.functional_call(block, doubled, x)
         other = dict(self.blocks[1].fc1.named_parameters())
-        return self.run(x) + torch.func.functional_call(block.fc1, other, x)[:, :8]  # type: ignore[arg-type]
+        return self.run(x) + torch.func.functional_call(block.fc1, other, x)[:, :8]
 
 
 @toy("fake")
 class Parametrized(Base):
     def __init__(self) -> None:
         super().__init__()
-        parametrizations.weight_norm(self.blocks[0].fc1)  # type: ignore[arg-type]
-        parametrizations.orthogonal(self.blocks[1].fc2)  # type: ignore[arg-type]
+        parametrizations.weight_norm(self.blocks[0].fc1)
+        parametrizations.orthogonal(self.blocks[1].fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         with parametrize.cached():
@@ -385,8 +387,8 @@ class Parametrized(Base):
 class OldWeightNorm(Base):
     def __init__(self) -> None:
         super().__init__()
-        torch.nn.utils.weight_norm(self.blocks[0].fc1)  # type: ignore[arg-type]
-        torch.nn.utils.spectral_norm(self.blocks[1].fc1)  # type: ignore[type-var]
+        torch.nn.utils.weight_norm(self.blocks[0].fc1)
+        torch.nn.utils.spectral_norm(self.blocks[1].fc1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x) if x.shape[0] else x
@@ -399,8 +401,7 @@ class Scripted(Base):
         self.scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.GELU()))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _scripted_double(self.run(self.scripted(x)))
-        return y
+        return _scripted_double(self.run(self.scripted(x)))
 
 
 @torch.jit.script
@@ -468,8 +469,7 @@ class CheckpointedReentrant(Base):
 @toy("fake")
 class CheckpointedSequence(Base):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint_sequential(nn.Sequential(*self.blocks), 2, x, use_reentrant=False)
-        return y
+        return checkpoint_sequential(nn.Sequential(*self.blocks), 2, x, use_reentrant=False)
 
 
 # ---- lazily made and cached tensors
@@ -502,7 +502,7 @@ class PlainAttribute(Base):
         self.last = (nn.Parameter(torch.ones(8)) * 2).exp()  # no leaf of autograd: deepcopy refuses it
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x) * self.table + self.many[0] * self.many[1]["k"] + self.last.detach()  # type: ignore
+        return self.run(x) * self.table + self.many[0] * self.many[1]["k"] + self.last.detach()
 
 
 # ---- functions of other kinds
@@ -513,7 +513,7 @@ class Transforms(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x)
         w = self.blocks[0].fc1.weight
-        per = torch.func.vmap(lambda row: F.linear(row, w).tanh()[:8], in_dims=0)(y)  # type: ignore[arg-type]
+        per = torch.func.vmap(lambda row: F.linear(row, w).tanh()[:8], in_dims=0)(y)
         slope = torch.func.grad(lambda z: (z.tanh() * y).square().sum())(x)
         return per + slope
 

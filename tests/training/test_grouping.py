@@ -58,8 +58,6 @@ def test_a_small_transformed_model() -> None:
 
 
 class Matrices(replfx.Fusion):
-    """Coefficients of two dimensions."""
-
     def __init__(self, shapes: Any, **options: Any) -> None:
         super().__init__(shapes, **options)
         self.mix = nn.Parameter(torch.full((2, 2), 0.5))
@@ -118,7 +116,7 @@ def test_it_is_honoured_where_a_trainer_holds_the_model() -> None:
     holder = nn.Module()
     holder.model = replfx.transform(positions())
     for module in (holder, torch.compile(holder.model)):
-        decayed = names_in(module, replfx.parameter_groups(module), "decay")  # type: ignore[arg-type]
+        decayed = names_in(module, replfx.parameter_groups(module), "decay")
         assert {name.split(".", 1)[1] for name in decayed} == {
             "blocks.0.fc1.weight",
             "blocks.2.fc1.weight",
@@ -195,6 +193,6 @@ def test_what_has_nothing_to_train_is_refused() -> None:
     with pytest.raises(replfx.ReplfxError, match=r"Tower has no parameter with requires_grad=True"):
         replfx.parameter_groups(tower(3).requires_grad_(False))
     with pytest.raises(replfx.ReplfxError, match=r"model must be a torch\.nn\.Module, not list"):
-        replfx.parameter_groups(list(tower(3).parameters()))  # type: ignore[arg-type]
+        replfx.parameter_groups(list(tower(3).parameters()))
     with pytest.raises(replfx.ReplfxError, match=r"`weight` is lazy"):
         replfx.parameter_groups(nn.LazyLinear(3))

@@ -11,8 +11,6 @@ import torch
 
 from tests.training.loop import STEPS, Run, build
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a build without torch.distributed")
-
 
 def whole(run: Run) -> Run:
     """A run that nothing stops."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import replfx
-from tests.support.models import Tower, tower
+from tests.support.compiled import noting
+from tests.support.models import Mlp, Tower, tower
 from tests.support.snapshots import assert_unchanged, snapshot
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -125,7 +126,7 @@ def test_what_keeps_its_parameters_elsewhere_is_refused() -> None:
     with pytest.raises(replfx.FusionError, match="LBFGS keeps the history"):
         replfx.unroll(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(replfx.FusionError, match=r"must be a torch\.optim\.Optimizer, not list"):
-        replfx.unroll(model, [])  # type: ignore[arg-type]
+        replfx.unroll(model, [])
     with pytest.raises(replfx.PlanError, match=r"blocks='blocks\.2' matches no replaced block; they are: blocks\.1"):
         replfx.unroll(model, blocks="blocks.2")
     assert_unchanged(model, before)
@@ -272,18 +273,8 @@ def test_impossible_schedules_are_refused_before_training(options: dict[str, Any
 
 
 def test_what_cannot_be_unrolled_is_said_before_training() -> None:
-    class Narrow(nn.Module):
-        """Its MLP is too narrow to hold the light operator's map."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
-            return y
-
-    model = replfx.transform(Tower(*(Narrow() for _ in range(5))), next(batches()), operator="light")
+    narrow = (Mlp(8, 8) for _ in range(5))  # too narrow to hold the light operator's map
+    model = replfx.transform(Tower(*narrow), next(batches()), operator="light")
     assert not replfx.report(model).unrolls
     with pytest.raises(replfx.FusionError, match="cannot be unrolled"):
         replfx.Schedule(model, unroll_at=2)
@@ -295,18 +286,13 @@ def test_what_cannot_be_unrolled_is_said_before_training() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_model_is_compiled_once_more() -> None:
     torch.manual_seed(0)
     model = replfx.transform(tower(5), every=2)
     twin = copy.deepcopy(model)
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=count)
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(model, backend=noting(graphs))
     for each, its in ((compiled, model), (twin, twin)):
         optimizer = torch.optim.AdamW(its.parameters(), lr=1e-2)
         schedule = replfx.Schedule(each, optimizer, unroll_at=2)

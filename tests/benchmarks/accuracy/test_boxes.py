@@ -172,12 +172,7 @@ def test_boxes_stay_around_their_things_when_pictures_are_mirrored(
 
 def test_a_batch_depends_on_its_place_alone_and_mirrors_half() -> None:
     data = Detections([example(k, thing(k, 0, k + 2, 5)) for k in range(6)], [])
-    images, targets = data.batch(1, 7, 3)
-    data.batch(2, 3, 4)
-    torch.rand(5)
-    again, others = data.batch(1, 7, 3)
-    assert all(torch.equal(one, other) for one, other in zip(images, again, strict=True))
-    assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, others, strict=True))
+    pictures.assert_depends_on_its_place_alone(data)
     kept = sum(int(float(t["boxes"][0, 0]) < 8) for step in range(100) for t in data.batch(0, step, 6)[1])
     assert abs(kept - 300) < 5 * (600 / 4) ** 0.5
     with pytest.raises(ReplfxError, match="6 training images do not fill one batch of 7"):

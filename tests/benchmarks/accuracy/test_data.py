@@ -18,7 +18,7 @@ from benchmarks.accuracy import images, text
 from benchmarks.accuracy.tasks import TASKS, subject_of
 from replfx import ReplfxError
 from replfx.demo import text as demo_text
-from tests.benchmarks.accuracy import toys
+from tests.benchmarks.accuracy import pictures, toys
 
 SPLITS = ("train", "valid", "test")
 SPLIT_SIZES = (("train", 4), ("test", 3))
@@ -169,12 +169,8 @@ def test_images_are_normalised_and_a_batch_depends_on_its_place_alone() -> None:
     pixels = data.train.double()
     expected = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True, correction=0)
     torch.testing.assert_close(data.normalised(data.train), expected.float(), rtol=1e-5, atol=1e-5)
-    x, y = data.batch(1, 7, 4)
-    data.batch(2, 3, 4)
-    torch.rand(5)
-    assert torch.equal(x, data.batch(1, 7, 4)[0])
-    assert torch.equal(y, data.batch(1, 7, 4)[1])
-    assert not torch.equal(x, data.batch(2, 7, 4)[0])
+    pictures.assert_depends_on_its_place_alone(data, 4)
+    assert not torch.equal(data.batch(1, 7, 4)[0], data.batch(2, 7, 4)[0])
 
 
 def test_too_little_data_for_a_batch_is_refused() -> None:

@@ -42,8 +42,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(make: Callable[[], Subj
         pytest.importorskip(module)
     whole = Run(make(), variant_of("block+scalar"), 0, CPU)
     assert whole.train()
-    assert not Run(make(), variant_of("block+scalar"), 0, CPU, tmp_path).train(lambda step: step >= 2)  # type: ignore[arg-type]
-    rest = Run(make(), variant_of("block+scalar"), 0, CPU, tmp_path)  # type: ignore[arg-type]
+    assert not Run(make(), variant_of("block+scalar"), 0, CPU, tmp_path).train(lambda step: step >= 2)
+    rest = Run(make(), variant_of("block+scalar"), 0, CPU, tmp_path)
     assert rest.progress.step == 2
     assert rest.train()
     values = rest.model.state_dict()
@@ -90,7 +90,6 @@ def test_of_a_block_of_torchvision_the_shortcut_stays() -> None:
     assert torch.equal(Dropped(block, 1e-9, scaled=False).train()(x), skipped(block)(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["removed", "stochastic-depth:survival=0.1", "sharing", "light+channel"])
 def test_a_model_of_torchvision_takes_the_variants(variant: str) -> None:
     task = TASKS["camvid-fcn"]

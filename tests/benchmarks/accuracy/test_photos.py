@@ -56,13 +56,10 @@ def test_imagenet_is_read_as_torchvision_leaves_it(imagenet: Path) -> None:
 def test_a_batch_depends_on_its_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = [(image_module.fromarray(pictures.drawn(k, 40, 50)), k) for k in range(6)]
     data = Photos(noise, noise, size=12)
-    x, y = data.batch(1, 7, 3)
-    data.batch(2, 3, 4)
-    torch.rand(5)
+    batch = data.batch(1, 7, 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    again, labels = data.batch(1, 7, 3)
-    assert torch.equal(x, again)
-    assert torch.equal(y, labels)
+    torch.testing.assert_close(data.batch(1, 7, 3), batch, rtol=0, atol=0)
+    pictures.assert_depends_on_its_place_alone(data)
     # The next pass shows other parts of the same photographs.
     assert not torch.equal(data.batch(1, 0, 6)[0].sort(0).values, data.batch(1, 1, 6)[0].sort(0).values)
 

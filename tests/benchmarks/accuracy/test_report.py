@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -22,6 +21,7 @@ from benchmarks.accuracy.report import Difference, removed_like, rows_of
 from benchmarks.accuracy.tasks import ACCURACY, NATS, TASKS
 from benchmarks.models import GPT
 from replfx import ReplfxError
+from tests.benchmarks.parsing import parsed
 
 # Student's t at 97.5 %, from a printed table.
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
@@ -32,8 +32,6 @@ def test_the_interval_is_students(freedom: int) -> None:
     rng = np.random.default_rng(freedom)
     one, other = rng.normal(size=(2, freedom + 1))
     found = Difference.of(dict(enumerate(one)), dict(enumerate(other)))
-    assert found is not None
-    assert found.interval is not None
     half = T_TABLE[freedom] * np.std(one - other, ddof=1) / math.sqrt(freedom + 1)
     assert found.mean == pytest.approx(np.mean(one) - np.mean(other))
     assert found.interval[0] == pytest.approx(found.mean - half, abs=2e-3 * half)
@@ -51,7 +49,6 @@ def test_differences_are_paired_by_seed(one: dict[int, float], other: dict[int, 
     if not shared:
         assert found is None
         return
-    assert found is not None
     assert found.pairs == len(shared)
     assert (found.interval is None) == (len(shared) == 1)
     assert found.mean == pytest.approx(sum(one[s] - other[s] for s in shared) / len(shared), abs=1e-9)
@@ -87,9 +84,7 @@ def test_rows_worked_out_by_hand() -> None:
     full, removed, light, odd = rows_of(RECORDS, names, ACCURACY, None)
     assert full.over_full is None
     assert removed.over_removed is None
-    assert removed.over_full is not None
     assert removed.over_full.mean == -3.5  # of −2 and −5
-    assert light.over_removed is not None
     assert light.over_removed.mean == -4.0  # of 1 and −9
     assert light.deviation == pytest.approx(math.sqrt(40.5))
     assert light.eta_time == pytest.approx(0.75)
@@ -170,14 +165,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     changes = ("--set", "steps=4", "--set", "evaluations=2", "--set", "batch=2")
 
     def call(*options: str) -> dict[str, Any]:
-        parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
-        places = ("--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
-        args = parser.parse_args(["--task", "wikitext2-bytes", *changes, *places, *options, "--repeats", "2"])
-        assert command.run(args) == 0
+        places = ("--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--repeats", "2")
+        assert command.run(parsed(command, "--task", "wikitext2-bytes", *changes, *places, *options)) == 0
         (written,) = (tmp_path / "out").glob("*.json")
-        found: dict[str, Any] = json.loads(written.read_text())
-        return found
+        return json.loads(written.read_text())
 
     return call
 
@@ -220,11 +211,8 @@ def test_time_that_is_up_leaves_a_checkpoint(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_has_to_be_named(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    words = ("--task", "turns", "--out", str(tmp_path))
     with pytest.raises(ReplfxError, match="--data-root"):
-        command.run(parser.parse_args(["--task", "turns", "--out", str(tmp_path)]))
+        command.run(parsed(command, *words))
     with pytest.raises(ReplfxError, match="there is no such folder"):
-        command.run(
-            parser.parse_args(["--task", "turns", "--out", str(tmp_path), "--data-root", str(tmp_path / "none")])
-        )
+        command.run(parsed(command, *words, "--data-root", str(tmp_path / "none")))

@@ -132,13 +132,8 @@ def noise(count: int = 5, size: tuple[int, int] = (10, 14), classes: int = 4) ->
 
 def test_a_batch_depends_on_its_place_alone() -> None:
     data = noise()
-    x, y = data.batch(1, 7, 3)
-    data.batch(2, 3, 4)
-    torch.rand(5)
-    again, classes = data.batch(1, 7, 3)
-    assert torch.equal(x, again)
-    assert torch.equal(y, classes)
-    assert not torch.equal(x, data.batch(2, 7, 3)[0])
+    pictures.assert_depends_on_its_place_alone(data)
+    assert not torch.equal(data.batch(1, 7, 3)[0], data.batch(2, 7, 3)[0])
     with pytest.raises(ReplfxError, match="5 training images do not fill one batch of 6"):
         data.batch(0, 0, 6)
 
@@ -174,16 +169,9 @@ def test_the_mean_intersection_over_union_is_that_of_sets(seed: int) -> None:
     pytest.importorskip("torchmetrics")
     rng = np.random.default_rng(seed)
     truth, answer = rng.integers(5, size=(2, 3, 6, 7))
-    data = Scenes(
-        [],
-        [
-            (torch.zeros(3, 6, 7, dtype=torch.uint8), torch.from_numpy(np.where(t == 4, IGNORED, t).astype(np.uint8)))
-            for t in truth
-        ],
-        4,
-        (2, 2),
-        (1.0, 1.0),
-    )
+    classes = (torch.from_numpy(np.where(t == 4, IGNORED, t).astype(np.uint8)) for t in truth)
+    test = [(torch.zeros(3, 6, 7, dtype=torch.uint8), each) for each in classes]
+    data = Scenes([], test, 4, (2, 2), (1.0, 1.0))
     said = np.minimum(answer, 3)
     shares = []
     for label in range(4):

@@ -282,7 +282,7 @@ def test_shared_parameters_count_once_and_norms_stay_apart() -> None:
     assert shared.get_parameter("layer1.1.bn1.weight") is not shared.get_parameter("layer1.0.bn1.weight")
     assert trainable_parameters(full) - trainable_parameters(shared) == 2 * 4 * 4 * 9
     blocks = prepared(toys.gpt(), variant_of("sharing"), 0, CPU).get_submodule("blocks")
-    assert len(set(blocks.parameters())) == len(list(blocks[0].parameters()))  # type: ignore[index]
+    assert len(set(blocks.parameters())) == len(list(blocks[0].parameters()))
 
 
 def test_a_grown_model_starts_as_copies_of_the_blocks_before() -> None:
@@ -291,7 +291,7 @@ def test_a_grown_model_starts_as_copies_of_the_blocks_before() -> None:
     run.train(lambda step: step == 3)
     run._grow()
     blocks = run.model.get_submodule("blocks")
-    one, copy = list(blocks[0].parameters()), list(blocks[1].parameters())  # type: ignore[index]
+    one, copy = list(blocks[0].parameters()), list(blocks[1].parameters())
     assert all(torch.equal(a, b) for a, b in zip(one, copy, strict=True))
     state = run.optimizer.state
     assert all(torch.equal(state[a]["exp_avg"], state[b]["exp_avg"]) for a, b in zip(one, copy, strict=True))

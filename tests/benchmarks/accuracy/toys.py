@@ -33,14 +33,14 @@ def text(count: int = 400) -> Text:
 
 
 def resnet(depth: int = 20, **recipe: object) -> Subject:
-    made = Recipe(**{"steps": 6, "batch": 4, "optimizer": "sgd", "learning_rate": 0.05, "evaluations": 3, **recipe})  # type: ignore[arg-type]
+    made = Recipe(**{"steps": 6, "batch": 4, "optimizer": "sgd", "learning_rate": 0.05, "evaluations": 3, **recipe})
     task = Task("resnet", _unread, ACCURACY, {"small": partial(ResNet, depth, 4)}, {"small": made}, ())
     return Subject(task, "small", made, images())
 
 
 def gpt(**recipe: object) -> Subject:
     made = Recipe(
-        **{"steps": 6, "batch": 4, "optimizer": "adamw", "learning_rate": 1e-2, "clip": 1.0, "evaluations": 3, **recipe}  # type: ignore[arg-type]
+        **{"steps": 6, "batch": 4, "optimizer": "adamw", "learning_rate": 1e-2, "clip": 1.0, "evaluations": 3, **recipe}
     )
     build = partial(GPT, 17, 8, width=8, depth=6, heads=2, dropout=0.1)
     task = Task("gpt", _unread, NATS, {"small": build}, {"small": made}, ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.compiling import command, kernels, traffic
 from benchmarks.compiling.output import StepRow
 from benchmarks.compiling.subjects import SUBJECTS, WAYS, training_of, ways_on
 from replfx.measure import trainable_parameters
+from tests.benchmarks.parsing import parsed
 
 CPU = torch.device("cpu")
 
@@ -39,10 +39,8 @@ def test_the_quick_models_have_blocks_to_replace(name: str) -> None:
 def test_the_command_measures_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ways = [replace(way, compiler=way.compiler and "aot_eager") for way in ways_on(CPU)]
     monkeypatch.setattr(command, "ways_on", lambda device: ways)
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     options = ("--quick", "--no-kernels", "--models", "gpt2", "--device", "cpu", "--operator", "light")
-    assert command.run(parser.parse_args([*options, "--out", str(tmp_path)])) == 0
+    assert command.run(parsed(command, *options, "--out", str(tmp_path))) == 0
     written = json.loads((tmp_path / "compile.json").read_text())
     rows = {row["variant"]: row for row in written["steps"]}
     assert list(rows) == [way.name for way in ways] == [way.name for way in WAYS if not way.kernels]
@@ -66,8 +64,7 @@ def test_the_providers_of_a_kernel_compute_the_same() -> None:
     def tensors(found: Any) -> list[torch.Tensor]:
         return [found] if isinstance(found, torch.Tensor) else list(found)
 
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **options: function)
         torch.manual_seed(0)
         found = list(kernels.cases(CPU, torch.float32, quick=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.gpu import command, data, report
 from benchmarks.gpu.workers import Record, Team
 from tests.benchmarks.accuracy.pictures import drawn, write
+from tests.benchmarks.parsing import parsed
 
 
 @pytest.fixture
@@ -114,32 +114,17 @@ def test_time_alone_is_fulls_once_a_model_has_grown(tmp_path: Path) -> None:
         {"name": "python/full:lr=1e-3", "status": "cut", **rest},
     ]
     assert report.write(records, tmp_path) == [tmp_path / "gpu.md", tmp_path / "gpu.png"]
-    rows = {
-        line.split("|")[1].strip(): line.split("|")
-        for line in (tmp_path / "gpu.md").read_text().splitlines()
-        if "|" in line
-    }
-    assert rows["stacking:at=0.5:lr=2e-3"][5].strip() == "15"
-    assert rows["full:lr=1e-3"][5].strip() == "20"
-    assert rows["full:lr=1e-3"][2].strip() == "10 of 10, cut"
+    cells = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "gpu.md").read_text().splitlines()]
+    rows = {row[1]: row for row in cells if len(row) > 1}
+    assert rows["stacking:at=0.5:lr=2e-3"][5] == "15"
+    assert rows["full:lr=1e-3"][5] == "20"
+    assert rows["full:lr=1e-3"][2] == "10 of 10, cut"
 
 
 @pytest.mark.slow
 def test_all_of_it_in_small(tmp_path: Path, pictures: Path) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    options = (
-        "--device",
-        "cpu",
-        "--quick",
-        "--minutes",
-        "9",
-        "--images",
-        str(pictures),
-        "--work",
-        str(tmp_path / "work"),
-    )
-    given = parser.parse_args([*options, "--out", str(tmp_path / "out")])
+    places = ("--images", str(pictures), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"))
+    given = parsed(command, "--device", "cpu", "--quick", "--minutes", "9", *places)
     assert command.run(given) == 0
     records = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
     runs = {record["name"]: record for record in records if record["kind"] == "run"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import json
 import sys
@@ -20,6 +19,7 @@ from benchmarks.scale.subjects import TINY, TOWERS
 from benchmarks.scale.trial import PHASES, Job, Memory, Timing, memory_of, time_tower
 from replfx import ReplfxError
 from replfx.measure import Sample
+from tests.benchmarks.parsing import parsed
 
 
 @given(power=st.floats(0.1, 3), factor=st.floats(1e-6, 1e6))
@@ -69,21 +69,15 @@ def test_rows_of_earlier_runs_stay_and_are_replaced_by_new_ones(tmp_path: Path) 
     assert not other.models
 
 
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(words)
-
-
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ReplfxError, match="no nothing; there are vit_l"):
-        command.run(options("--only", "nothing,windows"))
+        command.run(parsed(command, "--only", "nothing,windows"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_quick_writes_its_files(tmp_path: Path) -> None:
-    assert command.run(options("--quick", "--only", "regions_1024,recorded", "--out", str(tmp_path))) == 0
+    assert command.run(parsed(command, "--quick", "--only", "regions_1024,recorded", "--out", str(tmp_path))) == 0
     record = json.loads((tmp_path / "scale.json").read_text())
     assert [(row["model"], row["inputs"]) for row in record["models"]] == [
         ("regions_1024", True),
@@ -130,10 +124,7 @@ def calls_to_transform(name: str, blocks: int, inputs: bool) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inputs"),
-    [
-        *((name, False) for name, tower in TOWERS.items() if tower.symbolic),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in TOWERS),
-    ],
+    [*((name, False) for name, tower in TOWERS.items() if tower.symbolic), *((name, True) for name in TOWERS)],
 )
 def test_transform_is_near_linear(name: str, inputs: bool) -> None:
     calls_to_transform(name, 4, inputs)  # what is imported the first time

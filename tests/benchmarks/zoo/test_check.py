@@ -21,8 +21,6 @@ def test_replaced() -> None:
     assert (outcome.status, outcome.stage, outcome.error) == (REPLACED, None, None)
     assert (outcome.chains, outcome.blocks, outcome.replaced) == (1, 5, 2)
     assert outcome.capture == "symbolic"
-    assert outcome.parameters_before is not None
-    assert outcome.parameters_after is not None
     assert outcome.parameters_after < outcome.parameters_before
     assert stages[0] == "original"
     assert stages[-1] == "materialize"
@@ -32,7 +30,6 @@ def test_refused_with_reasons() -> None:
     outcome = check(subject("toys:short"))
     assert outcome.status == REFUSED
     assert outcome.reasons
-    assert outcome.error is not None
     assert outcome.error.startswith("NoChainError: ")
 
 
@@ -121,7 +118,6 @@ def test_what_is_wrong_is_seen(
     monkeypatch.setattr(replfx, function, broken)
     outcome = check(subject("toys:tower"))
     assert (outcome.status, outcome.stage) == (FAILURE, stage)
-    assert outcome.error is not None
     assert error in outcome.error
 
 
@@ -150,7 +146,6 @@ def test_loss_takes_all_that_needs_a_gradient() -> None:
     output = {"a": [2 * x, (x, torch.ones(1))], "b": None, "c": torch.tensor([1])}
     assert len(list(tensors_of(output))) == 4
     loss_of(output).backward()
-    assert x.grad is not None
     assert torch.equal(x.grad, torch.full((2,), 1.5))
     with pytest.raises(ValueError, match="no floating-point tensor"):
         loss_of([torch.ones(1)])

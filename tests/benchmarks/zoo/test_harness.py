@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from benchmarks.zoo import command, peers
 from benchmarks.zoo.output import write
 from benchmarks.zoo.runner import Worker
 from benchmarks.zoo.worker import Job, Limits
+from tests.benchmarks.parsing import parsed
 from tests.benchmarks.zoo import toys
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
@@ -107,10 +107,8 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines.write_text(json.dumps(done) + '\n{"name": "toys:short", "fam')
 
     def run(*options: str) -> dict[str, Any]:
-        parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
-        arguments = ["--source", "toys", "--no-peers", "--out", str(tmp_path), *options]
-        assert command.run(parser.parse_args(arguments)) == 0
+        words = ("--source", "toys", "--no-peers", "--out", str(tmp_path), *options)
+        assert command.run(parsed(command, *words)) == 0
         return {record["name"]: record for record in json.loads((tmp_path / "zoo.json").read_text())["results"]}
 
     found = run("--workers", "2")

@@ -46,12 +46,7 @@ def subject(name: str) -> Subject:
     source = name.partition(":")[0]
     pytest.importorskip(source)
     models = importlib.import_module(f"benchmarks.zoo.{source}_models")
-    found: Subject = models.subject(name)
-    return found
-
-
-def outcome_of(name: str):
-    return check(subject(name))
+    return models.subject(name)
 
 
 QUICK = ("timm:test_resnet", "timm:test_vit", "timm:test_convnext", "torchvision:resnet18", "transformers:gpt2")
@@ -59,7 +54,7 @@ QUICK = ("timm:test_resnet", "timm:test_vit", "timm:test_convnext", "torchvision
 
 @pytest.mark.parametrize("name", some_slow(SAMPLE, set(SAMPLE) - set(QUICK)))
 def test_replaced(name: str) -> None:
-    outcome = outcome_of(name)
+    outcome = check(subject(name))
     assert (outcome.status, outcome.stage, outcome.error) == (REPLACED, None, None)
     assert outcome.replaced > 0
     assert outcome.parameters_after < outcome.parameters_before
@@ -67,7 +62,7 @@ def test_replaced(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED_MODELS)
 def test_refused_with_the_reason(name: str) -> None:
-    outcome = outcome_of(name)
+    outcome = check(subject(name))
     assert outcome.status == REFUSED
     assert any(REFUSED_MODELS[name] in reason for reason in outcome.reasons)
 

@@ -26,8 +26,7 @@ class Does(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.what()
-        y: Tensor = self.linear(x)
-        return y
+        return self.linear(x)
 
 
 def hang() -> None:
