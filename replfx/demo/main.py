@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     runs: dict[str, list[Run]] = {variant.name: [] for variant in VARIANTS}
     with _progress(console) as progress:
-        task = progress.add_task("", total=len(VARIANTS) * seeds * steps + rounds + WARMUP)
+        task = progress.add_task("", total=seeds * sum(v.steps_of(steps) for v in VARIANTS) + rounds + WARMUP)
         progress.update(task, description="costs of a step")
         costs = training_costs(
             {variant.name: training_of(variant, text, device) for variant in VARIANTS},

@@ -48,7 +48,7 @@ def table(rows: Sequence[Row], name: str, steps: int) -> Table:
     full = rows[0]
     seeds = len(full.runs)
     result = Table(
-        title=f"{name}: {steps:,} steps, {seeds} seed{'s' if seeds > 1 else ''}",
+        title=f"{name}: {seeds} seed{'s' if seeds > 1 else ''}",
         caption="Loss: held out, nats a byte, mean ± sd over the seeds; lower is better. Memory: peak of a step.",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -56,21 +56,24 @@ def table(rows: Sequence[Row], name: str, steps: int) -> Table:
     )
     result.add_column("every second block", no_wrap=True)
     for head in (
+        "steps",
         "trainable\nparameters",
-        "training\ntime, s",
+        "time,\ns",
         "memory,\nMiB",
         "held-out\nloss",
-        "− full depth,\npaired",
+        "− full,\npaired",
     ):
         result.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         start, end = row.runs[0].parameters
+        memory = [row.cost.peak_bytes / MIB, *([full.cost.peak_bytes / MIB] if start != end else [])]
         differences = [one - other for one, other in zip(row.losses, full.losses, strict=True)]
         result.add_row(
             row.variant.name,
+            f"{row.variant.steps_of(steps):,}",
             f"{start:,}" if start == end else f"{start:,}\n→ {end:,}",
             f"{row.seconds:.0f}",
-            f"{row.cost.peak_bytes / MIB:.1f}",
+            "\n→ ".join(f"{each:.1f}" for each in memory),
             spread(row.losses),
             "" if row is full else spread(differences, "+"),
         )
