@@ -29,13 +29,13 @@ class Unroll(Callback):
         PlanError: when training starts: there is no transformed model, or more than one optimizer.
 
     Example:
-        >>> module.model = replfx.transform(module.model)
-        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.8)])
+        >>> module.model = replfx.transform(module.model, example_inputs, operator="identity")
+        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.4, start="copies")])
         >>> trainer.fit(module, loader)
     """
 
     def __init__(
-        self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None, *, start: Start = "outputs"
+        self, unroll_at: UnrollAt, example_inputs: ExampleInputs | None = None, *, start: Start = "outputs"
     ) -> None:
         self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None

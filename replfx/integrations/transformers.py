@@ -27,13 +27,13 @@ class Unroll(TrainerCallback):
         PlanError: when the Trainer is made: its model is not transformed.
 
     Example:
-        >>> model = replfx.transform(model, example_inputs)
-        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Unroll(unroll_at=0.8)])
+        >>> model = replfx.transform(model, example_inputs, operator="identity")
+        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Unroll(unroll_at=0.4, start="copies")])
         >>> trainer.train()
     """
 
     def __init__(
-        self, unroll_at: UnrollAt = 0.8, example_inputs: ExampleInputs | None = None, *, start: Start = "outputs"
+        self, unroll_at: UnrollAt, example_inputs: ExampleInputs | None = None, *, start: Start = "outputs"
     ) -> None:
         self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None

@@ -47,9 +47,9 @@ class Schedule:
         FusionError: a block that could not be unrolled, now rather than in the middle of the training.
 
     Example:
-        >>> model = replfx.transform(model)
+        >>> model = replfx.transform(model, x, operator="identity")
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.8, total_steps=10_000)
+        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.4, start="copies", total_steps=10_000)
         >>> for batch in batches:
         ...     loss(model, batch).backward()
         ...     optimizer.step()
