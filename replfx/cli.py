@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     showing = commands.add_parser(
         "demo",
         help="train a small language model whole, and in the ways that replfx offers",
-        description="Train a small language model for about the same time at full depth, with every second block left out "
-        "until 0.6 of the steps, left out to the end, and made from its neighbours.",
+        description="Train a small language model for about the same time at full depth, with every second block left "
+        "out until 0.6 of the steps, left out to the end, and made from its neighbours.",
     )
     demo.add_arguments(showing)
     showing.set_defaults(run=demo.run)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("replfx-demo"), metavar="DIR", help="where the results go")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each variant (3)")
     parser.add_argument(
-        "--steps", type=positive, default=2500, metavar="N", help="optimizer steps of the model at full depth (2500)"
+        "--steps", type=positive, default=2500, metavar="N", help="optimizer steps at full depth (2500)"
     )
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
