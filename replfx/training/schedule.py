@@ -49,7 +49,7 @@ class Schedule:
     Example:
         >>> model = replfx.transform(model, x, operator="identity")
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.4, start="copies", total_steps=10_000)
+        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.6, start="copies", total_steps=10_000)
         >>> for batch in batches:
         ...     loss(model, batch).backward()
         ...     optimizer.step()
