@@ -55,22 +55,14 @@ def table(rows: Sequence[Row], name: str, steps: int) -> Table:
         collapse_padding=True,
     )
     result.add_column("every second block", no_wrap=True)
-    for head in (
-        "steps",
-        "trainable\nparameters",
-        "time,\ns",
-        "memory,\nMiB",
-        "held-out\nloss",
-        "− full,\npaired",
-    ):
+    for head in ("trainable\nparameters", "time,\ns", "memory,\nMiB", "held-out\nloss", "− full,\npaired"):
         result.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         start, end = row.runs[0].parameters
         memory = [row.cost.peak_bytes / MIB, *([full.cost.peak_bytes / MIB] if start != end else [])]
         differences = [one - other for one, other in zip(row.losses, full.losses, strict=True)]
         result.add_row(
-            row.variant.name,
-            f"{row.variant.steps_of(steps):,}",
+            f"{row.variant.name}\n{row.variant.steps_of(steps):,} steps",
             f"{start:,}" if start == end else f"{start:,}\n→ {end:,}",
             f"{row.seconds:.0f}",
             "\n→ ".join(f"{each:.1f}" for each in memory),
