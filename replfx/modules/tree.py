@@ -65,21 +65,19 @@ def tensors_in(tree: object, *, caches: bool = True) -> list[Tensor]:
         tree: anything.
         caches: look into caches of keys and values too.
     """
-    found: list[Tensor] = []
-    seen: set[int] = set()
+    return list(_tensors_in(tree, set(), caches))
 
-    def visit(item: object) -> None:
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif id(item) not in seen and not isinstance(item, _OPAQUE) and item is not None:
-            seen.add(id(item))
-            for _, part in parts_of(item) if caches or not is_cache(item) else ():
-                visit(part)
-            if isinstance(item, tuple | list | dict):
-                seen.discard(id(item))
 
-    visit(tree)
-    return found
+def _tensors_in(item: object, seen: set[int], caches: bool) -> Iterator[Tensor]:
+    # No closure: one that calls itself is a circle, and holds the tensors until the garbage collector runs.
+    if isinstance(item, Tensor):
+        yield item
+    elif id(item) not in seen and not isinstance(item, _OPAQUE) and item is not None:
+        seen.add(id(item))
+        for _, part in parts_of(item) if caches or not is_cache(item) else ():
+            yield from _tensors_in(part, seen, caches)
+        if isinstance(item, tuple | list | dict):
+            seen.discard(id(item))
 
 
 def arguments_hold(
