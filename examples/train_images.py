@@ -93,10 +93,8 @@ def train(args: argparse.Namespace) -> float:
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps, pct_start=0.05)
     accelerator.register_for_checkpointing(rates)
     schedule = None
-    if args.unroll_at is not None and not args.no_replace:
-        schedule = replfx.Schedule(
-            model, optimizer, unroll_at=args.unroll_at, total_steps=steps, start=args.start, follow=True
-        )
+    if (at := args.unroll_at) is not None and not args.no_replace:
+        schedule = replfx.Schedule(model, optimizer, unroll_at=at, total_steps=steps, start=args.start, follow=True)
         accelerator.register_for_checkpointing(schedule)
 
     done = sorted(args.output.glob("epoch-*"))
