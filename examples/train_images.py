@@ -1,6 +1,6 @@
 """Train an image classifier of timm's, some of its blocks replaced at first, in Accelerate's loop.
 
-    python examples/train_images.py --data-root DIR --operator identity --unroll-at 0.6 --start copies
+    python examples/train_images.py --data-root DIR --operator identity --unroll-at 0.4 --start copies
     accelerate launch examples/train_images.py --data-root DIR --model resnet50 --operator light --epochs 90
 
 DIR has train/CLASS/*.png and val/CLASS/*.png (or .jpg, …). The folder of --output gets a checkpoint an epoch, a log for

@@ -1,6 +1,6 @@
 """Train a small language model on the bytes of a text, some of its blocks replaced at first: transformers' Trainer.
 
-    python examples/train_language.py --text wikitext.txt --operator identity --unroll-at 0.6 --start copies
+    python examples/train_language.py --text wikitext.txt --operator identity --unroll-at 0.4 --start copies
     torchrun --nproc-per-node=2 examples/train_language.py --text wikitext.txt --model llama --no-replace
 
 The last tenth of the text is for validation. The folder of --output gets checkpoints, a log for TensorBoard, and at the

@@ -30,7 +30,7 @@ class Unroll(Callback):
 
     Example:
         >>> module.model = replfx.transform(module.model, example_inputs, operator="identity")
-        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.6, start="copies")])
+        >>> trainer = Trainer(max_epochs=10, callbacks=[Unroll(unroll_at=0.4, start="copies")])
         >>> trainer.fit(module, loader)
     """
 

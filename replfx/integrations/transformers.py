@@ -28,7 +28,7 @@ class Unroll(TrainerCallback):
 
     Example:
         >>> model = replfx.transform(model, example_inputs, operator="identity")
-        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Unroll(unroll_at=0.6, start="copies")])
+        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Unroll(unroll_at=0.4, start="copies")])
         >>> trainer.train()
     """
 

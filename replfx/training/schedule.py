@@ -30,8 +30,7 @@ class Schedule:
         optimizer: gets the new parameters, as `replfx.unroll` has it.
         unroll_at: a number of optimizer steps (an int), or a share of `total_steps` (a float between 0 and 1). Several
             of them, in a sequence, unroll as many equal parts of the blocks, each spread over the depth; a mapping
-            from them to paths or globs says which. We found it best when the learning rate begins to fall
-            (docs/findings.md).
+            from them to paths or globs says which.
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
         example_inputs, start: as for `replfx.unroll`.
@@ -49,7 +48,7 @@ class Schedule:
     Example:
         >>> model = replfx.transform(model, x, operator="identity")
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.6, start="copies", total_steps=10_000)
+        >>> schedule = replfx.Schedule(model, optimizer, unroll_at=0.4, start="copies", total_steps=10_000)
         >>> for batch in batches:
         ...     loss(model, batch).backward()
         ...     optimizer.step()

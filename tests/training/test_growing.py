@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
+from tests.reference import Stack
 from tests.support.snapshots import assert_unchanged, snapshot
 
 WIDTH = 8
@@ -42,12 +43,12 @@ class Attention(nn.Module):
         return y
 
 
-class Shallow(nn.Module):
+class Shallow(Stack):
     """A reference: the model without the blocks that are left out, until they are put back as copies."""
 
     def __init__(self, blocks: list[nn.Module], out: dict[int, int]) -> None:
-        super().__init__()
-        self.blocks, self.out = nn.ModuleList(blocks), out
+        super().__init__(blocks)
+        self.out = out
         for index in out:
             self.blocks[index] = nn.Identity()
 
@@ -59,11 +60,6 @@ class Shallow(nn.Module):
                 new.grad = None
                 optimizer.add_param_group({"params": [new]})
                 optimizer.state[new] = copy.deepcopy(optimizer.state[old])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *shape: int) -> list[float]:
