@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import replfx
-from benchmarks.accuracy.peers import checkpointing, dropping, sharing, stacking
+from benchmarks.accuracy.peers import checkpointing, dropping, sharing
 from benchmarks.accuracy.prototypes import connect_trials, register_trial
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import skipped
@@ -260,15 +260,11 @@ def _sharing(name: str, options: Options) -> Variant:
 
 
 def _stacking(name: str, options: Options) -> Variant:
+    """Progressive stacking (Gong et al., ICML 2019), which is what replfx does with blocks that were left out."""
     rest = dict(options)
-    at = float(rest.pop("at", 0.5))
+    grown = {"unroll": rest.pop("at", "0.5"), "start": "copies"}
     policy_of(rest)
-    return Variant(
-        name,
-        lambda model, example: stacking.shallow(model, chosen_with_like(model, example, rest)),
-        grow=lambda model, optimizer, example: stacking.grown(model, optimizer),
-        grows_at=at,
-    )
+    return replace(_replfx("identity+scalar", {**rest, **grown}), name=name)
 
 
 def _checkpointing(name: str, options: Options) -> Variant:
