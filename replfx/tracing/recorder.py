@@ -33,7 +33,14 @@ from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
 from replfx.tracing.symbolic import flag_path, is_composite, is_leaf, is_small, own_tensors, training_flag
 from replfx.tracing.undisturbed import having
-from replfx.tracing.watch import ApplyFunction, holds_modules, leave, runs_modules, watching, watching_modules
+from replfx.tracing.watch import (
+    ApplyFunction,
+    holds_modules,
+    is_autocast_node,
+    runs_modules,
+    watching,
+    watching_modules,
+)
 
 __all__ = ["HiddenResult", "record"]
 
@@ -203,7 +210,7 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
+        if self._paused or is_autocast_node(func):
             return func(*args, **kwargs)
         if functorch_is_active():  # the tensors are wrapped: what happens is seen below, by `run_operator`
             with having(self, _detaching=self._detaching or func in (Tensor.detach, torch.detach)):
@@ -374,9 +381,9 @@ class Recorder(TorchFunctionMode):
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
         return None if self._paused else self.node("call_function", target, args)
 
-    def left(self, entry: object) -> None:
+    def left(self, entry: object, target: Callable[..., Any]) -> None:
         if isinstance(entry, fx.Node):
-            self.node("call_function", leave, (entry,))
+            self.node("call_function", target, (entry,))
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
         if not self._paused:

@@ -27,7 +27,7 @@ from replfx.tracing.info import CaptureInfo, ModuleCall, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.undisturbed import having
-from replfx.tracing.watch import ApplyFunction, leave, runs_modules, watching
+from replfx.tracing.watch import ApplyFunction, runs_modules, watching
 
 __all__ = ["flag_path", "is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
@@ -211,8 +211,8 @@ class SymbolicTracer(fx.Tracer):
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
         return self.create_proxy("call_function", target, args, {})
 
-    def left(self, entry: object) -> None:
-        self.create_proxy("call_function", leave, (entry,), {})
+    def left(self, entry: object, target: Callable[..., Any]) -> None:
+        self.create_proxy("call_function", target, (entry,), {})
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
         """The tensor is a constant, so the call is no part of the graph."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.amp.autocast_mode import autocast
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast
 
 from replfx.modules.tree import parts_of
 from replfx.tracing.undisturbed import patched
@@ -20,10 +20,10 @@ from replfx.tracing.undisturbed import patched
 __all__ = [
     "ApplyFunction",
     "Watcher",
-    "enter_autocast",
     "enter_inference",
     "holds_modules",
-    "leave",
+    "is_autocast_node",
+    "leave_inference",
     "runs_modules",
     "watching",
     "watching_modules",
@@ -48,27 +48,16 @@ class ApplyFunction:
         return hash(self.function)
 
 
-class _Open:
-    """A context that is entered by a node of a graph, for another node to leave."""
-
-    def __init__(self, context: Any) -> None:
-        context.__enter__()
-        self.context = context
-
-
-def enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> _Open:
-    """`with torch.autocast(...)`, as a node."""
-    return _Open(autocast(device, dtype, enabled, cache))
+def enter_inference(mode: bool) -> torch.inference_mode:
+    """`with torch.inference_mode(...)`, as a node; that of autocast is PyTorch's own, which its compilers know."""
+    entered = torch.inference_mode(mode)
+    entered.__enter__()
+    return entered
 
 
-def enter_inference(mode: bool) -> _Open:
-    """`with torch.inference_mode(...)`, as a node."""
-    return _Open(torch.inference_mode(mode))
-
-
-def leave(entered: _Open) -> None:
+def leave_inference(entered: torch.inference_mode) -> None:
     """The end of such a `with`."""
-    entered.context.__exit__(None, None, None)
+    entered.__exit__(None, None, None)
 
 
 class Watcher(Protocol):
@@ -80,7 +69,7 @@ class Watcher(Protocol):
     def entered(self, target: Callable[..., Any], args: tuple[Any, ...]) -> object:
         """A context is entered, or a seed is set; gives what `left` is to be told."""
 
-    def left(self, entry: object) -> None:
+    def left(self, entry: object, target: Callable[..., Any]) -> None:
         """It is left."""
 
     def rewrapped(self, tensor: Tensor, kind: type[Tensor], result: Tensor) -> None:
@@ -113,14 +102,19 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
     with ExitStack() as stack:
         for cls in (autocast, torch.inference_mode):
-            enter, leave_ = _context(watcher, cls)
+            enter, leave = _context(watcher, cls)
             stack.enter_context(patched(cls, "__enter__", enter))
-            stack.enter_context(patched(cls, "__exit__", leave_))
+            stack.enter_context(patched(cls, "__exit__", leave))
         stack.enter_context(patched(torch.autograd.Function, "apply", apply))
         stack.enter_context(patched(torch, "manual_seed", manual_seed))
         stack.enter_context(patched(Tensor, "as_subclass", as_subclass))
         stack.enter_context(patched(torch.autograd.graph, "disable_saved_tensors_hooks", disable_hooks))
         yield
+
+
+def is_autocast_node(function: object) -> bool:
+    """Whether a graph's node enters or leaves autocast: a function mode is to let it by, and hears of the context."""
+    return function in (_enter_autocast, _exit_autocast)
 
 
 def runs_modules(function: type[torch.autograd.Function], arguments: object) -> bool:
@@ -140,19 +134,21 @@ def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Call
 
     def enter(original: Any, self: Any) -> Any:
         if cls is autocast:
-            entry = watcher.entered(enter_autocast, (self.device, self.fast_dtype, self._enabled, self._cache_enabled))
+            given = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
+            entry = watcher.entered(_enter_autocast, given)
         else:
             entry = watcher.entered(enter_inference, (self.mode,))
         entries.setdefault(id(self), []).append(entry)
         return original(self)
 
-    def leave_(original: Any, self: Any, *error: Any) -> Any:
+    def leave(original: Any, self: Any, *error: Any) -> Any:
         result = original(self, *error)
         if entries.get(id(self)):
-            watcher.left(entries[id(self)].pop())
+            target = _exit_autocast if cls is autocast else leave_inference
+            watcher.left(entries[id(self)].pop(), target)
         return result
 
-    return enter, leave_
+    return enter, leave
 
 
 @contextmanager

@@ -126,3 +126,21 @@ def test_capture_leaves_the_model_alone_and_gives_what_it_computes(name: str, tr
     assert not any("fake" in type(t).__name__.lower() for t in tensors_in(vars(graph)))
     assert info_of(graph).measured
     assert_computes_the_same(graph, model, toy)
+
+
+@pytest.mark.parametrize("rung", ["symbolic", "fake", "values"])
+def test_a_graph_with_autocast_is_pytorchs_own(rung: str) -> None:
+    """It compiles without a break, and is captured once more with all that it switches."""
+    toy = TOYS["Autocast"]
+    model = build(toy)
+    inputs = Inputs.of(toy.inputs(), model)
+    graph = capture_by(rung, model, inputs)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(graph, fullgraph=True, backend="eager")
+    assert_computes_the_same(graph, model, toy)
+    assert same(model(*inputs.args), compiled(*inputs.tensors()))
+    again = capture_by(rung, graph, Inputs.of(tuple(inputs.tensors()), graph))
+    assert same(graph(*inputs.tensors()), again(*inputs.tensors()))
+    switches = [[str(node.target) for node in each.graph.nodes if "autocast" in node.name] for each in (graph, again)]
+    assert len(switches[0]) == 4
+    assert switches[0] == switches[1]
