@@ -32,8 +32,11 @@ class Fit:
         self.layer, self.block, self.sides = layer, block, sides
 
     def watch(self) -> list[RemovableHandle]:
-        """Begin to collect; the hooks to be removed at the end."""
-        raise NotImplementedError
+        """Begin to collect what runs within the block; the hooks to be removed at the end."""
+        return []
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Collect what the block was given, as it was, and what it gave."""
 
     def finish(self) -> None:
         """Set the parameters."""
@@ -119,16 +122,16 @@ class LightFit(Fit):
     another normalisation only g and t are fitted. Behind a ReLU only places that are not cut off are counted.
     """
 
-    def watch(self) -> list[RemovableHandle]:
-        operator = self.layer.operator
+    def __init__(self, layer: Synthesis, block: nn.Module, sides: Sides) -> None:
+        super().__init__(layer, block, sides)
+        operator = layer.operator
         assert isinstance(operator, LightOperator)
         self.operator, self.gram = operator, Gram()
         self.after = None if operator.recipe.norm_first else operator.norm
         self.name = operator.recipe.maps[-1]
         self.cut = _cuts(operator.activation)
-        return [self.block.register_forward_hook(self._add, with_kwargs=True)]
 
-    def _add(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = self.operator.interface.activation(args, kwargs)
         y = self.operator.interface.main_of(output)
         columns = [self._flat(column) for column in (*self._regressors(x), y - x)]

@@ -1,12 +1,13 @@
 """calibrate: watch the original model on batches, and fit the replaced blocks of its transformed twin."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import length_hint
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from replfx.calibration.fits import Fit, fit_for
 from replfx.errors import CalibrationError
@@ -18,7 +19,7 @@ from replfx.rewrite.state import placed_blocks
 __all__ = ["calibrate"]
 
 _Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], object]
-"""Copies of a block's arguments, and of what it gave for them: a layer may write into its input."""
+"""Copies of a block's arguments, and of what it gave for them: a block may write into its input."""
 
 
 def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *, progress: bool = True) -> None:
@@ -52,9 +53,7 @@ def calibrate(model: nn.Module, original: nn.Module, loader: Iterable[object], *
     replaced = {path: block_at(root, path) for path in placed}
     with _evaluating(original), _evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for path, (_, block) in pairs.items():
-            hooks.enter_context(block.register_forward_hook(_keep_first(path, first), with_kwargs=True))
-        for fit in fits.values():
-            for handle in fit.watch():
+            for handle in _watch(path, block, fits.get(path), first):
                 hooks.enter_context(handle)
         _run(original, loader, progress)
     with torch.no_grad():
@@ -75,16 +74,30 @@ def _block(original: nn.Module, path: str) -> nn.Module:
     return block
 
 
-def _keep_first(path: str, first: dict[str, _Call]) -> Callable[..., None]:
-    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+def _watch(path: str, block: nn.Module, fit: Fit | None, first: dict[str, _Call]) -> list[RemovableHandle]:
+    """Show a block's calls to its fit, and keep the first."""
+    given: list[Any] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(with_tensors((args, kwargs), Tensor.clone))
+
+    def after(_: nn.Module, __: object, output: object) -> None:
         if not all(bool(t.isfinite().all()) for t in tensors_in(output) if t.is_floating_point()):
             raise CalibrationError(
                 f"what `{path}` gives for a batch of the loader is not finite; leave such batches out"
             )
+        args, kwargs = given.pop()
+        if fit is not None:
+            fit.see(args, kwargs, output)
         if path not in first:
-            first[path] = with_tensors((args, kwargs, output), Tensor.clone)
+            first[path] = args, kwargs, with_tensors(output, Tensor.clone)
 
-    return keep
+    within = fit.watch() if fit is not None else []
+    return [
+        *within,
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(after),
+    ]
 
 
 def _run(model: nn.Module, loader: Iterable[object], progress: bool) -> None:

@@ -163,6 +163,25 @@ def test_a_light_convolution_behind_which_come_a_norm_and_a_relu(fusion: str) ->
     assert error < (x - y)[y > 0].square().sum(), "better than the identity where the ReLU lets through"
 
 
+@pytest.mark.parametrize("operator", ["light", "block"])
+def test_a_block_that_writes_into_its_input_is_fitted_as_one_that_does_not(operator: str) -> None:
+    class Written(nn.Module):
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.norm, self.fc1, self.act, self.fc2 = block.norm, block.fc1, block.act, block.fc2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(self.fc2(self.act(self.fc1(self.norm(x)))))
+
+    batches, made = loader(), []
+    for written in (False, True):
+        model: Any = pretrained()
+        if written:
+            model.blocks = nn.Sequential(*[Written(block) for block in model.blocks])
+        made.append(replfx.transform(model, operator=operator, calibrate=batches))
+    torch.testing.assert_close(made[1].state_dict(), made[0].state_dict())
+
+
 # ---- the loop
 
 
