@@ -1,12 +1,13 @@
 """Starts processes of a group on this machine, and brings back what each of them found."""
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import traceback
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any, bac
     A process that waits for one that raised fails after two minutes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_join, args=(count, port, folder, work, args, backend), nprocs=count, start_method="forkserver")
+    # They meet in a file: a port that is free now may be taken when they get to it.
+    meeting = folder / f"meeting-{uuid.uuid4().hex}"
+    arguments = (count, meeting, folder, work, args, backend)
+    mp.start_processes(_join, args=arguments, nprocs=count, start_method="forkserver")
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
@@ -55,12 +56,13 @@ def assert_all_well(findings: list[dict[str, str | None]], name: str | None = No
 
 
 def _join(
-    rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...], backend: str
+    rank: int, count: int, meeting: Path, folder: Path, work: Callable[..., Any], args: tuple[Any, ...], backend: str
 ) -> None:
+    faulthandler.enable()  # a process that is killed by a signal says where
     torch.set_num_threads(1)
     dist.init_process_group(
         backend,
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=meeting.as_uri(),
         rank=rank,
         world_size=count,
         timeout=datetime.timedelta(seconds=120),

@@ -5,13 +5,14 @@ Imported by the process that the others are forked from, so that each starts at 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
+import uuid
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -58,10 +59,8 @@ class Run:
 
     def go(self) -> bool:
         """Run until the end, or until one rank dies; whether it came to the end."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [context.Process(target=_work, args=(self, rank, port)) for rank in range(self.ranks)]
+        meeting = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex}")  # a free port may be taken
+        processes = [context.Process(target=_work, args=(self, rank, meeting)) for rank in range(self.ranks)]
         for process in processes:
             process.start()
         left = list(processes)
@@ -86,10 +85,10 @@ class Run:
         return int(self.folder.with_name(f"{self.folder.name}-acts").read_text())
 
 
-def _work(run: Run, rank: int, port: int) -> None:
+def _work(run: Run, rank: int, meeting: Path) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=run.ranks)
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=run.ranks)
     acts = 0
 
     def watch(event: str, values: tuple[object, ...]) -> None:
