@@ -9,6 +9,7 @@ from torch import fx, nn
 from replfx.chains.slots import input_slots
 from replfx.modules.paths import block_at, window_path
 from replfx.modules.structure import class_of, is_container, unfit_to_share
+from replfx.modules.tree import inner_path
 from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
 
 __all__ = ["Candidate", "Candidates", "is_layer"]
@@ -58,7 +59,7 @@ class Candidates:
         calls = {call.path: call for call in self.info.calls if self.counts[call.path] == 1}
         for parent, module in self.modules.items():
             if is_container(module):
-                children = [f"{parent}.{name}" if parent else name for name in module._modules]
+                children = [inner_path(parent, name) for name in module._modules]
                 for start, stop in self._spans(children, calls):
                     found += self._window(parent, children, start, stop, calls)
         return sorted(found, key=_begin)

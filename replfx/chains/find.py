@@ -18,6 +18,7 @@ from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired, too_unlike
 from replfx.modules.paths import ancestors, is_region, members_of, parameters_of, region_path
 from replfx.modules.structure import class_of, family, signature, unfit_to_replace
+from replfx.modules.tree import inner_path
 from replfx.operators import Site
 from replfx.operators.residual import keeps_shape
 from replfx.regions.find import find_regions
@@ -53,7 +54,7 @@ class _Search:
         self.owners: dict[int, list[str]] = defaultdict(list)
         for prefix, module in self.root.named_modules():  # one that goes by two names shares nothing with itself
             for name, parameter in module._parameters.items():
-                self.owners[id(parameter)].append(f"{prefix}.{name}" if prefix else name)
+                self.owners[id(parameter)].append(inner_path(prefix, name))
 
     def run(self) -> Chains:
         dropped: dict[str, str] = {}

@@ -11,7 +11,7 @@ from replfx.errors import FusionError
 from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
 from replfx.live.graphs import bring_to_life, settle_graph
 from replfx.live.synthesis import Synthesis
-from replfx.modules.tree import REGISTRIES, attributes_of, tensors_in
+from replfx.modules.tree import REGISTRIES, attributes_of, inner_path, tensors_in
 
 __all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_block"]
 
@@ -102,7 +102,7 @@ def _read_by_graph(block: nn.Module, names: Collection[str]) -> set[str]:
     for path, module in block.named_modules():
         if isinstance(module, fx.GraphModule):
             read = (str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-            mine = {f"{path}.{name}" if path else name for name in read}.intersection(names)
+            mine = {inner_path(path, name) for name in read}.intersection(names)
             if path and mine:
                 raise FusionError(
                     f"its `{path}` is a torch.fx.GraphModule that reads `{min(mine)}` itself: trace the whole block"

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from replfx.errors import CaptureError
-from replfx.modules.tree import attributes_of, leaf_copy, named_tensors, tensors_in
+from replfx.modules.tree import attributes_of, inner_path, leaf_copy, named_tensors, tensors_in
 
 __all__ = ["MODULE_HOOKS", "faithful_copy", "held_in", "structural_copy"]
 
@@ -164,7 +164,7 @@ class _Refusals:
         self._seen: set[int] = set()
         for path, module in model.named_modules():
             for name, value in attributes_of(module):
-                self._visit(value, f"{path}.{name}" if path else name)
+                self._visit(value, inner_path(path, name))
 
     def _visit(self, value: object, path: str) -> bool:
         """Whether it is refused, for itself or for one of its parts."""

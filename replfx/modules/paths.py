@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from replfx.modules.structure import redirect, set_submodule
+from replfx.modules.tree import inner_path
 
 __all__ = [
     "ancestors",
@@ -93,7 +94,7 @@ def members_of(model: nn.Module, path: str) -> list[str]:
     names = list(model.get_submodule(parent)._modules)
     if not start < stop <= len(names):
         raise AttributeError(f"`{parent}` has {len(names)} children, no [{start}:{stop}]")
-    return [f"{parent}.{name}" if parent else name for name in names[start:stop]]
+    return [inner_path(parent, name) for name in names[start:stop]]
 
 
 def head_of(model: nn.Module, path: str) -> str:

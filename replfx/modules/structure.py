@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from replfx.modules.copying import MODULE_HOOKS
-from replfx.modules.tree import attributes_of
+from replfx.modules.tree import attributes_of, inner_path
 
 __all__ = [
     "Signature",
@@ -120,15 +120,15 @@ def signature(module: nn.Module) -> Signature:
     for path, sub in module.named_modules(remove_duplicate=False):
         if next(sub.parameters(), None) is None:
             continue
-        facts[_join(path, "class")] = class_of(sub)
+        facts[inner_path(path, "class")] = class_of(sub)
         for name, parameter in sub._parameters.items():
             shape = None if parameter is None else (tuple(parameter.shape), parameter.dtype)
-            facts[_join(path, name)] = shape
+            facts[inner_path(path, name)] = shape
         if not sub._modules:
             for name in getattr(sub, "__constants__", ()):
                 value = getattr(sub, name, None)
                 if is_setting(value):
-                    facts[_join(path, name)] = value
+                    facts[inner_path(path, name)] = value
     return facts
 
 
@@ -181,10 +181,6 @@ def is_setting(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(map(is_setting, value))
     return isinstance(value, int | str) or value is None
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def block_digest(module: nn.Module) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "REGISTRIES",
     "arguments_hold",
     "attributes_of",
+    "inner_path",
     "is_cache",
     "leaf_copy",
     "named_tensors",
@@ -31,6 +32,11 @@ _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.Functi
 def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module itself holds besides its parameters, buffers and submodules, by name."""
     return ((name, value) for name, value in vars(module).items() if name not in REGISTRIES)
+
+
+def inner_path(path: str, name: str) -> str:
+    """The path of what a module at `path` holds by a name; the model's own path is empty."""
+    return f"{path}.{name}" if path else name
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from replfx.errors import CaptureError
 from replfx.modules.paths import ancestors
 from replfx.modules.structure import attribute_at
+from replfx.modules.tree import inner_path
 from replfx.regions.region import Region, put_value, root_of
 from replfx.tracing import Limits
 from replfx.tracing.symbolic import training_flag
@@ -128,7 +129,7 @@ def _keep_state(fresh: fx.GraphModule, root: nn.Module, replaced: Sequence[Regio
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is None or name in module._non_persistent_buffers_set:
                 continue
-            path = f"{prefix}.{name}" if prefix else name
+            path = inner_path(prefix, name)
             saved.add(path)
             if path not in gone and called.isdisjoint((prefix, *ancestors(prefix))):
                 _register(fresh, path, value)

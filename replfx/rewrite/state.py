@@ -13,6 +13,7 @@ from replfx.live import SUBMODULE, Synthesis, check_neighbours, fusion_layers, s
 from replfx.live.stages import refuse_split_points
 from replfx.modules.paths import head_of
 from replfx.modules.structure import trainable_parameters
+from replfx.modules.tree import inner_path
 from replfx.plans import Plan
 from replfx.reports.report import Report, without
 from replfx.rewrite.saving import keep_plan_on_saving, stop_keeping_plan
@@ -281,4 +282,4 @@ def _gone(path: str, synthesis: Synthesis, block: nn.Module) -> Iterable[str]:
     inside = (name for name in had if name not in has)
     if synthesis.names:  # it was no module
         return [synthesis.names[name] for name in inside if name in synthesis.names]
-    return [f"{path}.{name}" if path else name for name in inside]
+    return [inner_path(path, name) for name in inside]

@@ -9,6 +9,7 @@ from torch import nn
 
 from replfx.errors import ReplfxError
 from replfx.live import fusion_layers
+from replfx.modules.tree import inner_path
 from replfx.tracing import check_has_weights
 
 __all__ = ["parameter_groups"]
@@ -81,7 +82,7 @@ def _exempt(model: nn.Module) -> Iterator[nn.Parameter]:
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            name = f"{path}.{leaf}" if path else leaf
+            name = inner_path(path, leaf)
             if (
                 parameter.dim() < 2
                 or isinstance(module, _NORMS)
@@ -101,4 +102,4 @@ def _named_by_the_model(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         named = getattr(type(module), "no_weight_decay", None)  # of the class: some modules pass on what they lack
         if callable(named):
-            yield from (f"{path}.{name}" if path else name for name in named(module))
+            yield from (inner_path(path, name) for name in named(module))
