@@ -1,7 +1,7 @@
 """What an optimizer holds, when a model gets parameters on the way."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +9,31 @@ from torch.optim import Optimizer
 
 from replfx.errors import FusionError
 
-__all__ = ["check_optimizer", "hand_over", "in_order"]
+__all__ = ["Optimizers", "checked", "hand_over", "in_order"]
+
+Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
+"""What trains a model: often one, or one for matrices (Muon) and another for the rest."""
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Make sure that the parameters of an optimizer can be exchanged.
+def checked(given: Optimizers) -> list[Optimizer]:
+    """All of them, whose parameters can be exchanged.
 
     Raises:
-        FusionError: it is no optimizer, or keeps its parameters in a second place.
+        FusionError: one is no optimizer, or keeps its parameters in a second place.
     """
+    if given is None:
+        return []
+    found = list(given) if isinstance(given, Sequence) else [given]
+    for optimizer in found:
+        _check(optimizer)
+    return found
+
+
+def _check(optimizer: Optimizer) -> None:
     if not isinstance(getattr(optimizer, "param_groups", None), list):
-        raise FusionError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        raise FusionError(
+            f"optimizer must be a torch.optim.Optimizer, or several in a list, not {type(optimizer).__name__}"
+        )
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     if isinstance(inner, torch.optim.LBFGS):
         raise FusionError(
@@ -34,7 +48,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def hand_over(
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     old: set[nn.Parameter],
     full: Mapping[str, nn.Parameter],
     like: Sequence[Mapping[str, Tensor]],
@@ -44,42 +58,51 @@ def hand_over(
     """Let the parameters of a block at full depth take the place of those of `old` that are gone.
 
     Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), or else to that
-    of what is gone, or else to the first. Its state starts as the mean of the states of the neighbours' parameters of
-    its name and shape (`_state_from`).
+    of what is gone, or else to the first with a parameter of as many dimensions. Its state starts as the mean of the
+    states of the neighbours' parameters of its name and shape (`_state_from`).
 
     Args:
-        optimizer: is changed.
+        optimizers: are changed.
         old: the parameters of the block until now, some of which it may have kept.
         full: those that it has now, by their names in it.
         like: each neighbour's parameters, by the same names.
         copies: whether the block is a copy of the first neighbour that has the parameter; so is its state then.
     """
     gone = old.difference(full.values())
-    groups: dict[Tensor | None, dict[str, Any]] = {
-        p: group for group in optimizer.param_groups for p in group["params"]
+    homes: dict[Tensor, _Home] = {
+        p: (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
-    rest = next((group for p, group in groups.items() if p in gone), optimizer.param_groups[0])
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if p not in gone]
+    left = next((home for p, home in homes.items() if p in gone), None)
+    first = (optimizers[0], optimizers[0].param_groups[0])
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p not in gone]
     for name, parameter in full.items():
         if parameter in old:
             continue
-        sides = [side[name] for side in like if side.get(name) in groups]
-        (groups[sides[0]] if sides else rest)["params"].append(parameter)
-        states = [optimizer.state[side] for side in sides if _are_alike(side, parameter) and side in optimizer.state]
+        sides = [side[name] for side in like if side.get(name) in homes]
+        alike = (home for p, home in homes.items() if p.dim() == parameter.dim())
+        optimizer, group = homes[sides[0]] if sides else left or next(alike, first)
+        group["params"].append(parameter)
+        states = [optimizer.state[p] for p in sides if _are_alike(p, parameter) and p in optimizer.state]
         if state := _state_from(states[:1] if copies else states):
             optimizer.state[parameter] = state
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)
+    for optimizer in optimizers:
+        for parameter in gone:
+            optimizer.state.pop(parameter, None)
 
 
-def in_order(optimizer: Optimizer, model: nn.Module, new: set[nn.Parameter]) -> None:
+_Home: TypeAlias = tuple[Optimizer, dict[str, Any]]
+"""An optimizer, and one of its groups."""
+
+
+def in_order(optimizers: Sequence[Optimizer], model: nn.Module, new: set[nn.Parameter]) -> None:
     """Put new parameters where `model.parameters()` has them, in each group whose others are in its order.
 
     An optimizer's state_dict counts parameters: like this it is that of an optimizer which was made for the full model.
     """
     order = {parameter: position for position, parameter in enumerate(model.parameters())}
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         positions = [order.get(p, len(order)) for p in group["params"]]
         others = [at for at, p in zip(positions, group["params"], strict=True) if p not in new]
         if others == sorted(others):

@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
-from torch.optim import Optimizer
 
 from replfx.errors import FusionError, PlanError
 from replfx.live import SUBMODULE, Synthesis
@@ -19,7 +18,7 @@ from replfx.modules.structure import move_hooks, redirect, set_submodule
 from replfx.operators.mixer import MixerOperator
 from replfx.regions.graph_module import Rewritten, restore_region
 from replfx.reports.describe import WAS_NO_MODULE
-from replfx.rewrite.optimizers import check_optimizer, hand_over, in_order
+from replfx.rewrite.optimizers import Optimizers, checked, hand_over, in_order
 from replfx.rewrite.state import Placement, forget, placed_blocks
 from replfx.rewrite.wrappers import gather_nothing, tell_of_change
 from replfx.tracing import ExampleInputs, Inputs
@@ -69,7 +68,7 @@ def materialize(model: nn.Module) -> nn.Module:
 
 def unroll(
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers = None,
     example_inputs: ExampleInputs | None = None,
     *,
     blocks: str | Sequence[str] | None = None,
@@ -97,7 +96,8 @@ def unroll(
         optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
             coefficients. Their moments start as the means of their neighbours', or as copies too; the state of all
             other parameters stays, and so does what a learning-rate scheduler knows. Its state_dict then fits an
-            optimizer that was made for the full model.
+            optimizer that was made for the full model. Several train one model, as Muon does its matrices and AdamW
+            the rest: give them in a list.
         example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone,
             whose outputs stay: their inner batch normalisation is set to the statistics of what it gets.
         blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.
@@ -119,8 +119,7 @@ def unroll(
         >>> ...                                # the rest at full depth
     """
     root, placed = placed_blocks(model)
-    if optimizer is not None:
-        check_optimizer(optimizer)
+    optimizers = checked(optimizer)
     placed = _asked_for(placed, blocks)
     copies = _is_copies(start)
     gather_nothing(root)
@@ -132,10 +131,9 @@ def unroll(
     with torch.no_grad():
         _unroll(root, placed, seen, next(model.parameters()), copies=copies)
         tell_of_change(root, _new_parameters(root, placed, like, known))
-        if optimizer is not None:
-            for path, placement in placed.items():
-                hand_over(optimizer, before[path], _parameters(root, placement), like[path], copies=copies)
-            in_order(optimizer, model, set(root.parameters()) - known)
+        for path, placement in placed.items() if optimizers else ():
+            hand_over(optimizers, before[path], _parameters(root, placement), like[path], copies=copies)
+        in_order(optimizers, model, set(root.parameters()) - known)
     _finish(root, placed)
     return model
 

@@ -5,10 +5,10 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.optim import Optimizer
 
 from replfx.errors import PlanError, StateDictError
 from replfx.modules.paths import is_named
+from replfx.rewrite.optimizers import Optimizers
 from replfx.rewrite.state import placed_blocks, state_of
 from replfx.rewrite.unroll import Start, check_unrolls, unroll
 from replfx.tracing import ExampleInputs
@@ -59,7 +59,7 @@ class Schedule:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
         *,
         unroll_at: UnrollAt,
         total_steps: int | Callable[[], int] | None = None,
