@@ -1,6 +1,6 @@
 """find_chains: the chains of like blocks in a captured graph, and why not where not."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import replace
 from itertools import groupby
@@ -266,7 +266,7 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
         inner = {key for path in own for key in inside[path] if key in kept}
         rest = {key: _outside(kept[key], own) for key in inner}
         lost = sum(_worth(kept[key]) - sum(map(_worth, parts)) for key, parts in rest.items())
-        if inner and not _is_level(chain, _worth(chain), lost):
+        if inner and not _is_level(chain, [kept[key] for key in inner], lost):
             continue
         for key in inner:
             del kept[key]
@@ -286,12 +286,22 @@ def _outside(chain: Chain, blocks: Set[str]) -> list[Chain]:
     return [Chain(stretch) for stretch in stretches if len(stretch) >= SHORTEST]
 
 
-def _is_level(chain: Chain, worth: int, lost: int) -> bool:
-    """Whether to keep the outer level of nested chains.
+def _is_level(chain: Chain, inner: Sequence[Chain], lost: int) -> bool:
+    """Whether to keep the outer level of nested chains, where so much could be replaced inside.
 
-    A class of its own is, unless twice as much can be replaced inside; a container only if less can.
+    A class of its own is, unless twice as much can be replaced inside; a container only if less can, and so is a stage:
+    one that holds three and more like blocks of a chain.
     """
-    return worth > lost if issubclass(class_of(chain.blocks[0].site.block), nn.Sequential) else 2 * worth >= lost
+    worth = _worth(chain)
+    container = issubclass(class_of(chain.blocks[0].site.block), nn.Sequential)
+    return worth > lost if container or _are_stages(chain, inner) else 2 * worth >= lost
+
+
+def _are_stages(chain: Chain, inner: Iterable[Chain]) -> bool:
+    """Whether most blocks of a chain hold three and more blocks of one inner chain each."""
+    held = [Counter(above for path in each.paths for above in ancestors(path)) for each in inner]
+    stages = [path for path in chain.paths if any(counts[path] >= SHORTEST for counts in held)]
+    return 2 * len(stages) > len(chain.blocks)
 
 
 def _worth(chain: Chain) -> int:

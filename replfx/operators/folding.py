@@ -152,7 +152,8 @@ def _dead(probe: Probe, owners: Sequence[str]) -> set[str]:
     weights = _zeros(probe, owners)
     with torch.enable_grad():
         out = probe.run(weights=weights)[probe.site.output]
-        loss = (out * probe.draw(out.shape, out.dtype)).abs().sum()
+        shift, scale = (probe.draw(out.shape, out.dtype) for _ in range(2))  # |·| has no gradient at zero
+        loss = ((out + shift) * scale).abs().sum()
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     reached = {n.rpartition(".")[0] for n, grad in zip(weights, grads, strict=True) if grad is not None and grad.any()}
     return set(owners) - reached
@@ -182,23 +183,25 @@ def _in_both_modes(value: Callable[[bool], Tensor], wanted: Tensor | float) -> b
 # ---- finding it
 
 
-def identity_fold(site: Site) -> Fold | str:
-    """How the block at `site` is made to give on its input, or why it cannot be."""
+def identity_fold(site: Site, *, branch: bool = False) -> Fold | str:
+    """How the block at `site` is made to give on its input, or if it is a branch nothing; or why it cannot be."""
     try:
         probe = Probe(site)
         found = silencers(
             probe,
             site.nodes,
             lambda weights: _in_both_modes(
-                lambda training: probe.run(weights=weights, training=training)[site.output], probe.x
+                lambda training: probe.run(weights=weights, training=training)[site.output],
+                0.0 if branch else probe.x,
             ),
         )
     except Unmeasured as error:
         return f"it could not be run alone to see which of its layers have to start at zero: {error}"
     if found:
         return Fold(found)
-    if is_residual(site):
-        return "whichever of its layers start at zero, it gives something else than its input"
+    if branch or is_residual(site):
+        wanted = "something" if branch else "something else than its input"
+        return f"whichever of its layers start at zero, it gives {wanted}"
     return not_residual(site)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Branch",
     "Residual",
     "is_residual",
+    "is_sum",
     "keeps_shape",
     "not_residual",
 ]
@@ -68,15 +69,15 @@ def is_residual(site: Site, *, layouts: bool = True) -> bool:
         layouts: it may lay its activation out anew before, or give it in another type.
     """
     node = _behind(site, site.output, layouts)
-    if not _is_sum(node) and _is_elementwise(site, node):
+    if not is_sum(node) and _is_elementwise(site, node):
         node = _behind(site, activations_of(node)[0], layouts)
-    pending = [node] if _is_sum(node) and node in site.nodes else []
+    pending = [node] if is_sum(node) and node in site.nodes else []
     while pending:
         for term in pending.pop().all_input_nodes:
             term = _behind(site, term, layouts)
             if term is site.input:
                 return True
-            if _is_sum(term) and term in site.nodes:
+            if is_sum(term) and term in site.nodes:
                 pending.append(term)
     return False
 
@@ -108,7 +109,8 @@ def keeps_shape(site: Site) -> bool:
     return inward is not None and inward == outward and set(getattr(layer, "stride", (1,))) == {1}
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
+    """Whether it adds."""
     return node.target in _SUMS
 
 
@@ -337,7 +339,7 @@ def _way_through(site: Site) -> tuple[set[fx.Node], list[fx.Node]]:
     reached, order = {site.input}, {site.input: -1, **{node: i for i, node in enumerate(site.nodes)}}
     for node in site.nodes:
         inputs = node.all_input_nodes
-        if _is_sum(node):
+        if is_sum(node):
             if any(term in reached for term in inputs):
                 reached.add(node)
         elif inputs and inputs[0] in reached and (is_layout(node) or is_cast(node) or _is_elementwise(site, node)):
@@ -347,7 +349,7 @@ def _way_through(site: Site) -> tuple[set[fx.Node], list[fx.Node]]:
         main.add(node)
         terms = sorted((term for term in node.all_input_nodes if term in reached), key=order.__getitem__)
         # A sum of two that both come from the input without weights: the one that has gone further is the branch.
-        if _is_sum(node):
+        if is_sum(node):
             ends += [term for term in reversed(node.all_input_nodes) if term is not terms[0]]
         node = terms[0]
     return main, [term for end in ends for term in _terms(site, end, main)]
@@ -358,7 +360,7 @@ def _terms(site: Site, node: fx.Node, main: Set[fx.Node]) -> Iterator[fx.Node]:
     inner = node
     while _is_elementwise(site, inner) and is_passing(site, inner):
         inner = activations_of(inner)[0]
-    terms = inner.all_input_nodes if _is_sum(inner) and inner in site.nodes else []
+    terms = inner.all_input_nodes if is_sum(inner) and inner in site.nodes else []
     if len(terms) != 2 or not all(_comes_from(site, term, main) for term in terms):
         yield node
         return

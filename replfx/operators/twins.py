@@ -2,9 +2,9 @@
 
 To run a block alone takes longer than all else in a plan, and the blocks of one model are mostly the same thing over
 and over. Two are twins if nothing that a measurement sees tells them apart: what their modules are and how they are
-set, what their part of the graph does, what they are given, what their neighbours are. Weights' values don't count, for
-these are drawn (`replfx.operators.probe`). Blocks of which it cannot be seen, as of two objects that may be alike, are
-no twins.
+set, what their part of the graph does, what they are given, whether they are added to it, and what their neighbours
+are. Weights' values don't count, for these are drawn (`replfx.operators.probe`). Blocks of which it cannot be seen, as
+of two objects that may be alike, are no twins.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from replfx.modules.structure import signature
 from replfx.modules.tree import attributes_of
 from replfx.operators.base import Site
+from replfx.operators.outer_sum import is_branch
 from replfx.operators.probe import makers_of
 
 __all__ = ["twin_key"]
@@ -30,7 +31,8 @@ def twin_key(site: Site) -> Hashable | None:
     """What is the same for twins and for no others; None if it can't be said of this block."""
     try:
         sides = tuple(None if side is None else tuple(signature(side).items()) for side in (site.previous, site.next))
-        return _frozen(site.interface.to_dict()), site.shape, tuple(_modules(site.block)), _graph(site), sides
+        about = _frozen(site.interface.to_dict()), site.shape, is_branch(site)
+        return *about, tuple(_modules(site.block)), _graph(site), sides
     except _Unlike:
         return None
 
