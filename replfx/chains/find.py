@@ -260,23 +260,46 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
     If that is the outer one, the parts of the inner chain outside of its blocks stay chains.
     """
     kept: dict[str, Chain] = {}  # by the path of the first block
+    blocks = set[str]()  # of those that are kept
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept that have blocks within it
-    for chain in sorted(chains, key=lambda c: (-max(p.count(".") for p in c.paths), c.blocks[0].call.start)):
+    for chain in _inner_first(list(chains)):
         own = set(chain.paths)
+        if any(above in blocks for path in own for above in ancestors(path)):
+            continue  # each lies in a block of the other, and the other was first
         inner = {key for path in own for key in inside[path] if key in kept}
         rest = {key: _outside(kept[key], own) for key in inner}
         lost = sum(_worth(kept[key]) - sum(map(_worth, parts)) for key, parts in rest.items())
         if inner and not _is_level(chain, [kept[key] for key in inner], lost):
             continue
         for key in inner:
-            del kept[key]
+            blocks.difference_update(kept.pop(key).paths)
         for new in (chain, *(part for key in sorted(rest) for part in rest[key])):
             first = new.blocks[0].path
             kept[first] = new
+            blocks.update(new.paths)
             for path in new.paths:
                 for ancestor in ancestors(path):
                     inside[ancestor].add(first)
     return list(kept.values())
+
+
+def _inner_first(chains: Sequence[Chain]) -> list[Chain]:
+    """Each chain before those that have blocks around its own; else the deepest first, and then the first to run."""
+    import networkx as nx  # a fifth of a second, which `import replfx` does without
+
+    holder = {path: index for index, chain in enumerate(chains) for path in chain.paths}
+    order: nx.DiGraph[int] = nx.DiGraph()
+    order.add_nodes_from(range(len(chains)))
+    for path, index in holder.items():
+        order.add_edges_from((index, holder[above]) for above in ancestors(path) if holder.get(above, index) != index)
+
+    def place(index: int) -> tuple[int, int]:
+        return -max(path.count(".") for path in chains[index].paths), chains[index].blocks[0].call.start
+
+    around = nx.condensation(order)  # chains that lie in each other's blocks are one node of it
+    members = nx.get_node_attributes(around, "members")
+    steps = nx.lexicographical_topological_sort(around, key=lambda node: min(map(place, members[node])))
+    return [chains[index] for node in steps for index in sorted(members[node], key=place)]
 
 
 def _outside(chain: Chain, blocks: Set[str]) -> list[Chain]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -61,6 +62,66 @@ def test_groups_of_blocks_take_the_level_that_replaces_most() -> None:
     # Six inner blocks in a row let two be replaced, the three groups one of twice the size: a tie.
     model.blocks = nn.Sequential(*(nn.Sequential(Mlp(), Mlp()) for _ in range(3)))
     assert chains(model) == [[f"blocks.{i}.{j}" for i in range(3) for j in range(2)]]
+
+
+class Stage(nn.Module):
+    """A class of its own, which runs its blocks."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_stage_of_three_and_more_is_a_container() -> None:
+    stages = [[f"blocks.{i}.blocks.{j}" for j in range(3)] for i in range(3)]
+    assert chains(Tower(*(Stage(Mlp(), Mlp(), Mlp()) for _ in range(3)))) == [list(itertools.chain(*stages))]
+    assert chains(Tower(*(Stage(Mlp(), Mlp()) for _ in range(3)))) == [numbered("blocks.", 0, 1, 2)]
+
+
+class Inner(Mlp):
+    """Of a class of its own."""
+
+
+class Layer(nn.Module):
+    """A block with a smaller one inside, of one of two classes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.mlp = inner, Mlp(hidden=64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.inner(x))
+        return y
+
+
+class Nested(nn.Module):
+    """One chain in two places, the second of which is less deep: what lies in blocks there is found after them."""
+
+    def __init__(self, around: int) -> None:
+        super().__init__()
+        first: nn.Module = nn.ModuleDict({"blocks": nn.Sequential(*(Layer(Plain()) for _ in range(4)))})
+        for _ in range(around):
+            first = nn.ModuleDict({"inside": first})
+        self.first, self.depth = first, around
+        self.blocks = nn.Sequential(*(Layer(Inner()) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Any = self.first
+        for _ in range(self.depth):
+            first = first["inside"]
+        y: Tensor = self.blocks(first["blocks"](x))
+        return y
+
+
+@pytest.mark.parametrize("around", range(4))
+def test_no_chain_lies_in_the_blocks_of_another(around: int) -> None:
+    first = "first." + "inside." * around + "blocks."
+    assert chains(Nested(around), torch.randn(2, 8)) == [numbered(first, 0, 1, 2, 3) + numbered("blocks.", 0, 1, 2, 3)]
 
 
 class Group(nn.Module):
