@@ -11,7 +11,7 @@ from replfx.chains.candidates import Candidate, Candidates, is_layer
 from replfx.chains.chain import SHORTEST, Block, Chain, Chains
 from replfx.chains.effects import effects_of
 from replfx.chains.links import Path, paths_of
-from replfx.chains.slots import Joined, input_slots, interface_of, output_slots
+from replfx.chains.slots import Joined, input_slots, interface_of, other_streams, output_slots
 from replfx.chains.traced_candidates import TracedCandidates, region_of_call
 from replfx.chains.why_not import why_not
 from replfx.fusion.interface import Interface
@@ -139,7 +139,8 @@ class _Search:
         if call.filled:
             fills, effects = effects_of(call, set(nodes), given)
             interface = replace(interface, fills=fills, effects=effects)
-        site = Site(call.path, candidate.module, interface, _shape(gives), nodes, given, gives, names)
+        others = other_streams(call, interface)
+        site = Site(call.path, candidate.module, interface, _shape(gives), nodes, given, gives, names, others=others)
         return Block(call, site)
 
     def _region_chain(self, regions: Sequence[Region]) -> Chain:

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from replfx.chains.chain import SHORTEST, Chain, Chains, some
+from replfx.chains.chain import SHORTEST, Block, Chain, Chains, some
 from replfx.chains.policy import RULES, Policy
 from replfx.chains.stages import cut_chains
 from replfx.errors import FusionError, PlanError
@@ -102,12 +102,12 @@ class _Chooser:
             sides = [chain.blocks[side] for side in _sides(position, chosen)]
             if why := too_unlike(site.block, *((side.path, side.site.block) for side in sides)):
                 return Match(reason=why)
+        if self.name == "identity" and (why := _not_kept(block, site)):
+            return Match(reason=why)
         key = twin_key(site) if self.operator.matches_by_structure else None
         if key is not None and key in self._twins:
             return self._twins[key]
-        match = self.operator.match(site) if site.shape or self.name != "identity" else _unmeasured(site)
-        if match and self.name == "identity" and block.changing:
-            return Match(reason=block.changing)
+        match = self.operator.match(site)
         if match and key is not None:  # a refusal names nodes of its own
             self._twins[key] = match
         return match
@@ -197,11 +197,11 @@ def _site(chain: Chain, position: int, chosen: Set[int]) -> Site:
     return replace(chain.blocks[position].site, previous=before, next=after)
 
 
-def _unmeasured(site: Site) -> Match:
-    """The match without example inputs: only a residual block is known to keep the shape of its activation."""
-    if is_residual(site):
-        return operators["identity"].match(site)
-    return Match(reason="whether it keeps its activation's shape is not known without example_inputs")
+def _not_kept(block: Block, site: Site) -> str | None:
+    """That a block gives another shape than it gets, or may; without example inputs a residual one is known not to."""
+    if site.shape is None and not is_residual(site):
+        return "whether it keeps its activation's shape is not known without example_inputs"
+    return block.changing
 
 
 # ---- select=

@@ -6,9 +6,10 @@ from typing import TypeAlias
 from torch import fx
 
 from replfx.fusion.interface import Interface
+from replfx.fusion.templates import leaves
 from replfx.tracing import ModuleCall
 
-__all__ = ["Joined", "input_slots", "interface_of", "output_slots", "same_value"]
+__all__ = ["Joined", "input_slots", "interface_of", "other_streams", "output_slots", "same_value"]
 
 Joined: TypeAlias = tuple[tuple[str, str], ...]  # (output slot, input slot of the next block), …
 
@@ -92,3 +93,14 @@ def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, 
         return value if value is None or isinstance(value, bool | int | float | str) else {"computed": True}
 
     return Interface(slots, template(call.output))
+
+
+def other_streams(call: ModuleCall, interface: Interface) -> tuple[tuple[fx.Node, fx.Node], ...]:
+    """The nodes before and after of each activation besides the main one that a call gives back changed."""
+    inputs, outputs = input_slots(call), output_slots(call)
+    found = [
+        (inputs[slot], outputs[".".join(map(str, path))])
+        for path, kind, slot in leaves(interface.output)
+        if kind == "input" and slot != interface.main
+    ]
+    return tuple((before, after) for before, after in found if same_value(after) is not same_value(before))

@@ -52,6 +52,7 @@ class Site:
         shape: shape of its main activation; None if no example inputs were given.
         nodes: the nodes of its region in the captured graph.
         input, output: the nodes of its main activation, before and after.
+        others: those of further activations that it changes, as the two streams of a joint attention.
         names: for the modules of the model that make up the block, the names that they have in `block`; that of
             the block itself is empty.
         previous, next: the blocks that its parameters would be fused from; None at the ends of a chain.
@@ -67,6 +68,7 @@ class Site:
     names: Mapping[str, str]
     previous: nn.Module | None = None
     next: nn.Module | None = None
+    others: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
     def inside(self, node: fx.Node) -> str:
         """The name in `block` of the module that a node of it calls."""

@@ -151,9 +151,10 @@ def _dead(probe: Probe, owners: Sequence[str]) -> set[str]:
     """Those of some modules, all at zero, that no gradient would reach: they would stay at zero."""
     weights = _zeros(probe, owners)
     with torch.enable_grad():
-        out = probe.run(weights=weights)[probe.site.output]
-        shift, scale = (probe.draw(out.shape, out.dtype) for _ in range(2))  # |·| has no gradient at zero
-        loss = ((out + shift) * scale).abs().sum()
+        made = probe.run(watch=[end for _, end in probe.site.others], weights=weights).values()
+        # |·| has no gradient at zero.
+        terms = [(out + probe.draw(out.shape, out.dtype)) * probe.draw(out.shape, out.dtype) for out in made]
+        loss = torch.stack([term.abs().sum() for term in terms]).sum()
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     reached = {n.rpartition(".")[0] for n, grad in zip(weights, grads, strict=True) if grad is not None and grad.any()}
     return set(owners) - reached
@@ -165,18 +166,23 @@ def _is_scale(module: nn.Module) -> bool:
     return not hasattr(module, "eps") and all(sum(size > 1 for size in p.shape) <= 1 for p in own)
 
 
-def _in_both_modes(value: Callable[[bool], Tensor], wanted: Tensor | float) -> bool:
+def _in_both_modes(
+    values: Callable[[bool], Mapping[fx.Node, Tensor]], wanted: Mapping[fx.Node, Tensor | float]
+) -> bool:
+    """Whether nodes have the values that are wanted, in evaluation and in training."""
     with torch.no_grad():
         for training in (False, True):
             try:
-                made = value(training)
+                made = values(training)
             except ValueError:  # a batch normalisation that is trained asks for more than one value a channel
                 if not training:
                     raise
                 continue
-            near = max(_NEAR, rounding_of(made.dtype))
-            if not torch.allclose(made, torch.as_tensor(wanted, dtype=made.dtype), rtol=near, atol=near):
-                return False
+            for node, value in wanted.items():
+                near = max(_NEAR, rounding_of(made[node].dtype))
+                expected = torch.as_tensor(value, dtype=made[node].dtype)
+                if not torch.allclose(made[node], expected, rtol=near, atol=near):
+                    return False
     return True
 
 
@@ -187,12 +193,12 @@ def identity_fold(site: Site, *, branch: bool = False) -> Fold | str:
     """How the block at `site` is made to give on its input, or if it is a branch nothing; or why it cannot be."""
     try:
         probe = Probe(site)
+        ends = {site.output: 0.0 if branch else probe.x, **{end: probe.outside(at) for at, end in site.others}}
         found = silencers(
             probe,
             site.nodes,
             lambda weights: _in_both_modes(
-                lambda training: probe.run(weights=weights, training=training)[site.output],
-                0.0 if branch else probe.x,
+                lambda training: probe.run(watch=ends, weights=weights, training=training), ends
             ),
         )
     except Unmeasured as error:
@@ -211,7 +217,7 @@ def branch_silencers(branch: Branch) -> tuple[str, ...]:
         branch.residual.probe,
         branch.nodes,
         lambda weights: _in_both_modes(
-            lambda training: branch.gives(weights=weights, training=training)[branch.end], 0.0
+            lambda training: branch.gives(weights=weights, training=training), {branch.end: 0.0}
         ),
     )
 
@@ -224,6 +230,8 @@ def fold_of(residual: Residual, carrier: str) -> Fold | str:
         carrier: what is to carry the operator's map: "mlp" (layers behind a normalisation) or "convolutions" (each
             with its normalisation behind it).
     """
+    if others := residual.site.others:
+        return f"it changes another activation too, at `{others[0][1].name}`, which its light operator hands on"
     silenced, carrying = list[str](), None
     for branch in residual.branches:
         if carrying is None:

@@ -186,7 +186,7 @@ class Probe:
                 return value.detach().clone()
         return self.draw(shape)
 
-    def _outside(self, node: fx.Node, depth: int = 0) -> Any:
+    def outside(self, node: fx.Node, depth: int = 0) -> Any:
         """The value of a node that is no part of the block."""
         if node is self.site.input:
             return self.x
@@ -208,7 +208,7 @@ class Probe:
             return [self.draw(*pair) for pair in zip(shape or (), dtype, strict=True)]
         if node.op == "placeholder" or depth > _DEPTH:
             raise Unmeasured(f"it reads `{node.name}`, of which no shape is known; give example_inputs")
-        values = {each: self._outside(each, depth + 1) for each in node.all_input_nodes}
+        values = {each: self.outside(each, depth + 1) for each in node.all_input_nodes}
         return self._call(node, values)
 
     # ---- what nodes read
@@ -282,7 +282,7 @@ class Probe:
                         continue
                     for each in node.all_input_nodes:
                         if each not in values:
-                            values[each] = _clone(self._outside(each))
+                            values[each] = _clone(self.outside(each))
                     values[node] = self._call(node, values, training, weights)
                     if node in watch:
                         seen[node] = _clone(values[node])
@@ -339,7 +339,7 @@ class Probe:
         own = dict((*self.block.named_parameters(), *self.block.named_buffers()))
         if self.site.holds(str(node.target)) or name in own:
             return own[name] if name in own else _at(self.block, name)
-        return self._outside(node)
+        return self.outside(node)
 
 
 def makers_of(node: fx.Node) -> list[fx.Node]:

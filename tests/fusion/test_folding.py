@@ -1,6 +1,7 @@
 """Which layers start at zero so that a full block computes what its operator did, and who says so before."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,39 @@ def test_light_blocks_are_unrolled_exactly(kind: type[nn.Module]) -> None:
             parameter.add_(torch.randn_like(parameter) / 16)
     expected = made(X)
     torch.testing.assert_close(replfx.unroll(made, None, X)(X), expected)
+
+
+class Joint(nn.Module):
+    """Two streams that attend to each other and are both added to, as in SD3 and Flux."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out1, self.out2 = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.qkv(torch.cat([self.norm1(x), self.norm2(context)], 1))
+        made = F.scaled_dot_product_attention(*both.chunk(3, -1))
+        return x + self.out1(made[:, : x.shape[1]]), context + self.out2(made[:, x.shape[1] :])
+
+
+class TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(5))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, context = block(x, context)
+        return torch.cat([x, context], 1)
+
+
+def test_both_streams_of_a_joint_block_stay_when_it_is_unrolled() -> None:
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(2, tokens, 8, dtype=torch.float64) for tokens in (5, 3))
+    model: Any = replfx.transform(TwoStreams().double(), inputs, operator="identity")
+    before = model(*inputs)
+    replfx.unroll(model)
+    assert torch.equal(model(*inputs), before)
+    model(*inputs).square().sum().backward()
+    assert all(layer.weight.grad.any() for layer in (model.blocks[1].out1, model.blocks[1].out2))
