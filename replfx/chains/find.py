@@ -20,7 +20,8 @@ from replfx.modules.paths import ancestors, is_region, members_of, parameters_of
 from replfx.modules.structure import class_of, family, signature, unfit_to_replace
 from replfx.modules.tree import inner_path
 from replfx.operators import Site
-from replfx.operators.residual import keeps_shape
+from replfx.operators.outer_sum import is_branch
+from replfx.operators.residual import is_residual, keeps_shape
 from replfx.regions.find import find_regions
 from replfx.regions.region import Region, region_module
 from replfx.tracing import ModuleCall, info_of
@@ -313,8 +314,7 @@ def _outside(chain: Chain, blocks: Set[str]) -> list[Chain]:
 def _is_level(chain: Chain, inner: Sequence[Chain], lost: int) -> bool:
     """Whether to keep the outer level of nested chains, where so much could be replaced inside.
 
-    A class of its own is, unless twice as much can be replaced inside; a container only if less can, and so is a stage:
-    one that holds three and more like blocks of a chain.
+    A class of its own is, unless twice as much can be replaced inside; a container only if less can, and so is a stage.
     """
     worth = _worth(chain)
     container = issubclass(class_of(chain.blocks[0].site.block), nn.Sequential)
@@ -322,10 +322,15 @@ def _is_level(chain: Chain, inner: Sequence[Chain], lost: int) -> bool:
 
 
 def _are_stages(chain: Chain, inner: Iterable[Chain]) -> bool:
-    """Whether most blocks of a chain hold three and more blocks of one inner chain each."""
-    held = [Counter(above for path in each.paths for above in ancestors(path)) for each in inner]
+    """Whether most blocks of a chain hold three and more like blocks each, which add to what passes through them."""
+    adding = [each for each in inner if _adds(each.blocks[1].site)]
+    held = [Counter(above for path in each.paths for above in ancestors(path)) for each in adding]
     stages = [path for path in chain.paths if any(counts[path] >= SHORTEST for counts in held)]
     return 2 * len(stages) > len(chain.blocks)
+
+
+def _adds(site: Site) -> bool:
+    return is_residual(site) or is_branch(site)
 
 
 def _worth(chain: Chain) -> int:

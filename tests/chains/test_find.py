@@ -83,6 +83,16 @@ def test_a_stage_of_three_and_more_is_a_container() -> None:
     assert chains(Tower(*(Stage(Mlp(), Mlp()) for _ in range(3)))) == [numbered("blocks.", 0, 1, 2)]
 
 
+def test_layers_that_add_nothing_to_what_they_get_are_parts_of_a_block() -> None:
+    """A residual block of three convolutions is no stage of them."""
+
+    class Residual(Stage):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    assert chains(Tower(*(Residual(Plain(), Plain(), Plain()) for _ in range(3)))) == [numbered("blocks.", 0, 1, 2)]
+
+
 class Inner(Mlp):
     """Of a class of its own."""
 
