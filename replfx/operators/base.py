@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -79,11 +80,20 @@ class Site:
         for path, name in self.names.items():
             if is_in(target, path):
                 return f"{name}.{target[len(path) + 1 :]}".strip(".")
-        return target
+        return self._shared.get(target, target)
 
     def holds(self, target: str) -> bool:
         """Whether a path in the model is in the block."""
-        return any(is_in(target, path) for path in self.names)
+        return any(is_in(target, path) for path in self.names) or target in self._shared
+
+    @cached_property
+    def _shared(self) -> dict[str, str]:
+        """Modules that the block has, but the model elsewhere first (one activation for all): their names in both."""
+        root, own = self.input.graph.owning_module, {module: name for name, module in self.block.named_modules()}
+        called = {str(node.target) for node in self.nodes if node.op == "call_module"}
+        elsewhere = [target for target in called if not any(is_in(target, path) for path in self.names)]
+        known = dict(root.named_modules(remove_duplicate=False)) if root is not None and elsewhere else {}
+        return {target: own[module] for target in elsewhere if (module := known.get(target)) in own}
 
     def without_counterpart(self) -> list[str]:
         """Parameters of two dimensions and up that neither neighbour has the like of."""

@@ -94,3 +94,28 @@ def test_weights_are_no_difference() -> None:
     keys = {twins.twin_key(block.site) for block in chain.blocks[1:]}
     assert len(keys) == 1
     assert None not in keys
+
+
+class Activated(nn.Module):
+    """A residual MLP whose activation is a module."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.act, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), act, nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.act(self.fc2(self.act(self.fc1(self.norm(x)))))
+        return y
+
+
+@pytest.mark.parametrize("operator", ["light", "identity"])
+def test_one_activation_for_all_blocks_is_each_blocks_own(operator: str, probed: list[str]) -> None:
+    """As in YOLO: the model has the module in its first layer, and each block by a name of its own."""
+    plans = []
+    for shared in (True, False):
+        act = nn.GELU()
+        blocks = [Activated(act if shared else nn.GELU()) for _ in range(5)]
+        plans.append(replfx.plan(nn.Sequential(act, *blocks), X, operator=operator))
+        assert set(probed) == {"2"}
+        probed.clear()
+    assert plans[0] == plans[1]
