@@ -296,16 +296,6 @@ _OPEN_CLIP: dict[str, Recipe] = {
     "CLIP": Recipe(
         "open_clip.model:CLIP", {"embed_dim": 32, "vision_cfg": _VISION, "text_cfg": _TEXT}, _images_and_tokens
     ),
-    "CoCa": Recipe(
-        "open_clip.coca_model:CoCa",
-        {
-            "embed_dim": 32,
-            "multimodal_cfg": {**_TEXT, "dim_head": 16, "attn_pooler_heads": 2},
-            "text_cfg": {**_TEXT, "embed_cls": True, "output_tokens": True},
-            "vision_cfg": {**_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-        },
-        _images_and_tokens,
-    ),
 }
 
 

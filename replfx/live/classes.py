@@ -273,10 +273,11 @@ def _forward(base: type[nn.Module], role: str) -> Callable[..., Any]:
 
 def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
     """A look-up of what a block had before its modules were freed, without weights."""
+    own = base.__getattr__  # looked up here, since Dynamo takes some classes' `base.__getattr__` for a bound method
 
     def get(self: nn.Module, name: str) -> Any:
         try:
-            return base.__getattr__(self, name)
+            return own(self, name)
         except AttributeError:
             synthesis = self.__dict__.get("_modules", {}).get(SUBMODULE)
             skeleton = None if synthesis is None else synthesis.skeleton
