@@ -19,11 +19,13 @@ def checked(given: Optimizers) -> list[Optimizer]:
     """All of them, whose parameters can be exchanged.
 
     Raises:
-        FusionError: one is no optimizer, or keeps its parameters in a second place.
+        FusionError: there is none in a list, or one is no optimizer, or keeps its parameters in a second place.
     """
     if given is None:
         return []
     found = list(given) if isinstance(given, Sequence) else [given]
+    if not found:
+        raise FusionError("optimizer is an empty list: give what trains the model, or leave it out if nothing does yet")
     for optimizer in found:
         _check(optimizer)
     return found

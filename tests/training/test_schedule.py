@@ -125,8 +125,11 @@ def test_what_keeps_its_parameters_elsewhere_is_refused() -> None:
     before = snapshot(model)
     with pytest.raises(replfx.FusionError, match="LBFGS keeps the history"):
         replfx.unroll(model, torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(replfx.FusionError, match=r"must be a torch\.optim\.Optimizer, not list"):
+    with pytest.raises(replfx.FusionError, match="optimizer is an empty list"):
         replfx.unroll(model, [])
+    wrong: Any = list(model.parameters())
+    with pytest.raises(replfx.FusionError, match=r"must be a torch\.optim\.Optimizer, or several .* not Parameter"):
+        replfx.unroll(model, wrong)
     with pytest.raises(replfx.PlanError, match=r"blocks='blocks\.2' matches no replaced block; they are: blocks\.1"):
         replfx.unroll(model, blocks="blocks.2")
     assert_unchanged(model, before)
