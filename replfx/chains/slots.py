@@ -99,7 +99,7 @@ def other_streams(call: ModuleCall, interface: Interface) -> tuple[tuple[fx.Node
     """The nodes before and after of each activation besides the main one that a call gives back changed."""
     inputs, outputs = input_slots(call), output_slots(call)
     found = [
-        (inputs[slot], outputs[".".join(map(str, path))])
+        (inputs[slot], outputs.get(".".join(map(str, path)), inputs[slot]))
         for path, kind, slot in leaves(interface.output)
         if kind == "input" and slot != interface.main
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +62,32 @@ class Positions(Row):
 def test_a_cast_that_changes_nothing_is_no_result_of_a_block() -> None:
     model = Positions(*(Casting() for _ in range(5)))
     assert replfx.report(replfx.transform(model, X)).replaced == ["blocks.1", "blocks.3"]
+
+
+class Naming(nn.Module):
+    """A block that hands its mask on under a key that is no name in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"x": x + self.linear(x) * mask, "attention-mask": mask}
+
+
+class Named(Row):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(2, 6, 1)
+        for block in self.blocks:
+            given = block(x, mask)
+            x, mask = given["x"], given["attention-mask"]
+        return x
+
+
+@pytest.mark.parametrize("operator", ["block", "identity"])
+def test_a_mask_that_is_handed_on_by_any_key(operator: str) -> None:
+    model = replfx.transform(Named(*(Naming() for _ in range(5))), X, operator=operator)
+    assert replfx.report(model).replaced == ["blocks.1", "blocks.3"]
+    before = model(X)
+    replfx.unroll(model)
+    torch.testing.assert_close(model(X), before)
