@@ -77,7 +77,7 @@ class Naming(nn.Module):
 
 class Named(Row):
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.ones(2, 6, 1)
+        mask = x[..., :1] > 0
         for block in self.blocks:
             given = block(x, mask)
             x, mask = given["x"], given["attention-mask"]
