@@ -23,7 +23,8 @@ class Unroll(Callback):
 
     Args:
         unroll_at: as for `replfx.Schedule`; shares are of `trainer.estimated_stepping_batches`.
-        example_inputs, start: as for `replfx.unroll`.
+        example_inputs: as for `replfx.unroll`.
+        start: as for `replfx.unroll`.
 
     Raises:
         PlanError: when training starts: there is no transformed model, or more than one optimizer.

@@ -21,7 +21,8 @@ class Unroll(TrainerCallback):
 
     Args:
         unroll_at: as for `replfx.Schedule`; shares are of the Trainer's `max_steps`.
-        example_inputs, start: as for `replfx.unroll`.
+        example_inputs: as for `replfx.unroll`.
+        start: as for `replfx.unroll`.
 
     Raises:
         PlanError: when the Trainer is made: its model is not transformed.

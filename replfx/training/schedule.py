@@ -33,7 +33,8 @@ class Schedule:
             from them to paths or globs says which.
         total_steps: of the whole training; needed for shares. Or a function that gives it, for trainers that know it
             late.
-        example_inputs, start: as for `replfx.unroll`.
+        example_inputs: as for `replfx.unroll`.
+        start: as for `replfx.unroll`.
         averages: copies of the model with averaged weights (EMA), which are unrolled with it.
         follow: whether a state_dict with blocks at full depth, loaded into the model while these are replaced, unrolls
             them. For trainers that load a model's weights before anything else; without it that is an error.
