@@ -64,29 +64,16 @@ def test_groups_of_blocks_take_the_level_that_replaces_most() -> None:
     assert chains(model) == [[f"blocks.{i}.{j}" for i in range(3) for j in range(2)]]
 
 
-class Stage(nn.Module):
-    """A class of its own, which runs its blocks."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 def test_a_stage_of_three_and_more_is_a_container() -> None:
     stages = [[f"blocks.{i}.blocks.{j}" for j in range(3)] for i in range(3)]
-    assert chains(Tower(*(Stage(Mlp(), Mlp(), Mlp()) for _ in range(3)))) == [list(itertools.chain(*stages))]
-    assert chains(Tower(*(Stage(Mlp(), Mlp()) for _ in range(3)))) == [numbered("blocks.", 0, 1, 2)]
+    assert chains(Tower(*(Row(Mlp(), Mlp(), Mlp()) for _ in range(3)))) == [list(itertools.chain(*stages))]
+    assert chains(Tower(*(Row(Mlp(), Mlp()) for _ in range(3)))) == [numbered("blocks.", 0, 1, 2)]
 
 
 def test_layers_that_add_nothing_to_what_they_get_are_parts_of_a_block() -> None:
     """A residual block of three convolutions is no stage of them."""
 
-    class Residual(Stage):
+    class Residual(Row):
         def forward(self, x: Tensor) -> Tensor:
             return x + super().forward(x)
 

@@ -28,11 +28,27 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any, bac
     A process that waits for one that raised fails after two minutes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # They meet in a file: a port that is free now may be taken when they get to it.
-    meeting = folder / f"meeting-{uuid.uuid4().hex}"
-    arguments = (count, meeting, folder, work, args, backend)
+    arguments = (count, meeting_in(folder), folder, work, args, backend)
     mp.start_processes(_join, args=arguments, nprocs=count, start_method="forkserver")
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
+
+
+def meeting_in(folder: Path) -> Path:
+    """A file for one group of processes to meet in: a port that is free now may be taken when they get to it."""
+    return folder / f"meeting-{uuid.uuid4().hex}"
+
+
+def join(rank: int, count: int, meeting: Path, backend: str = "gloo") -> None:
+    """Become a process of a group."""
+    faulthandler.enable()  # a process that is killed by a signal says where
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        backend,
+        init_method=meeting.as_uri(),
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(seconds=120),
+    )
 
 
 def tried(check: Callable[..., object], *args: Any) -> str | None:
@@ -58,15 +74,7 @@ def assert_all_well(findings: list[dict[str, str | None]], name: str | None = No
 def _join(
     rank: int, count: int, meeting: Path, folder: Path, work: Callable[..., Any], args: tuple[Any, ...], backend: str
 ) -> None:
-    faulthandler.enable()  # a process that is killed by a signal says where
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        backend,
-        init_method=meeting.as_uri(),
-        rank=rank,
-        world_size=count,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    join(rank, count, meeting, backend)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(work(*args)))
     dist.barrier()
     dist.destroy_process_group()

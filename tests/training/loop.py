@@ -5,14 +5,12 @@ Imported by the process that the others are forked from, so that each starts at 
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import uuid
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -29,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import replfx
-from tests.support.processes import PRELOADED
+from tests.support.processes import PRELOADED, join, meeting_in
 
 STEPS, EVERY, SWITCH = 24, 5, 12  # the switch comes between two checkpoints
 ACTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -59,7 +57,7 @@ class Run:
 
     def go(self) -> bool:
         """Run until the end, or until one rank dies; whether it came to the end."""
-        meeting = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex}")  # a free port may be taken
+        meeting = meeting_in(self.folder.parent)
         processes = [context.Process(target=_work, args=(self, rank, meeting)) for rank in range(self.ranks)]
         for process in processes:
             process.start()
@@ -86,9 +84,7 @@ class Run:
 
 
 def _work(run: Run, rank: int, meeting: Path) -> None:
-    faulthandler.enable()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=run.ranks)
+    join(rank, run.ranks, meeting)
     acts = 0
 
     def watch(event: str, values: tuple[object, ...]) -> None:
