@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sources(text: str) -> list[str]:
-    given = text.split(",")
-    if unknown := [name for name in given if name not in (*SOURCES, *MORE)]:
-        raise argparse.ArgumentTypeError(f"no source {', '.join(unknown)}; there are {', '.join((*SOURCES, *MORE))}")
+    given, known = text.split(","), (*SOURCES, *MORE)
+    if unknown := [name for name in given if name not in known]:
+        raise argparse.ArgumentTypeError(f"no source {', '.join(unknown)}; there are {', '.join(known)}")
     return given
 
 

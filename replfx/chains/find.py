@@ -262,10 +262,10 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
     If that is the outer one, the parts of the inner chain outside of its blocks stay chains.
     """
     kept: dict[str, Chain] = {}  # by the path of the first block
-    blocks = set[str]()  # of those that are kept
     inside: dict[str, set[str]] = defaultdict(set)  # block path → chains kept that have blocks within it
     for chain in _inner_first(list(chains)):
         own = set(chain.paths)
+        blocks = {path for each in kept.values() for path in each.paths}
         if any(above in blocks for path in own for above in ancestors(path)):
             continue  # each lies in a block of the other, and the other was first
         inner = {key for path in own for key in inside[path] if key in kept}
@@ -274,11 +274,10 @@ def _levels_worth_it(chains: Iterable[Chain]) -> list[Chain]:
         if inner and not _is_level(chain, [kept[key] for key in inner], lost):
             continue
         for key in inner:
-            blocks.difference_update(kept.pop(key).paths)
+            del kept[key]
         for new in (chain, *(part for key in sorted(rest) for part in rest[key])):
             first = new.blocks[0].path
             kept[first] = new
-            blocks.update(new.paths)
             for path in new.paths:
                 for ancestor in ancestors(path):
                     inside[ancestor].add(first)

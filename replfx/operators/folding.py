@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from replfx.errors import FusionError
 from replfx.operators.base import Site
 from replfx.operators.norms import is_entry, is_norm
-from replfx.operators.probe import Probe, Unmeasured, module_at, number_of, rounding_of
+from replfx.operators.probe import Probe, Unmeasured, is_vector, module_at, number_of, rounding_of
 from replfx.operators.residual import Branch, Residual, gives, is_passing, is_residual, not_residual
 
 __all__ = ["Fold", "branch_silencers", "fold_of", "identity_fold", "set_linear", "silence", "silencers"]
@@ -163,7 +163,7 @@ def _dead(probe: Probe, owners: Sequence[str]) -> set[str]:
 def _is_scale(module: nn.Module) -> bool:
     """Whether what it owns is a value a channel, and it is no normalisation."""
     own = list(module.parameters(recurse=False))
-    return not hasattr(module, "eps") and all(sum(size > 1 for size in p.shape) <= 1 for p in own)
+    return not hasattr(module, "eps") and all(map(is_vector, own))
 
 
 def _in_both_modes(
@@ -318,7 +318,7 @@ class _Reader:
         """Whether a node gives on what it gets if its parameters have a value."""
         probe = self.branch.residual.probe
         weights = {name: value(probe.block.get_parameter(name)) for name in names}
-        if any(sum(size > 1 for size in weight.shape) > 1 for weight in weights.values()):
+        if not all(map(is_vector, weights.values())):
             return False
         nodes = [each for term in node.all_input_nodes if term is not inner for each in probe.handles(term)] + [node]
         start = self.branch.gives(watch=[inner])[inner]

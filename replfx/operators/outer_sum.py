@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from replfx.modules.structure import attribute_at
 from replfx.operators.base import Site
-from replfx.operators.probe import activations_of
+from replfx.operators.probe import activations_of, is_vector
 from replfx.operators.residual import is_residual, is_sum
 
 __all__ = ["is_branch"]
@@ -55,4 +55,4 @@ def _is_vectors_only(node: fx.Node) -> bool:
     read = [attribute_at(root, str(term.target)) for term in node.all_input_nodes if term.op == "get_attr"]
     if node.op == "call_module":
         read += root.get_submodule(str(node.target)).parameters()
-    return all(sum(size > 1 for size in t.shape) <= 1 for t in read if isinstance(t, Tensor))
+    return all(is_vector(value) for value in read if isinstance(value, Tensor))

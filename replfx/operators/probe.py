@@ -416,6 +416,11 @@ def number_of(module: nn.Module) -> int:
     return sum(1 for _ in module.parameters())
 
 
+def is_vector(tensor: Tensor) -> bool:
+    """Whether it has a value a channel: at most one dimension that counts."""
+    return sum(size > 1 for size in tensor.shape) <= 1
+
+
 def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 

@@ -379,9 +379,10 @@ def is_passing(site: Site, node: fx.Node) -> bool:
 
 
 def _passes(module: nn.Module) -> bool:
-    x = torch.linspace(-9, 9, 96, dtype=torch.float64)
-    twin = copy.deepcopy(module).eval()
-    return number_of(module) == 0 and gives(lambda: twin(x.view(2, 3, 4, 4).clone()).flatten().sort().values, x)
+    if number_of(module):  # which need not be copied
+        return False
+    x, twin = torch.linspace(-9, 9, 96, dtype=torch.float64), copy.deepcopy(module).eval()
+    return gives(lambda: twin(x.view(2, 3, 4, 4).clone()).flatten().sort().values, x)
 
 
 def gives(call: Callable[[], Tensor], wanted: Tensor) -> bool:

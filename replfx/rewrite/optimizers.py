@@ -14,6 +14,9 @@ __all__ = ["Optimizers", "checked", "hand_over", "in_order"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 """What trains a model: often one, or one for matrices (Muon) and another for the rest."""
 
+_Home: TypeAlias = tuple[Optimizer, dict[str, Any]]
+"""An optimizer, and one of its groups."""
+
 
 def checked(given: Optimizers) -> list[Optimizer]:
     """All of them, whose parameters can be exchanged.
@@ -92,10 +95,6 @@ def hand_over(
     for optimizer in optimizers:
         for parameter in gone:
             optimizer.state.pop(parameter, None)
-
-
-_Home: TypeAlias = tuple[Optimizer, dict[str, Any]]
-"""An optimizer, and one of its groups."""
 
 
 def in_order(optimizers: Sequence[Optimizer], model: nn.Module, new: set[nn.Parameter]) -> None:

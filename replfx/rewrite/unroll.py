@@ -131,9 +131,10 @@ def unroll(
     with torch.no_grad():
         _unroll(root, placed, seen, next(model.parameters()), copies=copies)
         tell_of_change(root, _new_parameters(root, placed, like, known))
-        for path, placement in placed.items() if optimizers else ():
-            hand_over(optimizers, before[path], _parameters(root, placement), like[path], copies=copies)
-        in_order(optimizers, model, set(root.parameters()) - known)
+        if optimizers:
+            for path, placement in placed.items():
+                hand_over(optimizers, before[path], _parameters(root, placement), like[path], copies=copies)
+            in_order(optimizers, model, set(root.parameters()) - known)
     _finish(root, placed)
     return model
 

@@ -131,21 +131,18 @@ def holds_modules(tree: object) -> bool:
 
 def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     entries: dict[int, list[object]] = {}
+    cast = cls is autocast
+    start, end = (_enter_autocast, _exit_autocast) if cast else (enter_inference, leave_inference)
 
     def enter(original: Any, self: Any) -> Any:
-        if cls is autocast:
-            given = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
-            entry = watcher.entered(_enter_autocast, given)
-        else:
-            entry = watcher.entered(enter_inference, (self.mode,))
-        entries.setdefault(id(self), []).append(entry)
+        given = (self.device, self.fast_dtype, self._enabled, self._cache_enabled) if cast else (self.mode,)
+        entries.setdefault(id(self), []).append(watcher.entered(start, given))
         return original(self)
 
     def leave(original: Any, self: Any, *error: Any) -> Any:
         result = original(self, *error)
         if entries.get(id(self)):
-            target = _exit_autocast if cls is autocast else leave_inference
-            watcher.left(entries[id(self)].pop(), target)
+            watcher.left(entries[id(self)].pop(), end)
         return result
 
     return enter, leave
