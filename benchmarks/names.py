@@ -68,13 +68,17 @@ def _percent(share: str) -> str:
     return f"{100 * float(share):g} %"
 
 
+def _percents(shares: str) -> str:
+    return ", ".join(map(_percent, shares.split(",")))
+
+
 def _ordinal(number: int) -> str:
     return {1: "1st", 2: "2nd", 3: "3rd"}.get(number, f"{number}th")
 
 
 _OPTIONS: dict[str, Callable[[str], str]] = {
-    "unroll": lambda value: f"unrolled at {_percent(value)}",
-    "at": lambda value: f"grown at {_percent(value)}",
+    "unroll": lambda value: f"unrolled at {_percents(value)}",
+    "at": lambda value: f"grown at {_percents(value)}",
     "late": lambda value: f"replaced at {_percent(value)}",
     "select": lambda value: value.replace(",", ", "),
     "every": lambda value: f"every {_ordinal(int(value))} block",
@@ -83,6 +87,8 @@ _OPTIONS: dict[str, Callable[[str], str]] = {
     "lr": lambda value: f"learning rate {float(value):g}",
     "length": lambda value: f"{_percent(value)} of the steps",
     "after": lambda value: f"rate × {float(value):g} once grown",
+    "rewarm": lambda value: f"warmed up once more for {_percent(value)}",
+    "moments": lambda value: f"moments {value}",
     "neighbour_gradient": lambda value: (
         "neighbours get no gradient" if float(value) == 0 else f"neighbours' gradient × {float(value):g}"
     ),

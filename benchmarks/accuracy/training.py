@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -150,7 +150,7 @@ class Run:
         self.optimizer = self.recipe.optimizer_for(self.model)
         self.schedule = self.recipe.schedule_for(self.optimizer)
         self.progress = Progress()
-        self._grows_at = None if self.variant.grow is None else int(self.variant.grows_at * self.recipe.steps)
+        self._grows_at = [int(share * self.recipe.steps) for share in self.variant.grows_at]
         points = range(1, self.recipe.evaluations + 1)
         self._evaluations = {max(1, self.recipe.steps * k // self.recipe.evaluations) for k in points}
         self._random = self._get_random()
@@ -190,13 +190,13 @@ class Run:
     def _span(self, stop: Callable[[int], bool]) -> None:
         """Take a step, and more of them up to a round number, an evaluation, a growth or a stop."""
         first, start = self.progress.step, self.clock()
-        if first == self._grows_at:
-            self._grow()
+        if first in self._grows_at:
+            self._grow(self._grows_at.index(first))
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
         while True:
             losses += self.step()
             at = self.progress.step
-            if at % SPAN == 0 or at in self._evaluations or at == self._grows_at or stop(at):
+            if at % SPAN == 0 or at in self._evaluations or at in self._grows_at or stop(at):
                 break
         self.progress.loss += float(losses)
         seconds = self.clock() - start
@@ -212,16 +212,32 @@ class Run:
         loss.backward()
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        with self._warmed():
+            self.optimizer.step()
         self.schedule.step()
         self.progress.step += 1
         return loss.detach()
 
-    def _grow(self) -> None:
+    @contextmanager
+    def _warmed(self) -> Iterator[None]:
+        """Lower the learning rate for as long as it rises once more after a growth."""
+        since = self.progress.step + 1 - max((at for at in self._grows_at if at <= self.progress.step), default=0)
+        rising = self.variant.rewarm * self.recipe.steps
+        if since >= rising or self.progress.step < min(self._grows_at):
+            yield
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= since / rising
+        yield
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _grow(self, index: int) -> None:
         assert self.variant.grow is not None
         data = self.subject.data
         example = data.inputs(data.batch(self.seed, self.progress.step, self.recipe.batch))
-        self.model = self.variant.grow(self.model, self.optimizer, example).train()
+        self.model = self.variant.grow(self.model, self.optimizer, example, len(self._grows_at) - index).train()
         scale_rates(self.optimizer, self.schedule, self.variant.after)
         if data.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -265,8 +281,9 @@ class Run:
         if state["identity"] != self._identity():
             raise ReplfxError(f"{path} is a checkpoint of {state['identity']}, not of {self._identity()}; move it away")
         self.progress = Progress(**state["progress"])
-        if self._grows_at is not None and self.progress.step > self._grows_at:
-            self._grow()
+        for index, at in enumerate(self._grows_at):
+            if self.progress.step > at:
+                self._grow(index)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

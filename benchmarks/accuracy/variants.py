@@ -3,7 +3,9 @@
     NAME[:OPTION=VALUE…]        removed     block+scalar:select=layer1.2,layer2.2     same-time:as=light+channel
 
 NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries. Every variant takes `lr=`, a learning rate of its
-own, `length=`, a share of the recipe's steps, and `after=`, what the rate is multiplied by once the model has grown.
+own, `length=`, a share of the recipe's steps, `after=`, what the rate is multiplied by once the model has grown, and
+`rewarm=`, the share of the steps in which the rate rises from zero once more then. `unroll=0.2,0.4` grows twice, each
+time by as many blocks, spread over the depth.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -26,7 +29,7 @@ from replfx.tracing import ExampleInputs
 
 Options = Mapping[str, str]
 Prepare = Callable[[nn.Module, ExampleInputs], nn.Module]
-Grow = Callable[[nn.Module, Optimizer, ExampleInputs], nn.Module]
+Grow = Callable[[nn.Module, Optimizer, ExampleInputs, int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -36,29 +39,31 @@ class Variant:
     Attributes:
         name: the text that it was read from.
         prepare: (untouched model, example inputs) → the model to train.
-        grow: (model, its optimizer, inputs of a training batch) → the model to train on from `grows_at` on; the
-            optimizer is changed in place.
-        grows_at: share of the steps.
+        grow: (model, its optimizer, inputs of a training batch, how often it grows from here on) → the model to train
+            on; the optimizer is changed in place.
+        grows_at: shares of the steps after which it grows, in order.
         as_long_as: the variant whose total training time is to be filled; None takes the recipe's steps.
         made_as: the variant of which this is the model, where steps are as many as fill a time.
         learning_rate: instead of the recipe's.
         length: share of the recipe's steps that it is trained for, its schedule as a whole.
-        after: what the learning rate is multiplied by from the growth on.
+        after: what the learning rate is multiplied by from each growth on.
+        rewarm: share of the steps after each growth in which the learning rate rises from zero to its schedule's.
     """
 
     name: str
     prepare: Prepare
     grow: Grow | None = None
-    grows_at: float = 0.5
+    grows_at: tuple[float, ...] = ()
     as_long_as: str | None = None
     made_as: str = "full"
     learning_rate: float | None = None
     length: float = 1.0
     after: float = 1.0
+    rewarm: float = 0.0
 
     def share_of_full(self, step_over_full: float) -> float:
         """Its training time over full's with as many steps: it costs what full does once it has grown."""
-        return self.length * (step_over_full if self.grow is None else 1 - self.grows_at * (1 - step_over_full))
+        return self.length * (1 - (1 - step_over_full) * (fmean(self.grows_at) if self.grows_at else 1))
 
     def recipe_of(self, recipe: Recipe) -> Recipe:
         """How it is trained, where the task's recipe is this one."""
@@ -101,8 +106,8 @@ def _with_common(name: str, variant: Variant, options: list[str]) -> Variant:
     given = [option.partition("=") for option in options]
     try:
         own: dict[str, Any] = {COMMON[key]: float(value) for key, _, value in given}
-        if "after" in own and variant.grow is None:
-            raise ValueError("after= is for a model that grows")
+        if own.keys() & {"after", "rewarm"} and variant.grow is None:
+            raise ValueError("after= and rewarm= are for a model that grows")
         return replace(variant, name=name, **own)
     except ValueError as error:
         raise ReplfxError(f"variant {name!r}: {error}") from error
@@ -200,6 +205,7 @@ def _replfx(name: str, options: Options) -> Variant:
     made_by = {"name": fusion, "initial": float(rest.pop("initial"))} if "initial" in rest else fusion
     unrolled, late = rest.pop("unroll", None), rest.pop("late", None)
     start: Any = rest.pop("start", "outputs")
+    moments = rest.pop("moments", "carried")
     policy = policy_of(rest)
 
     def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
@@ -209,18 +215,35 @@ def _replfx(name: str, options: Options) -> Variant:
             )
         )
 
-    def replaced(model: nn.Module, optimizer: Optimizer, example: ExampleInputs) -> nn.Module:
+    def replaced(model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int) -> nn.Module:
         made = prepare(model, example)
         _follow(optimizer, made)
         return made
 
     if unrolled is not None and late is not None:
         raise ValueError("unroll= and late= are two schedules: give one")
+    if moments not in ("carried", "none"):
+        raise ValueError(f"moments={moments}: they are carried, or none")
     if late is not None:
-        return Variant(name, lambda model, example: model, grow=replaced, grows_at=float(late))
+        return Variant(name, lambda model, example: model, grow=replaced, grows_at=(float(late),))
     if unrolled is None:
         return Variant(name, prepare)
-    return Variant(name, prepare, grow=partial(replfx.unroll, start=start), grows_at=float(unrolled))
+    times = tuple(float(share) for share in unrolled.split(","))
+    return Variant(name, prepare, grow=partial(_unrolled, start=start, carry=moments == "carried"), grows_at=times)
+
+
+def _unrolled(
+    model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int, *, start: Any, carry: bool
+) -> nn.Module:
+    """Unroll the blocks that are due, where this many growths are left: as `replfx.Schedule` does with several."""
+    plan = replfx.plan_of(model)
+    assert plan is not None
+    known = set(model.parameters())
+    due = [r.path for r in plan.replacements][::times]
+    model = replfx.unroll(model, optimizer, example, blocks=due, start=start)
+    for parameter in [] if carry else set(model.parameters()) - known:
+        optimizer.state.pop(parameter, None)
+    return model
 
 
 def _follow(optimizer: Optimizer, model: nn.Module) -> None:
@@ -272,7 +295,7 @@ def _checkpointing(name: str, options: Options) -> Variant:
     return Variant(name, lambda model, example: checkpointing.checkpointed(model, all_blocks(model, example)))
 
 
-COMMON = {"lr": "learning_rate", "length": "length", "after": "after"}
+COMMON = {"lr": "learning_rate", "length": "length", "after": "after", "rewarm": "rewarm"}
 """Options of every variant, and the fields that they set."""
 
 TIMED = {"same-time": "as", "full-time": "of"}

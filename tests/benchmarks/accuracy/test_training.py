@@ -49,6 +49,7 @@ def assert_same(one: Run, other: Run) -> None:
         (toys.resnet, "block+scalar:unroll=0.5", 3),
         (toys.gpt, "block+channel", 5),
         (toys.resnet, "light+scalar:unroll=0.5", 4),
+        (toys.gpt, "identity+scalar:unroll=0.3,0.5:start=copies:rewarm=0.3", 4),
         (toys.gpt, "stochastic-depth", 2),
         (toys.gpt, "mixer+scalar:late=0.5", 2),
         (toys.gpt, "mixer+scalar:late=0.5", 3),
@@ -231,6 +232,28 @@ def test_a_variant_that_cannot_be_is_refused(name: str, message: str) -> None:
 def test_the_time_of_a_variant_that_grows_is_of_both_its_halves() -> None:
     assert variant_of("removed").share_of_full(0.6) == 0.6
     assert variant_of("stacking:at=0.25").share_of_full(0.6) == pytest.approx(0.25 * 0.6 + 0.75)
+    assert variant_of("stacking:at=0.2,0.6").share_of_full(0.6) == pytest.approx(0.2 * 0.6 + 0.4 * 0.8 + 0.4)
+
+
+def test_a_model_grows_in_parts_and_warms_up_once_more() -> None:
+    grown = "identity+scalar:start=copies:moments=none:unroll=0.34,0.5:rewarm=0.34"  # after 2 and 3 of 6 steps
+    run = run_of(toys.gpt(schedule="plateau"), grown)
+    before = set(run.model.parameters())
+    rates, sizes = [], []
+
+    def note(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        sizes.append(len(list(run.model.parameters())) - len(before))
+
+    run.optimizer.register_step_pre_hook(note)
+    assert run.train()
+    block = len(list(run.model.get_submodule("blocks.1").parameters()))
+    assert sizes == [0, 0, block, 2 * block, 2 * block, 2 * block]
+    scheduled = [run.recipe.learning_rate * min(1, 10 * (k + 1) / 6, 5 * (1 - k / 6)) for k in range(6)]
+    warmed = [1, 1, 1 / 2.04, 1 / 2.04, 2 / 2.04, 1]
+    assert rates == pytest.approx([rate * factor for rate, factor in zip(scheduled, warmed, strict=True)])
+    ages = {int(state["step"]) for p, state in run.optimizer.state.items() if p not in before}
+    assert ages == {3, 4}
 
 
 def test_a_variant_that_does_not_fit_is_refused_with_the_reason() -> None:
@@ -289,7 +312,7 @@ def test_a_grown_model_starts_as_copies_of_the_blocks_before() -> None:
     run = run_of(toys.gpt(), "stacking")
     shallow = trainable_parameters(run.model)
     run.train(lambda step: step == 3)
-    run._grow()
+    run._grow(0)
     blocks = run.model.get_submodule("blocks")
     one, copy = list(blocks[0].parameters()), list(blocks[1].parameters())
     assert all(torch.equal(a, b) for a, b in zip(one, copy, strict=True))
