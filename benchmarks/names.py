@@ -79,6 +79,8 @@ def _ordinal(number: int) -> str:
 _OPTIONS: dict[str, Callable[[str], str]] = {
     "unroll": lambda value: f"unrolled at {_percents(value)}",
     "at": lambda value: f"grown at {_percents(value)}",
+    "share": lambda value: f"shared from {_percent(value)}",
+    "unshare": lambda value: f"no more from {_percent(value)}",
     "late": lambda value: f"replaced at {_percent(value)}",
     "select": lambda value: value.replace(",", ", "),
     "every": lambda value: f"every {_ordinal(int(value))} block",

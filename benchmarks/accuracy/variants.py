@@ -5,7 +5,8 @@
 NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries. Every variant takes `lr=`, a learning rate of its
 own, `length=`, a share of the recipe's steps, `after=`, what the rate is multiplied by once the model has grown, and
 `rewarm=`, the share of the steps in which the rate rises from zero once more then. `unroll=0.2,0.4` grows twice, each
-time by as many blocks, spread over the depth.
+time by as many blocks, spread over the depth; with `share=0.1` what is replaced is first replaced by `block` instead.
+`sharing:every=2:unshare=0.2` gives blocks copies of what they shared.
 """
 
 from __future__ import annotations
@@ -203,17 +204,22 @@ def _replfx(name: str, options: Options) -> Variant:
     rest = dict(options)
     gradient = float(rest.pop("neighbour_gradient", 1.0))
     made_by = {"name": fusion, "initial": float(rest.pop("initial"))} if "initial" in rest else fusion
-    unrolled, late = rest.pop("unroll", None), rest.pop("late", None)
+    unrolled, late, shared = (rest.pop(key, None) for key in ("unroll", "late", "share"))
     start: Any = rest.pop("start", "outputs")
     moments = rest.pop("moments", "carried")
     policy = policy_of(rest)
 
-    def prepare(model: nn.Module, example: ExampleInputs) -> nn.Module:
+    def prepare(model: nn.Module, example: ExampleInputs, operator: str = operator) -> nn.Module:
         return connect_trials(
             replfx.transform(
                 model, example, operator=operator, fusion=made_by, neighbour_gradient=gradient, inplace=True, **policy
             )
         )
+
+    def by_block(model: nn.Module, optimizer: Optimizer, example: ExampleInputs) -> nn.Module:
+        made = prepare(replfx.unroll(model, start="copies"), example, operator="block")
+        _follow(optimizer, made)
+        return made
 
     def replaced(model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int) -> nn.Module:
         made = prepare(model, example)
@@ -229,7 +235,25 @@ def _replfx(name: str, options: Options) -> Variant:
     if unrolled is None:
         return Variant(name, prepare)
     times = tuple(float(share) for share in unrolled.split(","))
-    return Variant(name, prepare, grow=partial(_unrolled, start=start, carry=moments == "carried"), grows_at=times)
+    grow = partial(_unrolled, start=start, carry=moments == "carried")
+    if shared is None:
+        return Variant(name, prepare, grow=grow, grows_at=times)
+    return Variant(
+        name, prepare, grow=partial(_first, by_block, len(times) + 1, grow), grows_at=(float(shared), *times)
+    )
+
+
+def _first(
+    change: Callable[[nn.Module, Optimizer, ExampleInputs], nn.Module],
+    growths: int,
+    grow: Grow,
+    model: nn.Module,
+    optimizer: Optimizer,
+    example: ExampleInputs,
+    times: int,
+) -> nn.Module:
+    """Change a model at the first of its growths, and grow it at the others."""
+    return change(model, optimizer, example) if times == growths else grow(model, optimizer, example, times)
 
 
 def _unrolled(
@@ -275,10 +299,16 @@ def _layerdrop(name: str, options: Options) -> Variant:
 def _sharing(name: str, options: Options) -> Variant:
     if not options:
         return Variant(name, lambda model, example: sharing.share_all(model, all_blocks(model, example)))
-    policy_of(options)
-    return Variant(
-        name,
-        lambda model, example: sharing.share_with_neighbours(model, chosen_with_like(model, example, options)),
+    rest = dict(options)
+    unshare = rest.pop("unshare", None)
+    policy_of(rest)
+    made = Variant(
+        name, lambda model, example: sharing.share_with_neighbours(model, chosen_with_like(model, example, rest))
+    )
+    if unshare is None:
+        return made
+    return replace(
+        made, grow=lambda model, optimizer, *_: sharing.unshare(model, optimizer), grows_at=(float(unshare),)
     )
 
 

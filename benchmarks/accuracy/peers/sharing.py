@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 
 def share_all(model: nn.Module, paths: Sequence[str]) -> nn.Module:
@@ -23,6 +25,22 @@ def share_with_neighbours(model: nn.Module, chosen: Sequence[tuple[str, str]]) -
     """Give blocks the parameters of a neighbour, whose path comes with each block's."""
     for path, source in chosen:
         _share(model.get_submodule(source), model.get_submodule(path))
+    return model
+
+
+def unshare(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """Give each module a copy of the parameters that another has too, and the optimizer's state of them."""
+    known: set[nn.Parameter] = set()
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or parameter not in known:
+                known.update([] if parameter is None else [parameter])
+                continue
+            own = nn.Parameter(parameter.detach().clone())
+            setattr(module, leaf, own)
+            groups[parameter]["params"].append(own)
+            optimizer.state[own] = copy.deepcopy(optimizer.state[parameter])
     return model
 
 

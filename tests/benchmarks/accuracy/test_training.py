@@ -50,6 +50,8 @@ def assert_same(one: Run, other: Run) -> None:
         (toys.gpt, "block+channel", 5),
         (toys.resnet, "light+scalar:unroll=0.5", 4),
         (toys.gpt, "identity+scalar:unroll=0.3,0.5:start=copies:rewarm=0.3", 4),
+        (toys.gpt, "identity+scalar:share=0.34:unroll=0.5:start=copies", 4),
+        (toys.gpt, "sharing:every=2:unshare=0.34", 3),
         (toys.gpt, "stochastic-depth", 2),
         (toys.gpt, "mixer+scalar:late=0.5", 2),
         (toys.gpt, "mixer+scalar:late=0.5", 3),
@@ -233,6 +235,18 @@ def test_the_time_of_a_variant_that_grows_is_of_both_its_halves() -> None:
     assert variant_of("removed").share_of_full(0.6) == 0.6
     assert variant_of("stacking:at=0.25").share_of_full(0.6) == pytest.approx(0.25 * 0.6 + 0.75)
     assert variant_of("stacking:at=0.2,0.6").share_of_full(0.6) == pytest.approx(0.2 * 0.6 + 0.4 * 0.8 + 0.4)
+
+
+def test_what_is_shared_no_more_goes_its_own_way() -> None:
+    run, full = run_of(toys.gpt(), "sharing:every=2:unshare=0.5"), run_of(toys.gpt(), "full")
+    run.train(lambda step: step >= 3)
+    assert trainable_parameters(run.model) < trainable_parameters(full.model)
+    run.train(lambda step: step >= 4)
+    assert trainable_parameters(run.model) == trainable_parameters(full.model)
+    blocks = run.model.get_submodule("blocks")
+    states = [run.optimizer.state[next(block.parameters())] for block in blocks.children()]
+    assert all(state["step"] == 4 for state in states)
+    assert not torch.equal(next(blocks.get_submodule("0").parameters()), next(blocks.get_submodule("1").parameters()))
 
 
 def test_a_model_grows_in_parts_and_warms_up_once_more() -> None:
