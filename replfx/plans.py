@@ -249,11 +249,16 @@ def _check_template(template: object, where: str, depth: int = 0) -> None:
     if len(template) != 1:
         raise PlanError(f"{where}: each part of its output must have one key")
     ((key, inner),) = template.items()
-    wanted = {"input": str, "computed": bool, "unread": bool, "tuple": list, "list": list, "dict": dict}.get(key)
+    kinds = {"input": str, "computed": bool, "unread": bool, "tuple": list, "list": list, "dict": dict, "object": dict}
+    wanted = kinds.get(key)
     if wanted is None or type(inner) is not wanted:
         raise PlanError(f"{where}: its output has {key!r}: {type(inner).__name__}")
     if key == "input" and not _is_slot(inner):
         raise PlanError(f"{where}: its output names the input {inner!r}, which is no slot")
+    if key == "object":
+        fields = _Fields(inner, f"{where}: an object of its output", ("class", "fields"))
+        fields.take("class", str)
+        inner = fields.take("fields", dict)
     parts = inner if isinstance(inner, list) else inner.values() if isinstance(inner, dict) else ()
     for part in parts:
         _check_template(part, where, depth + 1)

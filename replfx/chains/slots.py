@@ -1,13 +1,14 @@
 """Slots: which node sits where among the inputs and the outputs of a module call."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 from torch import fx
 
 from replfx.fusion.interface import Interface
-from replfx.fusion.templates import leaves
+from replfx.fusion.templates import leaves, name_of_class
 from replfx.tracing import ModuleCall
+from replfx.tracing.info import OfClass
 
 __all__ = ["Joined", "input_slots", "interface_of", "other_streams", "output_slots", "same_value"]
 
@@ -84,6 +85,14 @@ def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, 
             if slot is not None:
                 return {"input": slot}
             return {"computed" if any(user not in inside for user in value.users) else "unread": True}
+        kind, fields = _of_class(value)
+        if kind is not None:
+            name = name_of_class(kind, fields)
+            return (
+                {"computed": True}
+                if name is None
+                else {"object": {"class": name, "fields": {key: template(item) for key, item in fields.items()}}}
+            )
         if isinstance(value, tuple):
             return {"tuple": [template(item) for item in value]}
         if isinstance(value, list):
@@ -93,6 +102,15 @@ def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, 
         return value if value is None or isinstance(value, bool | int | float | str) else {"computed": True}
 
     return Interface(slots, template(call.output))
+
+
+def _of_class(value: object) -> tuple[type | None, Mapping[str, object]]:
+    """The class of a dataclass or a named tuple, and what it holds by name."""
+    if isinstance(value, OfClass):
+        return value.kind, value
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return type(value), value._asdict()
+    return None, {}
 
 
 def other_streams(call: ModuleCall, interface: Interface) -> tuple[tuple[fx.Node, fx.Node], ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from replfx.errors import PlanError
 from replfx.fusion.caches import Filled
-from replfx.fusion.templates import fill, leaves
+from replfx.fusion.templates import Field, fill, leaves
 
 __all__ = ["Interface", "read_slot"]
 
@@ -23,7 +23,8 @@ class Interface:
         output: what the block gives, as plain JSON: `{"input": slot}` where an activation is carried or an
             input is handed through, `{"computed": true}` what only the block itself knows, `{"unread": true}` the
             same where nobody reads it (the weights of an attention): None in what takes the block's place,
-            `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}` and constants.
+            `{"tuple": [...]}`, `{"list": [...]}`, `{"dict": {...}}`, `{"object": {"class": "module:Name", "fields":
+            {...}}}` for dataclasses and named tuples, and constants.
         fills: the caches of keys and values among its inputs that it fills.
         effects: it puts something else into an object that it is given, or what it fills is read by others.
     """
@@ -56,7 +57,7 @@ class Interface:
         for path, kind, slot in leaves(self.output):
             if (kind, slot) == ("input", self.main):
                 for key in path:
-                    result = result[key]
+                    result = getattr(result, key) if isinstance(key, Field) else result[key]
                 return result
         raise PlanError(f"the plan's output template {self.output!r} names no activation")
 

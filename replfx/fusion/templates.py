@@ -1,14 +1,21 @@
 """Templates: what a block gives, as plain JSON with its activations left open; the one way to walk through them."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
 from replfx.errors import PlanError
 
-__all__ = ["fill", "leaves"]
+__all__ = ["Field", "fill", "leaves", "name_of_class"]
 
-_CONTAINERS = ("tuple", "list", "dict")
+_CONTAINERS = ("tuple", "list", "dict", "object")
 _OPEN = ("input", "computed", "unread")
+
+
+class Field(str):
+    """A key that leads to an attribute."""
 
 
 def leaves(template: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
@@ -24,7 +31,12 @@ def leaves(template: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
     if kind not in _CONTAINERS:
         yield at, kind, inner
         return
-    for key, part in inner.items() if kind == "dict" else enumerate(inner):
+    parts: Any = enumerate(inner)
+    if kind == "dict":
+        parts = inner.items()
+    elif kind == "object":
+        parts = ((Field(name), part) for name, part in inner["fields"].items())
+    for key, part in parts:
         yield from leaves(part, (*at, key))
 
 
@@ -38,10 +50,30 @@ def fill(template: object, give: Callable[[str, Any], Any]) -> Any:
     kind, inner = _opened(template)
     if kind == "dict":
         return {key: fill(part, give) for key, part in inner.items()}
+    if kind == "object":
+        return _class_named(inner["class"])(**{name: fill(part, give) for name, part in inner["fields"].items()})
     if kind in _CONTAINERS:
         parts = [fill(part, give) for part in inner]
         return tuple(parts) if kind == "tuple" else parts
     return inner if kind == "constant" else give(kind, inner)
+
+
+def name_of_class(kind: type, held: Mapping[str, object]) -> str | None:
+    """What a template calls a dataclass or a class of named tuples; None if it cannot be made of these fields alone."""
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    taken = {field.name for field in fields(kind) if field.init} if is_dataclass(kind) else set(held)
+    try:
+        return name if _class_named(name) is kind and taken == set(held) else None
+    except PlanError:
+        return None
+
+
+def _class_named(name: str) -> Any:
+    module, _, path = name.partition(":")
+    try:
+        return attrgetter(path)(sys.modules[module])
+    except (KeyError, AttributeError) as error:
+        raise PlanError(f"a block gives a {name}, and there is no such class: import what defines it first") from error
 
 
 def _opened(template: object) -> tuple[str, Any]:

@@ -1,7 +1,7 @@
 """What a capture knows besides its graph: every module call, and what each node costs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
@@ -9,7 +9,7 @@ from torch import fx, nn
 from replfx.modules.tree import parts_of
 from replfx.tracing.chance import Draws
 
-__all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "Place", "info_of", "nodes_in"]
+__all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "OfClass", "Place", "info_of", "nodes_in"]
 
 Place: TypeAlias = tuple[object, ...]
 
@@ -116,6 +116,25 @@ def info_of(graph_module: fx.GraphModule) -> CaptureInfo:
     if not isinstance(info, CaptureInfo):
         raise TypeError("this GraphModule was not made by replfx.capture")
     return info
+
+
+class OfClass(dict[str, Any]):
+    """What an instance of a dataclass holds, by attribute, with nodes in the place of tensors.
+
+    Attributes:
+        kind: the dataclass.
+    """
+
+    def __init__(self, kind: type, attributes: Mapping[str, Any]) -> None:
+        super().__init__(attributes)
+        self.kind = kind
+
+    @classmethod
+    def of(cls, value: object, convert: Callable[[Any], Any]) -> "OfClass | None":
+        """Read an object, each of whose attributes is converted; None if it is of no dataclass."""
+        if isinstance(value, type | dict) or not is_dataclass(value):
+            return None
+        return cls(type(value), {str(name): convert(part) for name, part in parts_of(value)})
 
 
 def nodes_in(tree: object) -> list[fx.Node]:

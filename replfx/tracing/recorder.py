@@ -28,7 +28,7 @@ from replfx.torch_internals import functorch_is_active
 from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.held import Held
-from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, Place
+from replfx.tracing.info import CaptureInfo, Cost, Frozen, ModuleCall, OfClass, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.rebuild import Rebuild
 from replfx.tracing.symbolic import flag_path, is_composite, is_leaf, is_small, own_tensors, training_flag
@@ -143,8 +143,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(tree, tuple | list):
             kind = tuple if type(tree) is tuple else list
             return kind(self.to_nodes(item) for item in tree)
-        if hasattr(tree, "__dataclass_fields__") and not isinstance(tree, type):
-            return {str(key): self.to_nodes(item) for key, item in parts_of(tree)}
+        if (found := OfClass.of(tree, self.to_nodes)) is not None:
+            return found
         # An object, such as a cache of keys and values, is kept in mind by its class: it may get fake tensors yet.
         return tree if _is_plain(tree) or isinstance(tree, Enum) or not hasattr(tree, "__dict__") else type(tree)
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from replfx.modules.structure import class_of
 from replfx.modules.tree import arguments_hold, named_tensors
-from replfx.tracing.info import CaptureInfo, ModuleCall, Place
+from replfx.tracing.info import CaptureInfo, ModuleCall, OfClass, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.undisturbed import having
@@ -297,7 +297,11 @@ class _WithoutProxies(TorchFunctionMode):
 
 
 def _to_nodes(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.node if isinstance(leaf, Proxy) else leaf, tree)
+    def convert(leaf: Any) -> Any:
+        found = leaf.node if isinstance(leaf, Proxy) else OfClass.of(leaf, _to_nodes)
+        return leaf if found is None else found
+
+    return pytree.tree_map(convert, tree)
 
 
 def _held(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[Place, fx.Node]:

@@ -35,6 +35,24 @@ class Residual(Mlp):
         return x + super().forward(x)
 
 
+class Add(nn.Module):
+    """A sum that is called whole, as a module without parts is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.5))
+
+    def forward(self, y: Tensor, *, residual: Tensor, seen: list[Tensor]) -> Tensor:
+        return y + self.scale * residual
+
+
+class Gate(nn.Module):
+    """Another function of two."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return x + y.sigmoid() * x
+
+
 Sum = Callable[[Any, int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 BRANCHES: dict[str, Sum] = {
@@ -46,11 +64,14 @@ BRANCHES: dict[str, Sum] = {
     "scaled": lambda model, i, x, f: torch.add(0.5 * f(x), x),
     "activation": lambda model, i, x, f: x + f(torch.relu(model.norms[i](x))),
     "parallel": lambda model, i, x, f: x + (f(model.norms[i](x)) + model.others[i](x)),
+    "module": lambda model, i, x, f: model.adds[i](f(x), residual=x, seen=[x]),
+    "norm_from_zero": lambda model, i, x, f: x + f(F.layer_norm(x, (WIDTH,)) * (1 + model.adds[i].scale)),
     "laid_out": lambda model, i, x, f: x + f(x.unsqueeze(1)).squeeze(1),
 }
 OTHERS: dict[str, Sum] = {
     "plain": lambda model, i, x, f: f(x),
     "gate": lambda model, i, x, f: x * f(x),
+    "gate_module": lambda model, i, x, f: model.gate(f(x), x),
     "read_besides": lambda model, i, x, f: model.norms[i](x + (g := f(x))) + g.sum(1, keepdim=True),
     "another_layer_between": lambda model, i, x, f: x + f(model.others[i](x)),
     "of_another": lambda model, i, x, f: model.others[i](x) + f(x),
@@ -66,6 +87,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
         self.others = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+        self.adds, self.gate = nn.ModuleList(Add() for _ in range(depth)), Gate()
         self.head = nn.Linear(WIDTH, 3)
         self.combine, self.out = combine, frozenset[int]()
 
