@@ -13,6 +13,9 @@ from replfx.operators.residual import is_residual, is_sum
 
 __all__ = ["is_branch"]
 
+_MOST = 16
+"""Nodes that are looked through for what a weight is made of; an activation has the whole model before it."""
+
 
 def is_branch(site: Site) -> bool:
     """Whether all that is done with what a block gives is to add it to what it was given.
@@ -61,13 +64,20 @@ def _is_vectors_only(node: fx.Node) -> bool:
 
 def _weights(node: fx.Node) -> list[Tensor] | None:
     """The tensors that a node is made of, where these are the model's own alone, as in `1 + gamma`; None if not."""
-    if node.op == "get_attr" and node.graph.owning_module is not None:
-        value = attribute_at(node.graph.owning_module, str(node.target))
-        return [value] if isinstance(value, Tensor) else []
-    found = [_weights(term) for term in node.all_input_nodes]
-    if node.op not in ("call_function", "call_method") or not found or None in found:
-        return None
-    return [weight for each in found for weight in each or ()]
+    root, found, pending = node.graph.owning_module, list[Tensor](), [node]
+    assert root is not None
+    for _ in range(_MOST):
+        if not pending:
+            return found
+        term = pending.pop()
+        if term.op == "get_attr":
+            value = attribute_at(root, str(term.target))
+            found += [value] if isinstance(value, Tensor) else []
+        elif term.op in ("call_function", "call_method") and term.all_input_nodes:
+            pending += term.all_input_nodes
+        else:
+            return None
+    return None
 
 
 def _adds(node: fx.Node, one: fx.Node, other: fx.Node) -> bool:

@@ -160,5 +160,12 @@ def test_one_plan_tells_them_apart() -> None:
     assert "branch" not in options["blocks.3"]
 
 
+def test_a_deep_model_is_read_in_one_go() -> None:
+    """Each sum has two ways to the input, and sixty of them 2⁶⁰."""
+    plan = replfx.plan(Net(BRANCHES["before"], depth=60), torch.randn(4, WIDTH), operator="identity")
+    assert all(r.operator.options.get("branch") for r in plan.replacements)
+    assert len(plan.replacements) == 29
+
+
 def _left(plain: Any) -> list[tuple[str, nn.Parameter]]:
     return [(path, p) for path, p in plain.named_parameters() if not path.startswith(("blocks.1.", "blocks.3."))]
