@@ -7,7 +7,6 @@ try:
 except ImportError:  # the older name of the same package
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
-from replfx.errors import PlanError
 from replfx.rewrite.unroll import Start
 from replfx.tracing import ExampleInputs
 from replfx.training.schedule import Schedule, UnrollAt
@@ -22,12 +21,13 @@ class Unroll(Callback):
     are loaded. A later checkpoint is one of the plain model.
 
     Args:
-        unroll_at: as for `replfx.Schedule`; shares are of `trainer.estimated_stepping_batches`.
+        unroll_at: as for `replfx.Schedule`; shares are of `trainer.estimated_stepping_batches`. Where a module has
+            several optimizers, a step is one of each of them.
         example_inputs: as for `replfx.unroll`.
         start: as for `replfx.unroll`.
 
     Raises:
-        PlanError: when training starts: there is no transformed model, or more than one optimizer.
+        PlanError: when training starts: there is no transformed model.
 
     Example:
         >>> module.model = replfx.transform(module.model, example_inputs, operator="identity")
@@ -55,16 +55,11 @@ class Unroll(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the optimizer."""
-        if len(trainer.optimizers) != 1:
-            raise PlanError(
-                f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, and Unroll hands the new "
-                "parameters to one: call replfx.unroll(model, optimizer) yourself"
-            )
+        """Take the optimizers."""
         assert self.schedule is not None
-        self.schedule.optimizer = trainer.optimizers[0]
+        self.schedule.optimizer = trainer.optimizers
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Unroll when it is time; checkpoints are written after it."""
         assert self.schedule is not None
-        self.schedule.advance_to(trainer.global_step)
+        self.schedule.advance_to(trainer.global_step // len(trainer.optimizers))

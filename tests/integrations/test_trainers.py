@@ -128,6 +128,43 @@ def test_lightning_unrolls_and_goes_on(tmp_path: Path, at: float) -> None:
     assert_ended_plain(cnn(0), whole, resumed)
 
 
+def test_lightning_with_two_optimizers() -> None:
+    """One for matrices and one for the rest, each of which gets its share of the new parameters at the right step."""
+    import lightning
+
+    from replfx.integrations.lightning import Unroll
+
+    model, seen = replfx.transform(cnn(0)), []
+
+    class Digits(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.automatic_optimization = model, False
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+            images, labels = batch
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.model(images), labels))
+            for optimizer in self.optimizers():
+                optimizer.step()
+            seen.append(sum(p.numel() for p in self.model.parameters()))
+
+        def configure_optimizers(self) -> Any:
+            matrices, rest = ([p for p in self.parameters() if (p.dim() > 1) is wanted] for wanted in (True, False))
+            return torch.optim.SGD(matrices, 0.01), torch.optim.AdamW(rest, 1e-3)
+
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", enable_checkpointing=False, callbacks=[Unroll(6)], **silent
+    )
+    trainer.fit(Digits(), loader())
+    assert [seen.index(count) for count in sorted(set(seen), key=seen.index)] == [0, 6]
+    held = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers]
+    assert held[0] == {p for p in model.parameters() if p.dim() > 1}
+    assert held[1] == {p for p in model.parameters() if p.dim() <= 1}
+
+
 def assert_ended_plain(plain: nn.Module, whole: dict[str, Tensor], resumed: dict[str, Tensor]) -> None:
     plain.load_state_dict(whole)
     for name, value in whole.items():
