@@ -241,16 +241,14 @@ class Probe:
 
     def run(
         self,
-        x: Tensor | None = None,
         *,
         watch: Collection[fx.Node] = (),
         training: bool = False,
         weights: Mapping[str, Tensor] | None = None,
     ) -> dict[fx.Node, Any]:
-        """Run the block.
+        """Run the block on its main activation.
 
         Args:
-            x: the main activation; without it `self.x`.
             watch: nodes whose values are wanted too, as they are when they are made.
             training: in which mode.
             weights: other values for parameters, by name.
@@ -258,7 +256,7 @@ class Probe:
         Returns:
             The values of the output and of what is watched.
         """
-        start = {self.site.input: self.x if x is None else x}
+        start = {self.site.input: self.x}
         return self.replay(self.site.nodes, start, {*watch, self.site.output}, training=training, weights=weights)
 
     def replay(
