@@ -283,7 +283,7 @@ def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
             skeleton = None if synthesis is None else synthesis.skeleton
             if skeleton is None or name.startswith("__"):
                 raise
-            return skeleton.attribute(name)
+            return getattr(skeleton.module, name)
 
     return get
 
