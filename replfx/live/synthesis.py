@@ -92,9 +92,6 @@ Readings: TypeAlias = Mapping[str, Reading]
 class SharedWeights(dict[str, Tensor]):
     """Synthesised weights that several forward passes share; a copy has none, and synthesises its own."""
 
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
     def __reduce_ex__(self, protocol: object) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
