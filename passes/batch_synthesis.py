@@ -105,8 +105,7 @@ def _rewrite(graph: fx.Graph, group: Sequence[SynthesisNode], operation: Callabl
         made.meta.update(anchor.meta, example_value=[value_of(synthesis.node) for synthesis in group])
         for index, synthesis in enumerate(group):
             theta = graph.call_function(operator.getitem, (made, index))
-            theta.meta.update(synthesis.node.meta)
-            synthesis.node.replace_all_uses_with(theta)
+            synthesis.node.replace_all_uses_with(theta, propagate_meta=True)
     for synthesis in group:
         _erase(graph, synthesis.node)
 

@@ -1,6 +1,6 @@
 """How a replaced block is fitted to the block that it was. All formulas are ours."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,15 +67,14 @@ class BlockFit(Fit):
             path, _, leaf = name.rpartition(".")
             owner = self.block.get_submodule(path)
             if leaf == "weight" and isinstance(owner, nn.Linear | _Convolution):
-                handles.append(owner.register_forward_pre_hook(self._hook(name)))
+                handles.append(owner.register_forward_pre_hook(partial(self._add, name)))
         return handles
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(owner: nn.Module, args: tuple[Any, ...]) -> None:
-            weights = (self.sides.previous[name], self.sides.next[name], self.block.get_parameter(name))
-            self._grams[name].add([_rows(_response(owner, weight, args[0]), owner) for weight in weights])
+    def _add(self, name: str, owner: nn.Module, args: tuple[Any, ...]) -> None:
+        self._grams[name].add([_rows(_response(owner, weight, args[0]), owner) for weight in self._weights(name)])
 
-        return add
+    def _weights(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.sides.previous[name], self.sides.next[name], self.block.get_parameter(name)
 
     def finish(self) -> None:
         sums = {name: self._sums(name) for name in self._grams}
@@ -89,8 +88,7 @@ class BlockFit(Fit):
     def _sums(self, name: str) -> Tensor:
         gram = self._grams[name]
         if gram.sums is None:  # it never ran as a module
-            weights = (self.sides.previous[name], self.sides.next[name], self.block.get_parameter(name))
-            gram.add([weight.detach().flatten(1).t() for weight in weights])
+            gram.add([weight.detach().flatten(1).t() for weight in self._weights(name)])
         assert gram.sums is not None
         return gram.sums
 

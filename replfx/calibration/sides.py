@@ -38,7 +38,7 @@ class Sides:
             for a, b in ((1.0, 0.0), (0.0, 1.0)):
                 rule.previous.fill_(a)
                 rule.next.fill_(b)
-                sides.append({name: theta.clone() for name, theta in layer.synthesized().items()})
+                sides.append(layer.synthesized())
             rule.previous.copy_(start[0])
             rule.next.copy_(start[1])
         return cls(rule, *sides)

@@ -194,45 +194,41 @@ class Alignment(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.steps = {
-            name: steps for name, shape in targets.items() if (steps := _steps(sources[name], shape, layouts[name]))
-        }
+        self.steps: list[tuple[str, _Step]] = []
         starts: list[float] = []
-        for name, steps in self.steps.items():
-            scaled = layouts[name].what != "table" and len(sources[name]) > 1
-            read = targets[name][1] // max(step.beside for step in steps) if scaled else 1
+        for name, shape in targets.items():
+            steps = _steps(sources[name], shape, layouts[name])
+            scaled = bool(steps) and layouts[name].what != "table" and len(shape) > 1
+            read = shape[1] // max(step.beside for step in steps) if scaled else 1
             first = math.sqrt(sources[name][1] / read) if scaled else 1.0
             for i, step in enumerate(steps):
+                self.steps.append((name, step))
                 starts += [1.0 if i else first] * step.size
-        self.sizes = [step.size for steps in self.steps.values() for step in steps]
+        self.sizes = [step.size for _, step in self.steps]
         self.gains = nn.Parameter(torch.tensor(starts, dtype=dtype.to_real(), device=device)) if starts else None
 
     def forward(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same parameters in the block's shapes."""
         if self.gains is None:
             return dict(theta)
-        gains = iter(self.gains.split(self.sizes))
         aligned = dict(theta)
-        for name, steps in self.steps.items():
-            for step, gain in zip(steps, gains, strict=False):  # steps first: it is they that end
-                if name in aligned:
-                    value = step(aligned[name])
-                    aligned[name] = value * gain.view(-1, *[1] * (value.dim() - 1 - step.dim))
+        for (name, step), gain in zip(self.steps, self.gains.split(self.sizes), strict=True):
+            if name in aligned:
+                value = step(aligned[name])
+                aligned[name] = value * gain.view(-1, *[1] * (value.dim() - 1 - step.dim))
         return aligned
 
     def bound(self, sizes: Mapping[str, float]) -> dict[str, float]:
         """What no magnitude in the aligned parameters exceeds, from the largest ones before."""
         if self.gains is None:
             return dict(sizes)
-        gains = iter(self.gains.split(self.sizes))
         aligned = dict(sizes)
-        for name, steps in self.steps.items():
-            for _ in steps:
-                aligned[name] *= max(largest(next(gains)), 1.0)  # a gain under 1 may come after one that overflows
+        for (name, _), gain in zip(self.steps, self.gains.split(self.sizes), strict=True):
+            aligned[name] *= max(largest(gain), 1.0)  # a gain under 1 may come after one that overflows
         return aligned
 
     def extra_repr(self) -> str:
-        return f"parameters={list(self.steps)}, gains={sum(self.sizes)}"
+        return f"parameters={list(dict(self.steps))}, gains={sum(self.sizes)}"
 
 
 class AlignedFusion(Fusion):

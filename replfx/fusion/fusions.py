@@ -166,14 +166,11 @@ class ScalarFusion(LinearFusion):
 
 
 @fusions.register("scalar_layer")
-class LayerScalarFusion(LinearFusion):
+class LayerScalarFusion(ScalarFusion):
     """θ = a·θ_prev + b·θ_next, two learnable scalars for the whole block.
 
     The 2024 rule (arXiv 2410.01239) to the letter, if the replaced layer is the block.
     """
-
-    def coefficients(self, shape: torch.Size) -> int:
-        return 1
 
     def total(self, sizes: list[int]) -> int:
         return 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
-from replfx.live.classes import SUBMODULE, Traits, come_alive, computed_by, links_of, settle_down
+from replfx.live.classes import SUBMODULE, come_alive, computed_by, links_of, settle_down
 from replfx.live.graphs import bring_to_life, settle_graph
 from replfx.live.synthesis import Synthesis
 from replfx.modules.tree import REGISTRIES, attributes_of, inner_path, tensors_in
@@ -63,7 +63,7 @@ def replace_block(block: nn.Module, synthesis: Synthesis, holder: nn.Module | No
         leaves.setdefault(holder, {})
     for owner, names in leaves.items():
         role = ("block" if holder is block else "member") if owner is holder else None
-        come_alive(owner, Traits(tuple(names), role), (synthesis, names) if names else None)
+        come_alive(owner, synthesis, names, role)
     holder._modules[SUBMODULE] = synthesis
     if isinstance(block, fx.GraphModule):
         bring_to_life(block, of_graph)
@@ -74,7 +74,7 @@ def strip_block(block: nn.Module, synthesis: Synthesis) -> None:
     for registry in (block._modules, block._parameters, block._buffers):
         registry.clear()
     block._modules[SUBMODULE] = synthesis
-    come_alive(block, Traits((), "operator"), None)
+    come_alive(block, synthesis, {}, "operator")
 
 
 def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, theta: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from replfx.errors import FusionError
 
-__all__ = ["LINK", "SUBMODULE", "Traits", "come_alive", "computed_by", "links_of", "settle_down"]
+__all__ = ["LINK", "SUBMODULE", "come_alive", "computed_by", "links_of", "settle_down"]
 
 SUBMODULE = "replfx"
 """The name of the submodule that a replaced block has more than before."""
@@ -40,30 +40,30 @@ class Traits:
             that make up the block. None for a module inside of a block.
     """
 
-    computed: tuple[str, ...] = ()
-    role: str | None = None
+    computed: tuple[str, ...]
+    role: str | None
 
 
-def come_alive(module: nn.Module, traits: Traits, link: tuple[nn.Module, Mapping[str, str]] | None) -> None:
+def come_alive(module: nn.Module, synthesis: nn.Module, names: Mapping[str, str], role: str | None) -> None:
     """Give a module its dynamic subclass.
 
     Args:
         module: changed in place; the computed parameters are no parameters of its own any more.
-        traits: what the subclass has.
-        link: the `Synthesis` that computes them, and its name for each of them; None if there are none.
+        synthesis: the `Synthesis` that computes them.
+        names: its name for each of them, by the module's own.
+        role: as `Traits` has it.
 
     Raises:
         FusionError: Python cannot change the module's class.
     """
-    order = tuple(module._parameters)
-    for leaf in traits.computed:
+    if names:  # not by attribute assignment, which would make the synthesis a submodule
+        module.__dict__[LINK] = (synthesis, names, tuple(module._parameters))
+    for leaf in names:
         del module._parameters[leaf]
-    if isinstance(module, nn.RNNBase) and traits.computed:  # a list of its weights would be a second one
+    if isinstance(module, nn.RNNBase) and names:  # a list of its weights would be a second one
         module.__dict__.update(_flat_weights=[], _flat_weight_refs=[])
-    if link is not None:
-        module.__dict__[LINK] = (*link, order)  # not by attribute assignment, which would make it a submodule
     try:
-        module.__class__ = live_class(type(module), traits)
+        module.__class__ = live_class(type(module), Traits(tuple(names), role))
     except TypeError as error:
         raise FusionError(
             f"the class of {type(module).__qualname__} cannot be changed, as replacing needs: {error}"
@@ -283,7 +283,7 @@ def _attribute(base: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
             skeleton = None if synthesis is None else synthesis.skeleton
             if skeleton is None or name.startswith("__"):
                 raise
-            return skeleton.attribute(name)
+            return getattr(skeleton.module, name)
 
     return get
 

@@ -15,8 +15,7 @@ def bring_to_life(graph_module: fx.GraphModule, names: Collection[str]) -> None:
     for node in [node for node in graph.find_nodes(op="get_attr") if node.target in names]:
         with graph.inserting_before(node):
             made = graph.call_module(SUBMODULE, (node.target,))
-        made.meta.update(node.meta)
-        node.replace_all_uses_with(made)
+        node.replace_all_uses_with(made, propagate_meta=True)
         graph.erase_node(node)
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -33,7 +32,6 @@ def settle_graph(graph_module: fx.GraphModule, values: Mapping[str, nn.Parameter
         graph_module.get_submodule(path)._parameters[leaf] = values[name]
         with graph.inserting_before(node):
             made = graph.get_attr(name)
-        made.meta.update(node.meta)
-        node.replace_all_uses_with(made)
+        node.replace_all_uses_with(made, propagate_meta=True)
         graph.erase_node(node)
     graph_module.recompile()

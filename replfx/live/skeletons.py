@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,9 @@ class Skeleton:
     """A block's modules without weights.
 
     Parameters that no layer initialises (a LayerScale's, a table of relative positions) keep their values.
+
+    Attributes:
+        module: the block without them; who asks it for one gets an AttributeError.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -37,14 +39,6 @@ class Skeleton:
     def parameters(self) -> list[str]:
         """The names of all parameters that the block had."""
         return [name for names in self._names.values() for name in names]
-
-    def attribute(self, name: str) -> Any:
-        """What the block had under this name; its modules are there without weights.
-
-        Raises:
-            AttributeError: it had nothing, or a weight.
-        """
-        return getattr(self.module, name)
 
     def full_block(self, neighbours: Sequence[nn.Module], like: Tensor, *, copies: bool) -> nn.Module:
         """A block of this structure, made of the neighbours' parameters of its names and shapes.

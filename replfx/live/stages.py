@@ -3,7 +3,7 @@
 from torch import nn
 
 from replfx.errors import FusionError
-from replfx.live import check_neighbours, fusion_layers
+from replfx.live import Synthesis, fusion_layers
 
 __all__ = ["check_stage", "refuse_split_points"]
 
@@ -30,7 +30,19 @@ def check_stage(stage: nn.Module) -> None:
     """
     if not isinstance(stage, nn.Module):
         raise FusionError(f"a stage is a torch.nn.Module, not {type(stage).__name__}")
-    check_neighbours(stage)
+    # Parameters too: a batch norm that was converted is another module with the parameters of the one before.
+    present = {id(part) for part in (*stage.modules(), *stage.parameters())}
+    for path, synthesis in fusion_layers(stage).items():
+        for reading in synthesis.readings():
+            owner = reading.owner()
+            if id(owner) not in present and id(reading.tensor()) not in present:
+                place = _place(synthesis, owner) or reading.leaf
+                raise FusionError(synthesis.parted(path, place, "that is not in the model or stage that runs"))
+
+
+def _place(synthesis: Synthesis, owner: nn.Module) -> str | None:
+    sides = zip(synthesis.places, synthesis.neighbours, strict=False)
+    return next((place for place, side in sides if owner in side.modules()), None)
 
 
 def refuse_split_points(model: nn.Module) -> None:

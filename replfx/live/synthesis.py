@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -39,7 +39,6 @@ __all__ = [
     "Readings",
     "SharedWeights",
     "Synthesis",
-    "check_neighbours",
     "fusion_layers",
     "synthesis_of",
     "written_weights",
@@ -93,9 +92,6 @@ Readings: TypeAlias = Mapping[str, Reading]
 class SharedWeights(dict[str, Tensor]):
     """Synthesised weights that several forward passes share; a copy has none, and synthesises its own."""
 
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
     def __reduce_ex__(self, protocol: object) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
@@ -110,8 +106,7 @@ class Synthesis(nn.Module):
     Args:
         operator: what runs with the synthesised parameters.
         fusion: how they are made, or None if the operator has none.
-        readings: what is read of the kept block before and of the one after; None if the operator has no
-            parameters.
+        readings: what is read of the kept block before and of the one after.
         neighbour_gradient: factor λ on the gradient that flows through this into the neighbours; 1 is the
             paper's, 0 detaches them.
         neighbours: the kept block before and the one after; if the operator needs none, those of them that there are,
@@ -130,7 +125,7 @@ class Synthesis(nn.Module):
         self,
         operator: Operator,
         fusion: Fusion | None,
-        readings: tuple[Readings, Readings] | None,
+        readings: tuple[Readings, Readings],
         *,
         neighbour_gradient: float = 1.0,
         neighbours: tuple[nn.Module, ...] = (),
@@ -241,7 +236,7 @@ class Synthesis(nn.Module):
             names: which; None for all. More may come.
             alone: whether nobody minds how the activation lies.
         """
-        if self.fusion is None or self._readings is None:
+        if self.fusion is None:
             return {}
         sides = self._readings
         if names is not None and self.fusion.separate:
@@ -270,19 +265,18 @@ class Synthesis(nn.Module):
 
     def rebind(self, home: Callable[[nn.Module, str], tuple[nn.Module, str]]) -> None:
         """Read from where the neighbours' parameters are now: `home` gives owner and name for what they were."""
-        if self._readings is not None:
-            before, after = ({name: _moved(reading, home) for name, reading in side.items()} for side in self._readings)
-            self._readings = (before, after)
+        before, after = ({name: _moved(reading, home) for name, reading in side.items()} for side in self._readings)
+        self._readings = (before, after)
 
     def readings(self) -> Iterator[Reading]:
         """All that a synthesis reads of both neighbours."""
-        return (reading for side in self._readings or () for reading in side.values())
+        return (reading for side in self._readings for reading in side.values())
 
     def counterparts(self) -> list[dict[str, Tensor]]:
         """Each neighbour's parameters by the names of their like in the block: what is read, and all others."""
         return [
             {**dict(block.named_parameters()), **{name: r.tensor() for name, r in side.items()}}
-            for side, block in zip(self._readings or ({}, {}), self.neighbours, strict=False)
+            for side, block in zip(self._readings, self.neighbours, strict=False)
         ]
 
     def read_parameters(self) -> list[nn.Parameter]:
@@ -296,7 +290,7 @@ class Synthesis(nn.Module):
 
         Nothing is synthesised if the fusion knows a bound: that would take memory as large as the block.
         """
-        if self.fusion is None or self._readings is None:
+        if self.fusion is None:
             return None
         before, after = ({name: _read_parameter(r) for name, r in side.items()} for side in self._readings)
         limit = min(torch.finfo(theta.dtype).max for theta in (*before.values(), *after.values()))
@@ -457,24 +451,3 @@ def synthesis_of(module: nn.Module) -> Synthesis | None:
 def fusion_layers(model: nn.Module) -> dict[str, Synthesis]:
     """The syntheses of a model, by the paths of the replaced blocks."""
     return {path: found for path, module in model.named_modules() if (found := synthesis_of(module)) is not None}
-
-
-def check_neighbours(model: nn.Module) -> None:
-    """Make sure that what the replaced blocks of a model, or of a part of one, read is in it.
-
-    Raises:
-        FusionError: a neighbour is not there.
-    """
-    # Parameters too: a batch norm that was converted is another module with the parameters of the one before.
-    present = {id(part) for part in (*model.modules(), *model.parameters())}
-    for path, synthesis in fusion_layers(model).items():
-        for reading in synthesis.readings():
-            owner = reading.owner()
-            if id(owner) not in present and id(reading.tensor()) not in present:
-                place = _place(synthesis, owner) or reading.leaf
-                raise FusionError(synthesis.parted(path, place, "that is not in the model or stage that runs"))
-
-
-def _place(synthesis: Synthesis, owner: nn.Module) -> str | None:
-    sides: Sequence[tuple[str, nn.Module]] = list(zip(synthesis.places, synthesis.neighbours, strict=False))
-    return next((place for place, side in sides if owner in side.modules()), None)

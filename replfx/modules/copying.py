@@ -104,7 +104,12 @@ def _deepcopy(model: nn.Module, memo: Mapping[int, Any], *, lasting: bool) -> tu
         refused = error
     filled = dict(memo)
     for path, part in _Refusals(model, memo).found:
-        filled[id(part)] = _own(part, path) if not lasting or _is_common(part) else _refuse(model, path, part)
+        if lasting and not _is_common(part):
+            raise CaptureError(
+                f"{type(model).__name__} could not be copied: its `{path}` holds a {type(part).__module__}."
+                f"{type(part).__qualname__}, which copy.deepcopy refuses; pass inplace=True, which copies no such thing"
+            )
+        filled[id(part)] = _own(part, path)
     try:
         return copy.deepcopy(model, filled), filled
     except Exception as error:
@@ -112,13 +117,6 @@ def _deepcopy(model: nn.Module, memo: Mapping[int, Any], *, lasting: bool) -> tu
             f"{type(model).__name__} could not be copied ({type(refused).__name__}: {refused}), and no attribute of a "
             "module is the reason; make it work with copy.deepcopy first"
         ) from error
-
-
-def _refuse(model: nn.Module, path: str, part: object) -> object:
-    raise CaptureError(
-        f"{type(model).__name__} could not be copied: its `{path}` holds a {type(part).__module__}."
-        f"{type(part).__qualname__}, which copy.deepcopy refuses; pass inplace=True, which copies no such thing"
-    )
 
 
 def _is_common(part: object) -> bool:

@@ -24,7 +24,6 @@ __all__ = [
     "head_of",
     "is_named",
     "is_region",
-    "is_window",
     "members_of",
     "parameters_of",
     "parent_of",
@@ -67,16 +66,10 @@ def is_named(path: str, glob: str) -> bool:
     return path == glob or fnmatchcase(path, glob)
 
 
-def is_window(path: str) -> bool:
-    """Whether the path is that of a window."""
-    return _WINDOW.fullmatch(path) is not None
-
-
-def parent_of(path: str) -> str:
-    """Where the container of a window is."""
+def parent_of(path: str) -> str | None:
+    """Where the container of a window is; None if the path is that of another block."""
     found = _WINDOW.fullmatch(path)
-    assert found is not None
-    return found["parent"]
+    return None if found is None else found["parent"]
 
 
 def members_of(model: nn.Module, path: str) -> list[str]:

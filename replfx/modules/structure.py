@@ -9,7 +9,6 @@ import hashlib
 import operator
 from collections.abc import Hashable, Mapping
 from functools import cache, reduce
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +18,6 @@ from replfx.modules.copying import MODULE_HOOKS
 from replfx.modules.tree import attributes_of, inner_path
 
 __all__ = [
-    "Signature",
     "attribute_at",
     "block_digest",
     "class_of",
@@ -38,8 +36,6 @@ __all__ = [
     "unfit_to_replace",
     "unfit_to_share",
 ]
-
-Signature: TypeAlias = Mapping[str, object]
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -110,7 +106,7 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
         target._is_full_backward_hook = source._is_full_backward_hook
 
 
-def signature(module: nn.Module) -> Signature:
+def signature(module: nn.Module) -> dict[str, object]:
     """Describe the kind of `module`: two blocks are of one kind when their signatures are equal.
 
     Includes, of childless submodules, the integer and string settings that the class itself declares in

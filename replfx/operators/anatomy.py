@@ -328,8 +328,7 @@ class _Maps:
         """Activations of which all tokens are one drawn at random."""
         token = self.probe.draw((self.residual.width,), self.probe.x.dtype)
         start = {}
-        for entry in self.branch.entries:
-            value = self.residual.values[entry]
+        for entry, value in self.branch.inputs.items():
             shape = [1] * value.dim()
             shape[self.residual.axis_of(entry)] = -1
             start[entry] = token.view(shape).expand_as(value).clone()

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
@@ -22,7 +21,6 @@ __all__ = [
     "is_in",
     "operators",
     "register_operator",
-    "run_with",
 ]
 
 operators: Registry["Operator"] = Registry("operator")
@@ -226,17 +224,3 @@ class BlockOperator(Operator):
             return Match(reason="it has no parameter of two dimensions or more to synthesise")
         kept = site.without_counterpart()
         return Match({"keep": kept}) if kept else Match()
-
-
-def run_with(theta: dict[str, Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `module`, which is called by nobody else, gives with `theta` as its parameters of those names.
-
-    Raises:
-        FusionError: `torch.jit.trace` is looking on; it finds no weights but those that modules own.
-    """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise FusionError(
-            f"torch.jit.trace cannot follow a {type(module).__name__} that runs with synthesised weights in the "
-            "place of a block: trace replfx.materialize(model)"
-        )
-    return torch.func.functional_call(module, theta, args, kwargs, tie_weights=False)

@@ -21,7 +21,8 @@ A scale on the branch that carries the map (LayerScale) starts at one.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,11 +33,14 @@ from replfx.operators.norms import is_entry, is_norm
 from replfx.operators.probe import Probe, Unmeasured, is_vector, module_at, number_of, rounding_of
 from replfx.operators.residual import Branch, Residual, gives, is_passing, is_residual, not_residual
 
-__all__ = ["Fold", "branch_silencers", "fold_of", "identity_fold", "set_linear", "silence", "silencers"]
+__all__ = ["Fold", "branch_silencers", "fold_of", "identity_fold", "set_linear", "silence"]
 
 _PATHS = ("norm", "first", "inner", "last", "entry")
 _NEAR = 1e-10  # a branch that gives anything gives something of the size of its weights
 _LISTS = ("silenced", "scales", "columns")
+
+_Run: TypeAlias = Callable[..., Mapping[fx.Node, Tensor]]
+"""Gives values of nodes, for keyword arguments `weights` and `training`."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Fold:
 # ---- what can be silenced
 
 
-def silencers(
-    probe: Probe, nodes: Sequence[fx.Node], silent: Callable[[Mapping[str, Tensor]], bool]
+def _silencers(
+    probe: Probe, nodes: Sequence[fx.Node], run: _Run, wanted: Mapping[fx.Node, Tensor | float]
 ) -> tuple[str, ...]:
     """The last modules of a block that have to start at zero for something to be silent; none if there are no such.
 
@@ -94,12 +98,17 @@ def silencers(
     Args:
         probe: runs the block.
         nodes: those whose modules may be taken.
-        silent: tells whether it is, of the weights that are zero.
+        run: runs what is to be silent.
+        wanted: the values that nodes have then.
     """
+
+    def silent(owners: Sequence[str]) -> bool:
+        return _in_both_modes(partial(run, weights=_zeros(probe, owners)), wanted)
+
     owners = _owners(probe, nodes)
     layers = [owner for owner in owners if not _is_scale(probe.block.get_submodule(owner))]
     for tried in (layers, owners):
-        while found := _fewest(probe, tried, silent):
+        while found := _fewest(tried, silent):
             dead = _dead(probe, found)
             if not dead:
                 return found
@@ -107,18 +116,18 @@ def silencers(
     return ()
 
 
-def _fewest(probe: Probe, owners: Sequence[str], silent: Callable[[Mapping[str, Tensor]], bool]) -> tuple[str, ...]:
+def _fewest(owners: Sequence[str], silent: Callable[[Sequence[str]], bool]) -> tuple[str, ...]:
     """The last of some modules that will do, none of which can be left out."""
-    if not silent(_zeros(probe, owners)):
+    if not silent(owners):
         return ()
     chosen: list[str] = []
     for owner in reversed(owners):
         chosen.append(owner)
-        if silent(_zeros(probe, chosen)):
+        if silent(chosen):
             break
     for owner in reversed(chosen.copy()):  # the first that runs is the first to be spared
         rest = [other for other in chosen if other != owner]
-        if silent(_zeros(probe, rest)):
+        if silent(rest):
             chosen = rest
     return tuple(chosen)
 
@@ -166,14 +175,12 @@ def _is_scale(module: nn.Module) -> bool:
     return not hasattr(module, "eps") and all(map(is_vector, own))
 
 
-def _in_both_modes(
-    values: Callable[[bool], Mapping[fx.Node, Tensor]], wanted: Mapping[fx.Node, Tensor | float]
-) -> bool:
+def _in_both_modes(run: _Run, wanted: Mapping[fx.Node, Tensor | float]) -> bool:
     """Whether nodes have the values that are wanted, in evaluation and in training."""
     with torch.no_grad():
         for training in (False, True):
             try:
-                made = values(training)
+                made = run(training=training)
             except ValueError:  # a batch normalisation that is trained asks for more than one value a channel
                 if not training:
                     raise
@@ -194,13 +201,7 @@ def identity_fold(site: Site, *, branch: bool = False) -> Fold | str:
     try:
         probe = Probe(site)
         ends = {site.output: 0.0 if branch else probe.x, **{end: probe.outside(at) for at, end in site.others}}
-        found = silencers(
-            probe,
-            site.nodes,
-            lambda weights: _in_both_modes(
-                lambda training: probe.run(watch=ends, weights=weights, training=training), ends
-            ),
-        )
+        found = _silencers(probe, site.nodes, partial(probe.run, watch=ends), ends)
     except Unmeasured as error:
         return f"it could not be run alone to see which of its layers have to start at zero: {error}"
     if found:
@@ -213,13 +214,7 @@ def identity_fold(site: Site, *, branch: bool = False) -> Fold | str:
 
 def branch_silencers(branch: Branch) -> tuple[str, ...]:
     """The modules that have to start at zero for a branch to give nothing; none if there are no such."""
-    return silencers(
-        branch.residual.probe,
-        branch.nodes,
-        lambda weights: _in_both_modes(
-            lambda training: branch.gives(weights=weights, training=training), {branch.end: 0.0}
-        ),
-    )
+    return _silencers(branch.residual.probe, branch.nodes, branch.gives, {branch.end: 0.0})
 
 
 def fold_of(residual: Residual, carrier: str) -> Fold | str:

@@ -33,7 +33,7 @@ from replfx.fusion.pairing import pair
 from replfx.fusion.sharded import linear
 from replfx.modules.copying import structural_copy
 from replfx.operators.anatomy import activation_of, dissect
-from replfx.operators.base import Match, Operator, Site, Source, operators, run_with
+from replfx.operators.base import Match, Operator, Site, Source, operators
 from replfx.operators.light_fold import light_fold, restore_light
 from replfx.operators.light_recipe import LightRecipe
 from replfx.operators.plain import plain_module
@@ -123,7 +123,14 @@ class LightOperator(Operator):
         return _normalise(h, self.recipe, self.norm) if normalised and not self.recipe.norm_first else h
 
     def _convolve(self, bare: nn.Module, h: Tensor, theta: dict[str, Tensor], **own: Tensor) -> Tensor:
-        made: Tensor = run_with({self.leaf: theta[self.recipe.maps[0]], **own}, bare, (h,), {})
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # It finds no weights but those that modules own.
+            raise FusionError(
+                f"torch.jit.trace cannot follow a {type(bare).__name__} that runs with synthesised weights in the "
+                "place of a block: trace replfx.materialize(model)"
+            )
+        weights = {self.leaf: theta[self.recipe.maps[0]], **own}
+        made: Tensor = torch.func.functional_call(bare, weights, (h,), tie_weights=False)
         return made
 
     def _apply_maps(self, h: Tensor, theta: dict[str, Tensor]) -> Tensor:

@@ -64,10 +64,9 @@ def last_norm(branch: Branch) -> Norm | None:
 
 def is_normalised(branch: Branch) -> bool:
     """Whether a branch gives the same whatever the scale of its input is, be that large or small."""
-    start = {entry: branch.residual.values[entry] for entry in branch.entries}
     with torch.no_grad():
         small, large = (
-            branch.gives({entry: value * factor for entry, value in start.items()}, training=True)[branch.end]
+            branch.gives({entry: value * factor for entry, value in branch.inputs.items()}, training=True)[branch.end]
             for factor in (1 / _SCALE, _SCALE)
         )
     return _alike(small, large) and bool(large.any())

@@ -81,11 +81,7 @@ class Probe:
         self._masked: bool | None = None
         self._whole = 1
         self.block = self._with_numbers(self.site.block)
-        fitting = self._fitting_input()
-        if isinstance(fitting, str):
-            return fitting
-        self.x = fitting
-        return None
+        return self._find_input()
 
     # ---- numbers
 
@@ -135,8 +131,8 @@ class Probe:
 
     # ---- what comes in
 
-    def _fitting_input(self) -> Tensor | str:
-        """An activation on which the block runs, or why there is none."""
+    def _find_input(self) -> str | None:
+        """Draw an activation on which the block runs; gives the reason why there is none."""
         failure: Exception | None = None
         for shape in self._shapes():
             # Whole numbers are masks, of which 1 is the value that lets pass, or indices, of which 0 is always one.
@@ -146,7 +142,7 @@ class Probe:
                     self.x = self._drawn_input(shape)
                     made = self.run()[self.site.output]
                     if isinstance(made, Tensor) and bool(made.isfinite().all()):
-                        return self.x
+                        return None
                     failure = ValueError("it gives what is not finite")
                 except Unmeasured:
                     raise
@@ -241,16 +237,14 @@ class Probe:
 
     def run(
         self,
-        x: Tensor | None = None,
         *,
         watch: Collection[fx.Node] = (),
         training: bool = False,
         weights: Mapping[str, Tensor] | None = None,
     ) -> dict[fx.Node, Any]:
-        """Run the block.
+        """Run the block on its main activation.
 
         Args:
-            x: the main activation; without it `self.x`.
             watch: nodes whose values are wanted too, as they are when they are made.
             training: in which mode.
             weights: other values for parameters, by name.
@@ -258,7 +252,7 @@ class Probe:
         Returns:
             The values of the output and of what is watched.
         """
-        start = {self.site.input: self.x if x is None else x}
+        start = {self.site.input: self.x}
         return self.replay(self.site.nodes, start, {*watch, self.site.output}, training=training, weights=weights)
 
     def replay(

@@ -147,6 +147,11 @@ class Branch:
         read = (term for node in self.nodes for term in node.all_input_nodes)
         return list(dict.fromkeys(term for term in read if term in self.residual.main))
 
+    @property
+    def inputs(self) -> dict[fx.Node, Tensor]:
+        """The values of its entries."""
+        return {entry: self.residual.values[entry] for entry in self.entries}
+
     def gives(
         self,
         inputs: Mapping[fx.Node, Tensor] | None = None,
@@ -156,7 +161,7 @@ class Branch:
         weights: Mapping[str, Tensor] | None = None,
     ) -> dict[fx.Node, Any]:
         """The values of its end, and of what is watched, where its entries have those of `inputs`."""
-        start = {entry: self.residual.values[entry] for entry in self.entries} if inputs is None else inputs
+        start = self.inputs if inputs is None else inputs
         return self.residual.probe.replay(self.nodes, start, {self.end, *watch}, training=training, weights=weights)
 
     @cached_property
@@ -166,13 +171,12 @@ class Branch:
         Raises:
             Unmeasured: its input has one token alone.
         """
-        start = {entry: self.residual.values[entry] for entry in self.entries}
         axes = {entry: self.residual.axis_of(entry) for entry in self.entries}
         with torch.no_grad():
-            made = self.gives(start)[self.end]
+            made = self.gives()[self.end]
             ending = self.residual.likely_axis(made, axes[self.entries[-1]])
             base = self._tokens(made, ending)
-            count = len(self._tokens(start[self.entries[0]], axes[self.entries[0]]))
+            count = len(self._tokens(self.inputs[self.entries[0]], axes[self.entries[0]]))
             if count < 2:
                 raise Unmeasured(
                     "of one token alone nothing tells whether it reaches others; give example_inputs of more"
@@ -180,7 +184,7 @@ class Branch:
             if len(base) != count:
                 return True
             for position in sorted({0, count // 2, count - 1}):
-                changed = {entry: self._changed(value, axes[entry], position) for entry, value in start.items()}
+                changed = {entry: self._changed(value, axes[entry], position) for entry, value in self.inputs.items()}
                 # Experts get other numbers of tokens then, and what sums these up rounds in another way.
                 moved = (self._tokens(self.gives(changed)[self.end], ending) - base).abs()
                 apart = (moved > rounding_of(self.residual.probe.dtype) * base.abs().max()).any(1)

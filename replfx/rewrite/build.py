@@ -17,7 +17,7 @@ from replfx.live.blocks import Snapshot, replace_block, strip_block
 from replfx.live.skeletons import Skeleton
 from replfx.live.synthesis import Reading, Readings, Synthesis, fusion_layers
 from replfx.modules.copying import structural_copy
-from replfx.modules.paths import block_at, head_of, is_region, is_window, members_of, parent_of, put_blocks
+from replfx.modules.paths import block_at, head_of, is_region, members_of, parent_of, put_blocks
 from replfx.modules.structure import block_digest
 from replfx.operators import Operator
 from replfx.operators.base import operators
@@ -68,7 +68,8 @@ def install(model: nn.Module, built: Sequence[Built]) -> Snapshot:
     Raises:
         FusionError: a block that cannot do with synthesised weights.
     """
-    holders = (model.get_submodule(parent_of(each.path)) for each in built if is_window(each.path))
+    parents = (parent_of(each.path) for each in built)
+    holders = (model.get_submodule(parent) for parent in parents if parent is not None)
     snapshot = Snapshot(*(each.block for each in built), *holders)
     try:
         for each in built:
@@ -166,7 +167,7 @@ class _Builder:
                 raise PlanError(f"`{path}`: its neighbour `{side}` is replaced in the same plan")
         neighbours = tuple(self._block(side, kind) for side, kind in sides if side is not None)
         if not made.sources:
-            return Synthesis(made, None, None, skeleton=skeleton, neighbours=() if skeleton is None else neighbours)
+            return Synthesis(made, None, ({}, {}), skeleton=skeleton, neighbours=() if skeleton is None else neighbours)
         if replacement.previous is None or replacement.next is None:
             raise PlanError(f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none")
         previous, next = neighbours
@@ -228,10 +229,9 @@ class _Builder:
 
     def _side(self, path: str | None, block: nn.Module) -> "_Side":
         """Where the parameters of a neighbour are looked up: in itself, or where it is no module, in what holds it."""
-        if path is None or path in self.blocks or not is_window(path):
+        if path is None or path in self.blocks or (parent := parent_of(path)) is None:
             return block, {}
-        parent, members = parent_of(path), members_of(self.model, path)
-        names = {str(index): member.rpartition(".")[2] for index, member in enumerate(members)}
+        names = {str(index): member.rpartition(".")[2] for index, member in enumerate(members_of(self.model, path))}
         return self.model.get_submodule(parent), names
 
     def _fusion(self, made: Operator, block: nn.Module, readings: tuple[Readings, Readings]) -> Fusion:

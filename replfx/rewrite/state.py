@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from replfx.errors import FusionError, PlanError, StateDictError
-from replfx.live import SUBMODULE, Synthesis, check_neighbours, fusion_layers, synthesis_of
-from replfx.live.stages import refuse_split_points
+from replfx.live import SUBMODULE, Synthesis, fusion_layers, synthesis_of
+from replfx.live.stages import check_stage, refuse_split_points
 from replfx.modules.paths import head_of
 from replfx.modules.structure import trainable_parameters
 from replfx.modules.tree import inner_path
@@ -142,7 +142,7 @@ def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_exporting():
         refuse_split_points(model)
     if state.checked != id(model):
-        check_neighbours(model)
+        check_stage(model)
         here = set(fusion_layers(model).values())
         state.here = [path for path, synthesis in state.syntheses.items() if synthesis in here]
         state.checked, state.seen = id(model), {}

@@ -132,7 +132,7 @@ def _rounded(layer: Synthesis) -> dict[str, Tensor]:
     """A layer's weights from float32 neighbours and rounded coefficients, rounded."""
     sides = [
         {name: getattr(r.owner(), r.leaf)[slice(*(r.rows or (None,)))] for name, r in side.items()}
-        for side in layer._readings or ()
+        for side in layer._readings
     ]
     coefficients = {name: p.to(LOW).float() for name, p in layer.fusion.named_parameters()}
     made = torch.func.functional_call(layer.fusion, coefficients, tuple(sides))
