@@ -8,7 +8,7 @@ from itertools import groupby
 from torch import fx, nn
 
 from replfx.chains.candidates import Candidate, Candidates, is_layer
-from replfx.chains.chain import SHORTEST, Block, Chain, Chains
+from replfx.chains.chain import Block, Chain, Chains
 from replfx.chains.effects import effects_of
 from replfx.chains.links import Path, paths_of
 from replfx.chains.slots import Joined, input_slots, interface_of, other_streams, output_slots
@@ -23,6 +23,7 @@ from replfx.operators import Site
 from replfx.operators.outer_sum import is_branch
 from replfx.operators.residual import is_residual, keeps_shape
 from replfx.regions.find import find_regions
+from replfx.regions.pieces import SHORTEST
 from replfx.regions.region import Region, region_module
 from replfx.tracing import ModuleCall, info_of
 
