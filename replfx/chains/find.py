@@ -71,13 +71,11 @@ class _Search:
             chains = [self._region_chain(found) for found in regions.chains] or chains
             dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
-        in_chain = {path for chain in chains for path in chain.paths}
+        in_chain = {path.removeprefix("@") if self.traced else path for chain in chains for path in chain.paths}
         known = {**dropped, **self.candidates.refused}
-        modules, counts = self.candidates.modules, self.candidates.counts
-        if not self.traced:
-            return Chains(self.info, chains, why_not(modules, self._difference, counts, known, in_chain))
-        refused = why_not(modules, self._difference, counts, known, {path.removeprefix("@") for path in in_chain})
-        refused = {path if is_region(path) else region_path(path): why for path, why in refused.items()}
+        refused = why_not(self.candidates.modules, self._difference, self.candidates.counts, known, in_chain)
+        if self.traced:
+            refused = {path if is_region(path) else region_path(path): why for path, why in refused.items()}
         return Chains(self.info, chains, refused)
 
     def _as_region(self, block: Block) -> Block:
