@@ -162,7 +162,7 @@ def restore_region(graph_module: fx.GraphModule, path: str, region: fx.GraphModu
         names: where its parameters, buffers and called modules were in the model, by their names in `region`.
     """
     graph = graph_module.graph
-    for call in [node for node in graph.nodes if node.op == "call_module" and node.target == path]:
+    for call in graph.find_nodes(op="call_module", target=path):
         copied = dict(zip(region.graph.find_nodes(op="placeholder"), call.args, strict=True))
         with graph.inserting_before(call):
             output = graph.graph_copy(region.graph, copied)
