@@ -321,14 +321,10 @@ def _is_level(chain: Chain, inner: Sequence[Chain], lost: int) -> bool:
 
 def _are_stages(chain: Chain, inner: Iterable[Chain]) -> bool:
     """Whether most blocks of a chain hold three and more like blocks each, which add to what passes through them."""
-    adding = [each for each in inner if _adds(each.blocks[1].site)]
+    adding = [each for each in inner if is_residual(site := each.blocks[1].site) or is_branch(site)]
     held = [Counter(above for path in each.paths for above in ancestors(path)) for each in adding]
     stages = [path for path in chain.paths if any(counts[path] >= SHORTEST for counts in held)]
     return 2 * len(stages) > len(chain.blocks)
-
-
-def _adds(site: Site) -> bool:
-    return is_residual(site) or is_branch(site)
 
 
 def _worth(chain: Chain) -> int:
