@@ -112,8 +112,6 @@ def keeping(plan: Plan, names: Mapping[str, Sequence[str]]) -> Plan:
         plan: with operator `block`.
         names: path of a replaced block → names in it; all blocks of its kind keep them.
     """
-    if not names:
-        return plan
     kept: dict[str | None, set[str]] = {}
     for replacement in plan.replacements:
         kept.setdefault(replacement.kind, set()).update(names.get(replacement.path, ()))

@@ -12,7 +12,7 @@ from replfx.modules.paths import block_at, head_of
 from replfx.modules.tree import leaf_copy, tensors_in
 from replfx.tracing import Inputs
 
-__all__ = ["BlockCost", "Work", "calls_of", "rises_of"]
+__all__ = ["BlockCost", "Work", "calls_of"]
 
 _READING = 10e-3  # seconds: short blocks run several times in one reading
 _TIMES = (3, 8)  # at least, so that memory is as warm as the block before leaves it; and at most
@@ -71,39 +71,26 @@ class Work:
 
         return self._call.map(fresh)
 
-    def prepare(self) -> None:
-        """Make inputs for a run, and let the block's own parameters have no gradients."""
-        self._given = self._fresh()
-        self._clear()
-
     def _clear(self) -> None:
         for parameter in self._own:
             parameter.grad = None
 
-    def forward(self) -> None:
-        """Run the block."""
+    def _forward(self) -> None:
         result = self._block(*self._given.args, **self._given.kwargs)
         self._outputs = [t for t in tensors_in(result, caches=False) if t.requires_grad]
         if len(self._grads) != len(self._outputs):
             self._grads = [torch.ones_like(t) for t in self._outputs]
 
-    def backward(self) -> None:
-        """Go back through the run."""
+    def _backward(self) -> None:
         if self._outputs:
             torch.autograd.backward(self._outputs, self._grads)
         self._outputs = []
 
     def warm_up(self, clock: Callable[[], float]) -> None:
         """Run twice, untimed but to find how often it is to run in a reading."""
-        taken = _READING
-        for _ in range(2):
-            self.prepare()
-            start = clock()
-            self.forward()
-            self.backward()
-            taken = clock() - start
+        self.seconds(clock)
         least, most = _TIMES
-        self._count = min(most, max(least, int(_READING / max(taken, 1e-6))))
+        self._count = min(most, max(least, int(_READING / max(self.seconds(clock), 1e-6))))
 
     def seconds(self, clock: Callable[[], float]) -> float:
         """Time a run."""
@@ -111,13 +98,12 @@ class Work:
         start = clock()
         for self._given in given:
             self._clear()
-            self.forward()
-            self.backward()
+            self._forward()
+            self._backward()
         return (clock() - start) / self._count
 
-
-def rises_of(work: Work, device: torch.device) -> tuple[Rise, Rise]:
-    """How memory rises in forward and in backward of a block that has run before."""
-    work.prepare()
-    forward, backward = memory_rises([work.forward, work.backward], device)
-    return forward, backward
+    def rises(self, device: torch.device) -> list[Rise]:
+        """How memory rises in forward and in backward of a block that has run before."""
+        self._given = self._fresh()
+        self._clear()
+        return memory_rises([self._forward, self._backward], device)

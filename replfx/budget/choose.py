@@ -91,7 +91,8 @@ def choose(
             whole = measured_whole(base, found.planned(chosen), inputs)
             if whole is None:
                 break
-            before, search = chosen, search.knowing(chosen, *whole)
+            corrected = search.costs.corrected(chosen.operator.name, set(chosen.paths), *whole)
+            before, search = chosen, replace(search, costs=corrected)
             chosen = search.found()
             if chosen.paths == before.paths:
                 break
@@ -176,10 +177,6 @@ class _Search:
             if self._fits(planned):
                 return self._chosen(twin.operator, paths, planned)
         raise PlanError(self._nothing())
-
-    def knowing(self, chosen: Chosen, peak: int, ratio: float) -> "_Search":
-        """The same search, knowing what a plan that it found costs as a whole."""
-        return replace(self, costs=self.costs.corrected(chosen.operator.name, set(chosen.paths), peak, ratio))
 
     @property
     def _untouched(self) -> Figures:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from replfx.budget.blocks import BlockCost, Work, calls_of, rises_of
+from replfx.budget.blocks import BlockCost, Work, calls_of
 from replfx.errors import ReplfxError
 from replfx.measure import (
     Training,
@@ -152,7 +152,7 @@ def measured(base: nn.Module, inputs: Inputs, report: Report, twins: Sequence[Tw
     clock = clock_for(device)
     for work in works.values():
         work.warm_up(clock)
-    rises = {key: rises_of(work, device) for key, work in works.items()}
+    rises = {key: work.rises(device) for key, work in works.items()}
     readings: dict[Key, Callable[[], float]] = {key: partial(work.seconds, clock) for key, work in works.items()}
     training = training_on(base, inputs, _STILL)
     peak = _peak(training)

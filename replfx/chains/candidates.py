@@ -71,14 +71,12 @@ class Candidates:
         position = 0
         while position < len(children):
             start, position = position, position + 1
-            if not self._is_anchor(children[start]) or children[start] not in calls:
+            anchor = self.modules[children[start]]
+            if not is_layer(anchor) or not _has_weights(anchor) or children[start] not in calls:
                 continue
             while position < len(children) and self._goes_on(children, position, calls):
                 position += 1
             yield start, position
-
-    def _is_anchor(self, path: str) -> bool:
-        return is_layer(self.modules[path]) and _has_weights(self.modules[path])
 
     def _goes_on(self, children: list[str], position: int, calls: dict[str, ModuleCall]) -> bool:
         before, here = calls.get(children[position - 1]), calls.get(children[position])

@@ -7,9 +7,7 @@ from replfx.operators import Site
 from replfx.regions.region import Region
 from replfx.tracing import CaptureInfo, ModuleCall
 
-__all__ = ["SHORTEST", "Block", "Chain", "Chains", "some"]
-
-SHORTEST = 3  # a replaced block and a kept one on each side
+__all__ = ["Block", "Chain", "Chains", "some"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from itertools import groupby
 from torch import fx, nn
 
 from replfx.chains.candidates import Candidate, Candidates, is_layer
-from replfx.chains.chain import SHORTEST, Block, Chain, Chains
+from replfx.chains.chain import Block, Chain, Chains
 from replfx.chains.effects import effects_of
 from replfx.chains.links import Path, paths_of
 from replfx.chains.slots import Joined, input_slots, interface_of, other_streams, output_slots
@@ -23,6 +23,7 @@ from replfx.operators import Site
 from replfx.operators.outer_sum import is_branch
 from replfx.operators.residual import is_residual, keeps_shape
 from replfx.regions.find import find_regions
+from replfx.regions.pieces import SHORTEST
 from replfx.regions.region import Region, region_module
 from replfx.tracing import ModuleCall, info_of
 
@@ -70,13 +71,11 @@ class _Search:
             chains = [self._region_chain(found) for found in regions.chains] or chains
             dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
-        in_chain = {path for chain in chains for path in chain.paths}
+        in_chain = {path.removeprefix("@") if self.traced else path for chain in chains for path in chain.paths}
         known = {**dropped, **self.candidates.refused}
-        modules, counts = self.candidates.modules, self.candidates.counts
-        if not self.traced:
-            return Chains(self.info, chains, why_not(modules, self._difference, counts, known, in_chain))
-        refused = why_not(modules, self._difference, counts, known, {path.removeprefix("@") for path in in_chain})
-        refused = {path if is_region(path) else region_path(path): why for path, why in refused.items()}
+        refused = why_not(self.candidates.modules, self._difference, self.candidates.counts, known, in_chain)
+        if self.traced:
+            refused = {path if is_region(path) else region_path(path): why for path, why in refused.items()}
         return Chains(self.info, chains, refused)
 
     def _as_region(self, block: Block) -> Block:
@@ -322,14 +321,10 @@ def _is_level(chain: Chain, inner: Sequence[Chain], lost: int) -> bool:
 
 def _are_stages(chain: Chain, inner: Iterable[Chain]) -> bool:
     """Whether most blocks of a chain hold three and more like blocks each, which add to what passes through them."""
-    adding = [each for each in inner if _adds(each.blocks[1].site)]
+    adding = [each for each in inner if is_residual(site := each.blocks[1].site) or is_branch(site)]
     held = [Counter(above for path in each.paths for above in ancestors(path)) for each in adding]
     stages = [path for path in chain.paths if any(counts[path] >= SHORTEST for counts in held)]
     return 2 * len(stages) > len(chain.blocks)
-
-
-def _adds(site: Site) -> bool:
-    return is_residual(site) or is_branch(site)
 
 
 def _worth(chain: Chain) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from replfx.chains.chain import SHORTEST, Block, Chain, Chains, some
+from replfx.chains.chain import Block, Chain, Chains, some
 from replfx.chains.policy import RULES, Policy
 from replfx.chains.stages import cut_chains
 from replfx.errors import FusionError, PlanError
@@ -18,8 +18,9 @@ from replfx.operators.base import operators
 from replfx.operators.residual import is_residual
 from replfx.operators.twins import twin_key
 from replfx.plans import Plan, Replacement
+from replfx.regions.pieces import SHORTEST
 
-__all__ = ["NOT_SELECTED", "Selection", "select"]
+__all__ = ["NOT_SELECTED", "Selection", "reads", "select"]
 
 NOT_SELECTED = "select does not name it"
 """Why a block stays where others were selected."""
@@ -116,16 +117,12 @@ class _Chooser:
 
     def kept(self, chain: Chain, made: Sequence[Replacement]) -> dict[str, str]:
         """For each block of the chain that stays, the rule that keeps it."""
-        replaced = {replacement.path for replacement in made}
-        read = reversed(made if self.operator.needs_neighbours else ())
-        readers = {side: r.path for r in read for side in (r.previous, r.next) if side}
-        kept = {}
-        for position, block in enumerate(chain.blocks):
-            if block.path in replaced:
-                continue
-            reader = f"`{readers[block.path]}` is made from it" if block.path in readers else None
-            kept[block.path] = block.obstacle or reader or self.refused.get(block.path) or self._rule(chain, position)
-        return kept
+        replaced, read = {replacement.path for replacement in made}, reads(made)
+        return {
+            path: block.obstacle or read.get(path) or self.refused.get(path) or self._rule(chain, position)
+            for position, (path, block) in enumerate(zip(chain.paths, chain.blocks, strict=True))
+            if path not in replaced
+        }
 
     def _rule(self, chain: Chain, position: int) -> str:
         block, end = chain.blocks[position], chain.end(position)
@@ -161,6 +158,12 @@ class _Chooser:
             next_kind=next_kind,
             neighbour_gradient=float(self.policy.neighbour_gradient),
         )
+
+
+def reads(made: Sequence[Replacement]) -> dict[str, str]:
+    """For each neighbour of replaced blocks that they need, why it stays: the first that is made from it."""
+    reading = [r for r in reversed(made) if operators[r.operator.name].needs_neighbours]
+    return {side: f"`{r.path}` is made from it" for r in reading for side in (r.previous, r.next) if side}
 
 
 def _named(chain: Chain, position: int) -> tuple[str, str] | tuple[None, None]:

@@ -1,12 +1,13 @@
 """Slots: which node sits where among the inputs and the outputs of a module call."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeAlias
 
 from torch import fx
 
 from replfx.fusion.interface import Interface
 from replfx.fusion.templates import leaves, name_of_class
+from replfx.modules.tree import inner_path, parts_of
 from replfx.tracing import ModuleCall
 from replfx.tracing.info import OfClass
 
@@ -17,26 +18,17 @@ Joined: TypeAlias = tuple[tuple[str, str], ...]  # (output slot, input slot of t
 
 def input_slots(call: ModuleCall) -> dict[str, fx.Node]:
     """The nodes that come into a call, by slot."""
-    slots: dict[str, fx.Node] = {}
-    for position, value in enumerate(call.args):
-        _walk(str(position), value, slots)
-    for name, value in call.kwargs.items():
-        _walk(name, value, slots)
-    return slots
+    return dict([*_slots(call.args), *_slots(call.kwargs)])
 
 
 def output_slots(call: ModuleCall) -> dict[str, fx.Node]:
     """The nodes that a call gives, by slot; the whole output is the empty slot."""
-    slots: dict[str, fx.Node] = {}
-    if isinstance(call.output, fx.Node):
-        slots[""] = call.output
-        nested = call.output.meta.get("shape")
-        if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
-            for user in call.output.users:
-                if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int):
-                    slots[str(user.args[1])] = user
-    else:
-        _walk("", call.output, slots)
+    slots = dict(_slots(call.output))
+    nested = slots[""].meta.get("shape") if "" in slots else None
+    if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
+        for user in slots[""].users:
+            if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int):
+                slots[str(user.args[1])] = user
     return slots
 
 
@@ -47,16 +39,13 @@ def same_value(node: fx.Node) -> fx.Node:
     return node
 
 
-def _walk(slot: str, value: object, slots: dict[str, fx.Node]) -> None:
+def _slots(value: object, at: str = "") -> Iterator[tuple[str, fx.Node]]:
     if isinstance(value, fx.Node):
-        slots[slot] = value
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            _walk(f"{slot}.{index}".lstrip("."), item, slots)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str) and key.isidentifier():
-                _walk(f"{slot}.{key}".lstrip("."), item, slots)
+        yield at, value
+    elif isinstance(value, tuple | list | dict):
+        for key, item in parts_of(value):
+            if not isinstance(value, dict) or (isinstance(key, str) and key.isidentifier()):
+                yield from _slots(item, inner_path(at, str(key)))
 
 
 def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, left: Joined) -> Interface:

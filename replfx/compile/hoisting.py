@@ -52,9 +52,9 @@ def hoist_syntheses(graph_module: fx.GraphModule, operation: Callable[..., Any])
     """
     graph = graph_module.graph
     inner = _constant(graph, operation)
-    taken = [node for node in inner if _leaves(node, inner) and not _is_view_of_parameter(node, inner)]
-    given = handed_out(graph)
-    taken = [node for node in taken if given.isdisjoint(storages([node]))]
+    # Of a view of a parameter there is nothing to compute.
+    staying = handed_out(graph) | storages(node for node in inner if node.op == "placeholder")
+    taken = [node for node in inner if _leaves(node, inner) and staying.isdisjoint(storages([node]))]
     if not taken:
         return None
     hoisted = _copy_out(graph, inner, taken)
@@ -83,11 +83,6 @@ def _leaves(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
     value = value_of(node)
     constant = isinstance(value, Tensor) and not value.requires_grad
     return inner[node] and constant and any(user not in inner for user in node.users)
-
-
-def _is_view_of_parameter(node: fx.Node, inner: dict[fx.Node, bool]) -> bool:
-    """Whether there is nothing to compute."""
-    return not storages([node]).isdisjoint(storages(n for n in inner if n.op == "placeholder"))
 
 
 def _copy_out(graph: fx.Graph, inner: dict[fx.Node, bool], taken: list[fx.Node]) -> Hoisted:

@@ -162,18 +162,14 @@ def restore_region(graph_module: fx.GraphModule, path: str, region: fx.GraphModu
         names: where its parameters, buffers and called modules were in the model, by their names in `region`.
     """
     graph = graph_module.graph
-    for call in [node for node in graph.nodes if node.op == "call_module" and node.target == path]:
-        given, copied = iter(call.args), {}
+    for call in graph.find_nodes(op="call_module", target=path):
+        copied = dict(zip(region.graph.find_nodes(op="placeholder"), call.args, strict=True))
         with graph.inserting_before(call):
-            for node in region.graph.nodes:
-                if node.op == "placeholder":
-                    copied[node] = next(given)
-                elif node.op == "output":
-                    call.replace_all_uses_with(copied[node.args[0]])
-                else:
-                    copied[node] = graph.node_copy(node, copied.__getitem__)
-                    if node.op in ("get_attr", "call_module"):
-                        copied[node].target = names[str(node.target)]
+            output = graph.graph_copy(region.graph, copied)
+        for node, twin in copied.items():
+            if node.op in ("get_attr", "call_module"):
+                twin.target = names[str(node.target)]
+        call.replace_all_uses_with(output)
         graph.erase_node(call)
     delattr(graph_module, path)
     for name, home in names.items():

@@ -16,7 +16,7 @@ from replfx.regions.writes import written_outside
 
 __all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in"]
 
-SHORTEST = 3  # a replaced region and a kept one on each side
+SHORTEST = 3  # blocks of a chain: a replaced one and a kept one on each side
 PHASES = 8  # how many places where a layer could begin are tried
 
 Slot: TypeAlias = tuple[str, int]  # ("inside", offset), or ("parameter" | "buffer" | "outside", which of them)

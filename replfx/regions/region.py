@@ -1,7 +1,7 @@
 """Regions: pieces of a graph that are like blocks but are no modules; as modules of their own, and replaced."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -139,13 +139,12 @@ def replace_regions(graph_module: fx.GraphModule, replacements: Iterable[tuple[R
     renamed: dict[fx.Node, fx.Node] = {}
     for region, path, module in replacements:
         _add_submodule(graph_module, path, module)
-        members = set(region.nodes)
         with graph.inserting_after(region.nodes[-1]):
             made = graph.call_module(path, tuple(renamed.get(node, node) for node in (region.input, *region.extras)))
         given = _given(region, made)
         for node, value in given.items():
             value.meta.update(node.meta)
-            node.replace_all_uses_with(value, delete_user_cb=_outside(members))
+            node.replace_all_uses_with(value)  # in the region too, whose nodes go now
         renamed[region.output] = given[region.output]
         for node in reversed(region.nodes):
             graph.erase_node(node)
@@ -161,10 +160,6 @@ def _given(region: Region, made: fx.Node) -> dict[fx.Node, fx.Node]:
             node: made.graph.call_function(operator.getitem, (made, index))
             for index, node in enumerate((region.output, *region.aside))
         }
-
-
-def _outside(members: set[fx.Node]) -> Callable[[fx.Node], bool]:
-    return lambda user: user not in members
 
 
 def _add_submodule(graph_module: fx.GraphModule, path: str, module: nn.Module) -> None:

@@ -51,7 +51,6 @@ class Stream:
         self.readers: dict[int, tuple[int, int]] = {}
         self.calls: Counter[int] = Counter()
         self._note_readers()
-        self._tokens = Tokens(self.root, self.values)
         parameters = [self._parameters(node) for node in self.nodes]
         self.has_parameters = [bool(read) for read in parameters]
         self.matrices = [0, *accumulate(sum(p.dim() >= 2 for p in read) for read in parameters)]
@@ -61,7 +60,7 @@ class Stream:
     @cached_property
     def tokens(self) -> list[Hashable]:
         """What each node does; only where structure is asked for."""
-        return [self._tokens.of(node) for node in self.nodes]
+        return list(map(Tokens(self.root, self.values).of, self.nodes))
 
     def reads_only_in(self, tensor: Tensor, start: int, stop: int) -> bool:
         """Whether all that reads a tensor of the root lies in `[start, stop)`."""

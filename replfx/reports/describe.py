@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from replfx.chains.chain import Chains
-from replfx.chains.select import Selection
+from replfx.chains.select import Selection, reads
 from replfx.errors import CaptureError
 from replfx.live import fusion_layers
 from replfx.modules.paths import head_of, is_region, parameters_of
@@ -52,14 +52,13 @@ def describe_plan(model: nn.Module, plan: Plan) -> Report:
     """What a plan alone says of `model`, where nothing was captured: the replaced blocks and their neighbours."""
     chains = _chains_of_plan(plan)
     replaced = {replacement.path for replacement in plan.replacements}
-    reading = [r for r in reversed(plan.replacements) if operators[r.operator.name].needs_neighbours]
-    readers = {side: r.path for r in reading for side in (r.previous, r.next) if side}
+    read = reads(plan.replacements)
     blocks = [
         BlockReport(
             path,
             index,
             _trainable(parameters_of(model, path).values()),
-            kept=None if path in replaced else f"`{readers[path]}` is made from it" if path in readers else "it stays",
+            kept=None if path in replaced else read.get(path, "it stays"),
         )
         for index, paths in enumerate(chains)
         for path in paths

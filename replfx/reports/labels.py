@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["amount", "change", "changed", "listed", "mebibytes", "shortened"]
+__all__ = ["amount", "changed", "listed", "mebibytes", "shortened"]
 
 _UNITS = ("", "k", "M", "G", "T")
 _NUMBERED = re.compile(r"(?P<head>.*?)(?P<number>\d+)(?P<tail>[^\d\[\]]*)")
@@ -47,15 +47,10 @@ def _three_digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
 
 
-def change(before: float, after: float) -> str:
-    """By how many percent something changed."""
-    percent = 100 * (after - before) / before if before else 0.0
-    return f"{percent:+.1f} %".replace("-", "−")
-
-
 def changed(before: int, after: int, write: Callable[[int], str] = amount, unit: str = "") -> str:
     """From what to what something changed, as in "1.18M → 590k (−50.0 %)"."""
-    return f"{write(before)} → {write(after)}{unit} ({change(before, after)})"
+    percent = f"{100 * (after - before) / before if before else 0:+.1f} %".replace("-", "−")
+    return f"{write(before)} → {write(after)}{unit} ({percent})"
 
 
 def listed(paths: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Building: from a plan to replaced blocks. Needs no graph."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -131,20 +131,19 @@ def _stand_for_region(built: Built) -> nn.Module:
     return holder
 
 
+@dataclass(frozen=True)
 class _Builder:
     """Builds the layer of one replacement."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        made_for: str,
-        replaced: set[str],
-        blocks: Mapping[str, nn.Module],
-        replacement: Replacement,
-    ) -> None:
-        self.model, self.made_for, self.replaced, self.blocks = model, made_for, replaced, blocks
-        self.replacement = replacement
-        self.path = replacement.path
+    model: nn.Module
+    made_for: str  # the name of the plan's model
+    replaced: Set[str]  # the paths of all blocks that the plan replaces
+    blocks: Mapping[str, nn.Module]  # those that are no modules of the model
+    replacement: Replacement
+
+    @property
+    def path(self) -> str:
+        return self.replacement.path
 
     def build(self) -> Built:
         block = self._block(self.path, self.replacement.kind)

@@ -1,6 +1,6 @@
 """Comparing operators on one model: what each leaves of its costs, and whether it can be unrolled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
@@ -87,7 +87,6 @@ def compare(
     example_inputs: ExampleInputs,
     *,
     repeats: int = 5,
-    on_round: Callable[[], object] = lambda: None,
     **options: Unpack[Options],
 ) -> Comparison:
     """Carry out one policy with every operator, and measure what a training step costs. Leaves the model as it is.
@@ -99,7 +98,6 @@ def compare(
         model: the untransformed model, in the mode in which steps are to be timed.
         example_inputs: a batch, as for `replfx.transform`.
         repeats: how many steps of each are timed.
-        on_round: called after each round of steps, two of which are not timed.
         **options: the options of `replfx.transform` that choose blocks and their fusion.
 
     Returns:
@@ -135,21 +133,15 @@ def compare(
         models[name], example = made, found.example or example
         rows[name] = Compared(name, len(found.replaced), found.parameters_after, found.after, unrolls=found.unrolls)
     device = str(next(model.parameters()).device)
-    return Comparison(type(model).__name__, example, device, _timed(rows, models, inputs, repeats, on_round))
+    return Comparison(type(model).__name__, example, device, _timed(rows, models, inputs, repeats))
 
 
-def _timed(
-    rows: dict[str, Compared],
-    models: dict[str, nn.Module],
-    inputs: Inputs,
-    repeats: int,
-    on_round: Callable[[], object],
-) -> list[Compared]:
+def _timed(rows: dict[str, Compared], models: dict[str, nn.Module], inputs: Inputs, repeats: int) -> list[Compared]:
     with torch.random.fork_rng():
         # A rate of 0 leaves the weights where they are: the costs do not depend on them, and they cannot diverge.
         still = partial(torch.optim.SGD, lr=0.0)
         steps = {name: training_on(model, inputs, still).step for name, model in models.items()}
-        samples = interleaved_times(steps, repeats, on_round=on_round)
+        samples = interleaved_times(steps, repeats)
     ratios = pairwise_ratios(samples, FULL)
     return [replace(row, step=samples.get(name), ratio=ratios.get(name)) for name, row in rows.items()]
 

@@ -108,8 +108,8 @@ class _Page:
         for number, blocks in groupby(self.report.blocks, key=lambda block: block.chain):
             self._chain(number, list(blocks))
         self._reasons()
-        height = self.y + _MARGIN
-        return "\n".join([_head(_WIDTH, height, _alternative(self.report)), *self.parts, "</svg>", ""])
+        says = f"{self.report.model}: the chains of its blocks; replaced are {listed(self.report.replaced) or 'none'}"
+        return "\n".join([_head(self.y + _MARGIN, says), *self.parts, "</svg>", ""])
 
     # ---- text
 
@@ -270,14 +270,10 @@ def _some(paths: Iterable[str], most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def _alternative(report: Report) -> str:
-    return f"{report.model}: the chains of its blocks; replaced are {listed(report.replaced) or 'none'}"
-
-
-def _head(width: float, height: float, alternative: str) -> str:
+def _head(height: float, alternative: str) -> str:
     arrow = 'viewBox="0 0 8 8" refX="6" refY="4" markerWidth="5" markerHeight="5" orient="auto"'
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" \
-viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alternative, {'"': "&quot;"})}">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:g}" \
+viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(alternative, {'"': "&quot;"})}">
 <defs>
 <marker id="reads" {arrow}><path d="M0 0L8 4L0 8z" fill="{_ARCS}"/></marker>
 <marker id="flow" {arrow}><path d="M0 0L8 4L0 8z" fill="{_FLOW}"/></marker>

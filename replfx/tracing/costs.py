@@ -75,7 +75,6 @@ class Meter:
         # The storages themselves are kept: a freed one's address could be given out again.
         self._storages = {storage._cdata: storage for storage in owned if storage is not None}
         self._saved = 0
-        self._flops = 0
         self._below = Below(run)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -89,8 +88,8 @@ class Meter:
 
     def take(self) -> tuple[int, int]:
         """FLOPs and saved bytes since the last call."""
-        taken = self._below.flops - self._flops, self._saved
-        self._flops, self._saved = self._below.flops, 0
+        taken = self._below.flops, self._saved
+        self._below.flops = self._saved = 0
         return taken
 
     @contextmanager

@@ -1,7 +1,7 @@
 """What a capture knows besides its graph: every module call, and what each node costs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import fx, nn
@@ -87,9 +87,8 @@ class CaptureInfo:
         """The info without nodes, root and calls, which say nothing once the graph is gone or was copied."""
         return replace(self, root=nn.Module(), nodes=[], calls=[], notes=list(self.notes), frozen=set(self.frozen))
 
-    def __reduce__(self) -> tuple[object, ...]:  # for copies and for pickle
-        kept = self.without_graph()
-        return CaptureInfo, tuple(getattr(kept, field.name) for field in fields(kept))
+    def __getstate__(self) -> dict[str, object]:  # for copies and for pickle
+        return vars(self.without_graph())
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,10 @@ def limits_of(graph_module: fx.GraphModule, model: nn.Module, inputs: Inputs | N
     def same(model: nn.Module, inputs: Inputs | None) -> bool:
         try:
             other = capture_lazily(model, None if inputs is None else inputs.kwargs or inputs.args)
-            return _do_the_same(graph_module, other)
         except CaptureError:
             return False
+        one_size = len(other.graph.nodes) == len(graph_module.graph.nodes)
+        return one_size and all(map(_alike, _facts(graph_module), _facts(other)))
 
     other = structural_copy(model, plain=lambda tensor: tensor).train(not model.training)
     training = None if same(other, inputs) else model.training
@@ -77,10 +78,6 @@ def _resized(inputs: Inputs, axis: tuple[int, int], change: Callable[[int], int]
         return tensor.detach().index_select(dimension, index).requires_grad_(tensor.requires_grad)
 
     return inputs.map(resized)
-
-
-def _do_the_same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
-    return len(one.graph.nodes) == len(other.graph.nodes) and all(map(_alike, _facts(one), _facts(other)))
 
 
 def _facts(graph_module: fx.GraphModule) -> Iterator[tuple[Any, ...]]:

@@ -26,24 +26,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Let the code of `model` run for us while open; one thread at a time."""
     with _LOCK, ExitStack() as stack:
         stack.enter_context(kept_random_states(model))
-        stack.enter_context(_quiet())
+        # What fails under fake tensors is tried again for real: PyTorch need not print it.
+        stack.enter_context(having(logging.getLogger("torch._subclasses.fake_tensor"), disabled=True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what its code has to say, it says to its user in a run of his own
         stack.enter_context(torch.inference_mode(False))
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled yet, and it is slow to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What fails under fake tensors is tried again for real: PyTorch need not print it."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 @contextmanager

@@ -97,8 +97,7 @@ class Schedule:
         Returns:
             the paths of the blocks that were unrolled now; empty for nearly all steps.
         """
-        self._steps += 1
-        return self.advance_to(self._steps)
+        return self.advance_to(self._steps + 1)
 
     def advance_to(self, steps: int) -> list[str]:
         """Take note that so many steps were taken in all, for trainers that count them themselves.

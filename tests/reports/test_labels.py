@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replfx.reports.labels import amount, change, listed, mebibytes, shortened
+from replfx.reports.labels import amount, changed, listed, mebibytes, shortened
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,8 @@ def test_an_amount_is_short_and_right_to_three_digits(number):
 
 def test_bytes_and_changes():
     assert [mebibytes(n) for n in (0, 1000, 2**20, 12_345_678, 2**30)] == ["0.00", "<0.01", "1.00", "11.8", "1,024"]
-    assert [change(4, 3), change(4, 5), change(0, 5)] == ["−25.0 %", "+25.0 %", "+0.0 %"]
+    assert [changed(4, 3), changed(4, 5)] == ["4 → 3 (−25.0 %)", "4 → 5 (+25.0 %)"]
+    assert changed(0, 2**20, mebibytes, " MiB") == "0.00 → 1.00 MiB (+0.0 %)"
 
 
 @pytest.mark.parametrize(
