@@ -198,7 +198,7 @@ class Recorder(TorchFunctionMode):
         if self.real:
             for tensor in tensors_in(tree):
                 if tensor not in self._node_of and id(tensor) not in self._names:
-                    self._node_for(tensor)
+                    self._constant(tensor)
 
     # ---- what happens to nodes
 
@@ -242,7 +242,9 @@ class Recorder(TorchFunctionMode):
 
     def _is_variable(self, tensor: Tensor) -> bool:
         """Whether an input or the model's state takes part in it."""
-        above, seen = [self._node_for(tensor)], set[fx.Node]()
+        if tensor not in self._node_of:
+            return id(tensor) in self._names
+        above, seen = [self._node_of[tensor]], set[fx.Node]()
         while above:
             node = above.pop()
             if node.op in ("placeholder", "call_module") or (node.op == "get_attr" and node.target in self._targets):

@@ -48,6 +48,21 @@ class ByValue(Recorded):
         return y * 2 if y.sum().item() > -1e9 else y
 
 
+TABLE, SCALE = torch.arange(16.0).view(2, 8), torch.tensor(2.0)
+
+
+class WithConstants(Recorded):
+    """One constant is asked for its value alone, another is written to and put back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x).round()  # so that what is added can be taken away again
+        if y.sum().item() < -1e9:
+            return y
+        moved = TABLE.add_(y.detach()).clone()
+        TABLE.sub_(y.detach())
+        return moved + SCALE.item() * y
+
+
 class Listed(Recorded):
     """Lists and dicts go in and come out."""
 
@@ -60,6 +75,7 @@ X = torch.linspace(-1, 1, 8).view(2, 4)
 SAMPLES: list[tuple[nn.Module, Any]] = [
     (BySize(), X),
     (ByValue(), X),
+    (WithConstants(), X),
     (Listed(), ([X, X + 1], {"scale": torch.tensor([2.0]), "shift": 3})),
 ]
 
@@ -82,6 +98,13 @@ def test_the_recording_computes_the_same_and_leaves_the_model_alone(model: nn.Mo
     for one, other in zip(flat(expected), flat(graph(*flat(inputs))), strict=True):
         assert torch.equal(one, other)
     assert fired == [1]
+
+
+def test_what_is_only_asked_for_its_value_is_not_in_the_graph() -> None:
+    graph = replfx.capture(WithConstants(), X).graph
+    constants = [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith("_tensor_constant")]
+    assert len(constants) == 1
+    assert all(node.users for node in constants)
 
 
 def test_structure_of_outputs_is_kept() -> None:
