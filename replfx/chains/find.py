@@ -132,7 +132,9 @@ class _Search:
         call = candidate.call
         nodes = tuple(self.info.nodes[call.start : call.stop])
         interface = interface_of(call, nodes, entered, left)
-        given, gives = interface.activation(call.args, call.kwargs), output_slots(call)[left[0][0]]
+        given = interface.activation(call.args, call.kwargs)
+        # The last of a chain may give nothing on: what it ends with is what it computes then.
+        gives = output_slots(call).get(left[0][0], nodes[-1])
         assert isinstance(given, fx.Node)
         members = members_of(self.root, call.path)
         names = {call.path: ""} if members == [call.path] else {path: str(i) for i, path in enumerate(members)}

@@ -240,9 +240,13 @@ def _flat_weights(self: nn.RNNBase) -> list[Any]:
     return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
+def _keep_no_refs(self: nn.RNNBase, value: object) -> None:
+    self.__dict__["_flat_weight_refs"] = []  # a layer that is copied deletes them from its state
+
+
 # Recurrent layers keep a list of their weights for the kernels that they call, and ask whether it is still true.
 _FLAT_WEIGHTS = property(_flat_weights, lambda self, value: None)
-_FLAT_WEIGHT_REFS = property(lambda self: [None] * len(self._flat_weights_names), lambda self, value: None)
+_FLAT_WEIGHT_REFS = property(lambda self: [None] * len(self._flat_weights_names), _keep_no_refs)
 
 
 # ---- what a replaced block has

@@ -386,6 +386,35 @@ class ResidualGru(nn.Module):
         return x
 
 
+class Skipping(nn.Module):
+    """Gives what goes on and what is added up aside; the last one gives nothing on."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.mlp, self.skip = Mlp(D), nn.Linear(D, D)
+        self.last = last
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        y = self.mlp(x)
+        return None if self.last else x + y, self.skip(y)
+
+
+@container(sequence, "layers.1", "layers.3")
+class SumOfSkips(nn.Module):
+    """As in WaveNet and Conv-TasNet: the output is what all layers give aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Skipping(i == 4) for i in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            x, skip = layer(x)
+            total = total + skip
+        return total
+
+
 # ---- how blocks are called
 
 

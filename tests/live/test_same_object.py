@@ -132,7 +132,7 @@ def test_who_goes_through_a_block_meets_what_was_there(name: str) -> None:
 def test_copies_read_their_own_neighbours(name: str, how: str) -> None:
     _, made = transformed(name)
     x = inputs()
-    twin = copied(made, how)
+    twin = copied(copied(made, how), how)  # a copy has what a copy is made of
     assert torch.equal(twin(x), made(x))
     assert type(twin[1]) is type(made.get_submodule("1"))
     with torch.no_grad():
