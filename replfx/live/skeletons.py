@@ -33,7 +33,7 @@ class Skeleton:
         self._starts = {n: _value(block.get_parameter(n)) for n in self._names if _reset(_slot(block, n)[0]) is None}
         for name in named:  # who reads one is to be told that it is gone
             owner, leaf = _slot(module, name)
-            del owner._parameters[leaf]
+            owner._parameters.pop(leaf, None)  # a module that the block holds by two names has lost it by the first
         self.module = module
 
     def parameters(self) -> list[str]:

@@ -29,6 +29,17 @@ class Block(nn.Module):
         return y
 
 
+class Twice(Block):
+    """Holds its layers by names and in a row, as nnU-Net's blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Sequential(self.norm, self.fc1, nn.ReLU(), self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.row(x)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -128,6 +139,24 @@ def test_what_the_block_before_has_not_is_of_the_one_after() -> None:
     )
     assert torch.equal(grown[1].fc1.weight, grown[2].fc1.weight)
     assert torch.equal(grown[1].fc2.bias, grown[0].fc2.bias)  # which has no hidden length
+
+
+@pytest.mark.parametrize("start", ["outputs", "copies"])
+@pytest.mark.parametrize("operator", ["identity", "light"])
+def test_a_layer_that_a_block_holds_by_two_names_is_one(operator: str, start: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Twice() for _ in range(5))), torch.randn(4, WIDTH)
+    names = list(model.state_dict())
+    made = replfx.transform(model, x, operator=operator).eval()
+    before = made(x)
+    replfx.unroll(made, example_inputs=x, start=start)
+    assert list(made.state_dict()) == names
+    block: Any = made[1]
+    assert (block.row[0], block.row[1], block.row[3]) == (block.norm, block.fc1, block.fc2)
+    if start == "outputs":
+        torch.testing.assert_close(made(x), before)
+    else:
+        assert torch.equal(block.fc1.weight, made[0].fc1.weight)
 
 
 def test_a_schedule_grows_where_outputs_could_not_stay() -> None:
