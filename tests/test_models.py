@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import replfx
+from replfx.measure import trainable_parameters
 from replfx.modules.tree import tensors_in as tensors
 from tests.support.compiled import Compiled
 from tests.support.models import GPT
@@ -194,14 +195,10 @@ def check_report(report: replfx.Report, model: nn.Module, made: nn.Module, op: s
         if op != "identity":
             assert (block.previous, block.next, block.fusion) == (chain[at - 1], chain[at + 1], "scalar")
         assert block.parameters_after < block.parameters
-        assert block.parameters_after == trainable(made.get_submodule(block.path))
-        assert block.parameters == trainable(model.get_submodule(block.path))
-    assert report.parameters_before == trainable(model)
-    assert report.parameters_after == trainable(made)
-
-
-def trainable(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+        assert block.parameters_after == trainable_parameters(made.get_submodule(block.path))
+        assert block.parameters == trainable_parameters(model.get_submodule(block.path))
+    assert report.parameters_before == trainable_parameters(model)
+    assert report.parameters_after == trainable_parameters(made)
 
 
 def check_gradients(made: nn.Module, originally: set[str], now: set[str]) -> None:
@@ -265,8 +262,8 @@ def test_chains_run_across_containers() -> None:
     assert (long[0], long[-1]) == ("network.2.0", "network.4.1")
 
 
-def detection(size: int = 64) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    images = [torch.rand(3, size, size), torch.rand(3, size, size - 8)]
+def detection() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 56)]
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     return images, [target, copy.deepcopy(target)]
 
