@@ -115,12 +115,6 @@ def test_every_counts_through_what_lies_between() -> None:
     assert [r.path for r in replfx.plan(model, every=3).replacements] == ["blocks.2", "blocks.6"]
 
 
-def test_neighbours_are_the_blocks_beside() -> None:
-    for replacement in replfx.plan(tower(7), every=2).replacements:
-        number = int(replacement.path.removeprefix("blocks."))
-        assert (replacement.previous, replacement.next) == (f"blocks.{number - 1}", f"blocks.{number + 1}")
-
-
 def test_an_operator_without_neighbours_may_replace_any() -> None:
     made = replfx.transform(tower(4), torch.randn(2, 4), operator="identity", select="blocks.*")
     assert replfx.report(made).replaced == [f"blocks.{i}" for i in range(4)]
