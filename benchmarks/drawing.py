@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
 
 from benchmarks import names
 from replfx.measure import Sample
@@ -15,44 +19,69 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Compared(Protocol):
-    """A row of figures, one variant of one model."""
-
-    @property
-    def variant(self) -> str:
-        """Its name."""
-
-    @property
-    def ratio(self) -> Sample | None:
-        """Its time over that of what it is compared with, round by round; None where there is no such variant."""
-
-
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
     """Lay cells out as a Markdown table, all but the first columns, which have words, to the right."""
     lines = [heads, ["---"] * words + ["---:"] * (len(heads) - words), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def terminal_table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    words: int = 1,
+    columns: Mapping[str, Any] = MappingProxyType({}),
+    **style: Any,
+) -> Table:
+    """Lay cells out for the terminal, all but the first columns, which have words, to the right.
+
+    Args:
+        heads: of the columns.
+        rows: the cells below them.
+        words: how many columns have words.
+        columns: rich's options of every column.
+        style: rich's options of the table.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), **style)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index < words else "right", **columns)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def missing(reasons: Mapping[str, str]) -> str | None:
+    """What a table says below its figures: which variants do not exist, and why."""
+    return escape("\n".join(f"{variant}: n/a: {reason}" for variant, reason in reasons.items() if reason)) or None
+
+
 def write_files(
-    folder: Path, name: str, record: Mapping[str, object], text: str, plot: Callable[[Path], None], indent: int = 2
+    folder: Path,
+    name: str,
+    record: Mapping[str, object],
+    text: str,
+    plot: Callable[[Path], None] | None,
+    indent: int = 2,
 ) -> list[Path]:
-    """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` to the folder; returns where they are."""
+    """Write ``NAME.json``, ``NAME.md`` and, with a plot, ``NAME.png`` to the folder; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     data, table, picture = (folder / f"{name}.{ending}" for ending in ("json", "md", "png"))
     data.write_text(json.dumps(record, indent=indent) + "\n")
     table.write_text(text)
+    if plot is None:
+        return [data, table]
     plot(picture)
     return [data, table, picture]
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """A figure with a title, to be saved; no window is opened."""
+def new_figure(width: float, height: float, title: str | None = None) -> Figure:
+    """A figure, to be saved; no window is opened."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize="large")
+    if title is not None:
+        figure.suptitle(title, fontsize="large")
     return figure
 
 
@@ -81,21 +110,28 @@ def mark_missing(ax: Axes, place: float) -> None:
     ax.annotate("does not fit these blocks", (0.02, place), va="center", color="gray", fontsize="small")
 
 
-def plot_ratios(groups: Mapping[str, Sequence[Compared]], title: str, label: str, path: Path) -> None:
-    """Plot medians and quartiles of the ratios, one axis a group, four in a row."""
-    found = list(dict.fromkeys(row.variant for rows in groups.values() for row in rows))
+def plot_ratios(groups: Mapping[str, Mapping[str, Sample | None]], title: str, label: str, path: Path) -> None:
+    """Plot medians and quartiles of the ratios, one axis a group, four in a row.
+
+    Args:
+        groups: name → variant → its time over that of what it is compared with; None where there is no such variant.
+        title: of the figure.
+        label: of the horizontal axes.
+        path: where the figure is written.
+    """
+    found = list(dict.fromkeys(variant for ratios in groups.values() for variant in ratios))
     columns, lines = min(4, len(groups)), -(-len(groups) // 4)
     figure = new_figure(2.2 + 3.2 * columns, 0.7 + lines * (0.9 + 0.27 * len(found)), title)
     axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for ax in axes[len(groups) :]:
         ax.remove()
-    for ax, (name, rows) in zip(axes, groups.items(), strict=False):
-        for row in rows:
-            place = found.index(row.variant)
-            if row.ratio is None:
+    for ax, (name, ratios) in zip(axes, groups.items(), strict=False):
+        for variant, ratio in ratios.items():
+            place = found.index(variant)
+            if ratio is None:
                 mark_missing(ax, place)
             else:
-                plot_ratio(ax, row.ratio, place)
+                plot_ratio(ax, ratio, place)
         list_rows(ax, [names.variant(each) for each in found])
         ax.set_title(name, fontsize="medium")
         ax.set_xlim(left=0)

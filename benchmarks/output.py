@@ -8,11 +8,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import names
-from benchmarks.drawing import list_rows, mark_missing, markdown, new_figure, plot_ratio, save, write_files
+from benchmarks.drawing import (
+    list_rows,
+    mark_missing,
+    markdown,
+    missing,
+    new_figure,
+    plot_ratio,
+    save,
+    terminal_table,
+    write_files,
+)
 from replfx.measure import MIB, Sample, StepCost
 
 if TYPE_CHECKING:
@@ -90,17 +99,14 @@ def _share(eta: float | None) -> str:
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Lay the rows out for the terminal, a table a model; what does not exist is listed below the figures."""
     for model, group in groupby(rows, key=lambda row: row.model):
-        result = Table(title=model, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        for index, head in enumerate(HEADS[1:]):
-            result.add_column(head.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
-        missing = []
-        for row in group:
-            if row.cost is None:
-                missing.append(f"{row.variant}: n/a: {row.reason}")
-            else:
-                result.add_row(*map(escape, cells(row)[1:]))
-        result.caption = escape("\n".join(missing)) or None
-        yield result
+        found = list(group)
+        yield terminal_table(
+            [head.replace(" ", "\n") for head in HEADS[1:]],
+            [cells(row)[1:] for row in found if row.cost is not None],
+            columns={"no_wrap": True},
+            title=model,
+            caption=missing({row.variant: row.reason for row in found}),
+        )
 
 
 def write(

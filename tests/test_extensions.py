@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -207,18 +206,3 @@ def test_frozen_modes_and_requires_grad_are_kept() -> None:
     assert not made.stem.weight.requires_grad
     made.train()
     assert all(m.training for m in made.modules())
-
-
-@pytest.mark.parametrize("operator", ["block", "light", "identity"])
-def test_copies_and_pickles_stand_alone(operator: str) -> None:
-    made = replfx.transform(tower(5), operator=operator)
-    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert torch.equal(twin(X), made(X))
-        assert replfx.report(twin) == replfx.report(made)
-        with torch.no_grad():
-            twin.blocks[0].fc1.weight.zero_()
-            twin.blocks[2].fc1.weight.zero_()
-        if operator != "identity":
-            assert not torch.equal(twin.blocks[1](X.view(1, 8)), made.blocks[1](X.view(1, 8)))
-        with pytest.raises(replfx.StateDictError):
-            twin.load_state_dict(tower(5).state_dict())

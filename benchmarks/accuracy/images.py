@@ -114,9 +114,20 @@ def _moments(pixels: Tensor) -> tuple[float, float]:
 
 
 def cifar10(root: Path) -> Images:
-    """CIFAR-10 from ``cifar10/{train,test}/CLASS/*.png`` or ``cifar-10-batches-py`` under `root`."""
-    train, train_labels, test, test_labels = cifar10_pixels(root)
-    return Images(train, train_labels, test, test_labels)
+    """CIFAR-10 from ``cifar10/{train,test}/CLASS/*.png`` or, as it comes, ``cifar-10-batches-py`` under `root`.
+
+    Raises:
+        ReplfxError: `root` has neither.
+    """
+    folders, batches = root / "cifar10", root / "cifar-10-batches-py"
+    if (folders / "train").is_dir() and (folders / "test").is_dir():
+        train, test = _image_folder(folders / "train"), _image_folder(folders / "test")
+    elif batches.is_dir():
+        train = _pickled([batches / f"data_batch_{i}" for i in range(1, 6)])
+        test = _pickled([batches / "test_batch"])
+    else:
+        raise ReplfxError(f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}")
+    return Images(*train, *test)
 
 
 def fashion_mnist(root: Path) -> Images:
@@ -163,27 +174,6 @@ def stl10(root: Path) -> Images:
         parts += [torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) - 1)]
     train, train_labels, test, test_labels = parts
     return Images(train, train_labels, test, test_labels)
-
-
-def cifar10_pixels(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read CIFAR-10 as image folders (cifar10/train/CLASS/*.png) or as the pickled batches it comes in.
-
-    Returns:
-        training images (N, 3, 32, 32) uint8 and labels (N,) int64, then the same of the test images.
-
-    Raises:
-        ReplfxError: `root` has neither.
-
-    """
-    folders, batches = root / "cifar10", root / "cifar-10-batches-py"
-    if (folders / "train").is_dir() and (folders / "test").is_dir():
-        train, test = _image_folder(folders / "train"), _image_folder(folders / "test")
-    elif batches.is_dir():
-        train = _pickled([batches / f"data_batch_{i}" for i in range(1, 6)])
-        test = _pickled([batches / "test_batch"])
-    else:
-        raise ReplfxError(f"no CIFAR-10 in {root}: it has neither cifar10/train and cifar10/test nor {batches.name}")
-    return (*train, *test)
 
 
 def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:

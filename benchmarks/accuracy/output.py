@@ -13,7 +13,7 @@ from rich.table import Table
 from benchmarks import names
 from benchmarks.accuracy.report import Row, difference_text
 from benchmarks.accuracy.tasks import Metric
-from benchmarks.drawing import list_rows, markdown, new_figure, save, write_files
+from benchmarks.drawing import list_rows, markdown, missing, new_figure, save, write_files
 from replfx.measure import MIB
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def table(rows: Sequence[Row], metric: Metric) -> Table:
         if not row.reason:
             texts = cells(row)
             result.add_row(*(escape(texts[index].replace(" [", "\n[")) for index in shown))
-    result.caption = escape("\n".join(f"{row.variant}: n/a: {row.reason}" for row in rows if row.reason)) or None
+    result.caption = missing({row.variant: row.reason for row in rows})
     return result
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -92,10 +92,6 @@ class Recipe:
                 takes = " or ".join(get_args(Schedule)) if kind is _schedule else kind.__name__
                 raise ReplfxError(f"--set {setting}: {name} takes {takes}, not {value!r}") from None
         return replace(self, **changes)  # type: ignore[arg-type]
-
-    def to_dict(self) -> Mapping[str, object]:
-        """All fields, ready for JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def _schedule(text: str) -> str:

@@ -19,6 +19,8 @@ Batch = tuple[Tensor, Tensor]
 END = "<eos>"
 EVALUATED = 2048
 """Tokens a batch when the loss is taken."""
+CURVE_WINDOWS = 128
+"""How many windows the metric is taken on while training."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class Text:
         context: tokens that a model sees at a time.
         perplexity: whether the metric is exp(loss) on the test split; else it is the loss, in nats a token, on the
             validation split.
-        curve_windows: how many windows the metric is taken on while training; the last time it is all of them,
-            or `final_windows`.
+        final_windows: how many windows the metric is taken on at the end; None for all of them.
     """
 
     train: Tensor
@@ -41,7 +42,6 @@ class Text:
     vocabulary: int
     context: int = 128
     perplexity: bool = True
-    curve_windows: int = 128
     final_windows: int | None = None
     channels_last: ClassVar[bool] = False
 
@@ -97,7 +97,7 @@ class Text:
         """
         split = self.test if self.perplexity else self.valid
         count = (len(split) - 1) // self.context
-        wanted = self.final_windows if final else self.curve_windows
+        wanted = self.final_windows if final else CURVE_WINDOWS
         kept = torch.arange(count) if wanted is None or wanted >= count else torch.arange(wanted) * count // wanted
         total = torch.zeros((), dtype=torch.float64)
         for starts in (kept[:, None] * self.context).split(max(1, EVALUATED // self.context)):

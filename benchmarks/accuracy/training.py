@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.benchmark import timer
 
 from benchmarks.accuracy.tasks import Subject
 from benchmarks.accuracy.variants import Variant
 from replfx import ReplfxError
-from replfx.measure import trainable_parameters
+from replfx.measure import clock_for, trainable_parameters
 
 SPAN = 20
 """Steps between two readings of the clock: on an accelerator each reading waits for all that is under way."""
@@ -44,13 +43,6 @@ class Progress:
     spans: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     loss: float = 0.0
-
-
-def clock_for(device: torch.device) -> tuple[str, Callable[[], float]]:
-    """How training time is taken: of one thread on the CPU its own time, which other programs hardly disturb."""
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        return "CPU time", time.process_time
-    return "wall time", timer
 
 
 def prepared(subject: Subject, variant: Variant, seed: int, device: torch.device) -> nn.Module:
@@ -141,7 +133,7 @@ class Run:
         self.model = prepared(subject, variant, seed, device)
         self.called = speed.compiled(self.model)
         self.parameters = trainable_parameters(self.model)
-        self.clock_name, self.clock = clock_for(device)
+        self.clock = clock_for(device)
         self._begin()
         if self.path is not None and self.path.exists():
             self._load(self.path)
@@ -257,7 +249,7 @@ class Run:
     # ---- checkpoints
 
     def _identity(self) -> dict[str, Any]:
-        return {"name": self.name, "recipe": dict(self.recipe.to_dict())}
+        return {"name": self.name, "recipe": asdict(self.recipe)}
 
     def save(self) -> None:
         """Write a checkpoint, beside the old one and then in its place."""
@@ -320,12 +312,12 @@ class Run:
             "subject": self.subject.name,
             "variant": self.variant.name,
             "seed": self.seed,
-            "recipe": dict(self.recipe.to_dict()),
+            "recipe": asdict(self.recipe),
             "metric": progress.curve[-1]["metric"],
             "trainable_parameters": self.parameters,
             "step_seconds": median(progress.spans),
             "train_seconds": progress.seconds,
-            "clock": self.clock_name,
+            "clock": "CPU time" if self.clock is time.process_time else "wall time",
             "peak_training_bytes": cost["peak_training_bytes"],
             "curve": progress.curve,
             "environment": dict(stamps),

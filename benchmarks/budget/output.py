@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.drawing import markdown, new_figure, save, write_files
+from benchmarks.drawing import markdown, new_figure, save, terminal_table, write_files
 from replfx.measure import Sample
 from replfx.reports.expectation import Expectation
 
@@ -102,12 +101,7 @@ class Row:
 
 def table(rows: Sequence[Row]) -> Table:
     """Lay the rows out for the terminal."""
-    result = Table(title="shares of full: expected → measured", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, head in enumerate(HEADS):
-        result.add_column(head, justify="right" if index > 2 else "left")
-    for row in rows:
-        result.add_row(*map(escape, row.cells()))
-    return result
+    return terminal_table(HEADS, [row.cells() for row in rows], 3, title="shares of full: expected → measured")
 
 
 def write(rows: Sequence[Row], environment: Mapping[str, object], folder: Path) -> list[Path]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import names
-from benchmarks.drawing import markdown, plot_ratios
+from benchmarks.drawing import markdown, plot_ratios, terminal_table, write_files
 from replfx.measure import MIB, Sample, StepCost
 
 STEP_HEADS = (
@@ -114,53 +113,37 @@ class KernelRow:
 def tables(steps: Sequence[StepRow], kernels: Sequence[KernelRow]) -> Iterator[Table]:
     """Lay the rows out for the terminal: a table a model, and one for each piece of work."""
     for model, group in groupby(steps, key=lambda row: row.model):
-        yield _table(model, STEP_HEADS[1:], [row.cells()[1:] for row in group])
+        yield terminal_table(_broken(STEP_HEADS[1:]), [row.cells()[1:] for row in group], title=model)
     for work, rows in groupby(kernels, key=lambda row: row.work):
-        yield _table(work, KERNEL_HEADS[1:], [row.cells()[1:] for row in rows])
+        yield terminal_table(_broken(KERNEL_HEADS[1:]), [row.cells()[1:] for row in rows], title=work)
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    result = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, head in enumerate(heads):
-        result.add_column(head.replace(" [", "\n[").replace(" / ", "/\n"), justify="right" if index else "left")
-    for row in rows:
-        result.add_row(*map(escape, row))
-    return result
+def _broken(heads: Sequence[str]) -> list[str]:
+    """Heads with lines of their own for what comes behind a figure's name."""
+    return [head.replace(" [", "\n[").replace(" / ", "/\n") for head in heads]
 
 
 def write(
     steps: Sequence[StepRow], kernels: Sequence[KernelRow], stamps: Mapping[str, object], folder: Path
 ) -> list[Path]:
     """Write ``compile.json``, ``compile.md`` and ``compile.png`` to the folder; returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text, picture = (folder / f"compile.{ending}" for ending in ("json", "md", "png"))
     record: dict[str, Any] = {
         "environment": stamps,
         "steps": [row.to_dict() for row in steps],
         "kernels": [asdict(row) for row in kernels],
     }
-    data.write_text(json.dumps(record, indent=2) + "\n")
     parts = [(STEP_HEADS, [row.cells() for row in steps]), (KERNEL_HEADS, [row.cells() for row in kernels])]
-    text.write_text("\n".join(markdown(heads, rows) for heads, rows in parts if rows))
-    if any(row.ratio for row in steps):
-        plot(record, picture)
-        return [data, text, picture]
-    return [data, text]
-
-
-@dataclass(frozen=True)
-class _Point:
-    variant: str
-    ratio: Sample | None
+    text = "\n".join(markdown(heads, rows) for heads, rows in parts if rows)
+    draw = partial(plot, record) if any(row.ratio for row in steps) else None
+    return write_files(folder, "compile", record, text, draw)
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Plot step times over those of full under Inductor, one axis a model, from what `write` records."""
     key = "step_over_inductor_full"
-    points = [
-        (row["model"], _Point(row["variant"], Sample.from_dict(row[key]) if key in row else None))
-        for row in record["steps"]
-    ]
-    groups = {names.model(m): [point for _, point in rows] for m, rows in groupby(points, key=lambda pair: pair[0])}
+    groups: dict[str, dict[str, Sample | None]] = {}
+    for row in record["steps"]:
+        ratio = Sample.from_dict(row[key]) if key in row else None
+        groups.setdefault(names.model(row["model"]), {})[row["variant"]] = ratio
     title = f"Training step over full depth's under Inductor ({record['environment']['device'].upper()})"
     plot_ratios(groups, title, "step time / full depth's under Inductor: median and quartiles", path)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy.images import Images, cifar10_pixels
+from benchmarks.accuracy.images import Images, cifar10
 from benchmarks.accuracy.text import Text
 from replfx import ReplfxError
 
@@ -55,7 +55,7 @@ def sources(context: int, most: int = MOST, folder: Path | None = None) -> Text:
     train, valid = (torch.frombuffer(bytearray(b"".join(part) or b" "), dtype=torch.uint8) for part in parts)
     if min(len(train), len(valid)) < 64 * context:
         raise ReplfxError(f"{root} has {len(train)} and {len(valid)} bytes of Python: too few to train and to judge on")
-    return Text(train, valid, valid, 256, context, perplexity=False, curve_windows=128, final_windows=512)
+    return Text(train, valid, valid, 256, context, perplexity=False, final_windows=512)
 
 
 def _digest(content: bytes) -> bytes:
@@ -79,9 +79,9 @@ def pack(root: Path, path: Path, quality: int = _QUALITY) -> int:
     Raises:
         ReplfxError: there is no CIFAR-10 in `root`.
     """
-    train, train_labels, test, test_labels = cifar10_pixels(root)
-    content: dict[str, Any] = {"train_labels": train_labels.numpy(), "test_labels": test_labels.numpy()}
-    for name, pixels in (("train", train), ("test", test)):
+    images = cifar10(root)
+    content: dict[str, Any] = {"train_labels": images.train_labels.numpy(), "test_labels": images.test_labels.numpy()}
+    for name, pixels in (("train", images.train), ("test", images.test)):
         for number, chunk in enumerate(pixels.split(_LONGEST)):
             content[f"{name}_{number}"] = np.frombuffer(_mosaic(chunk, quality), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from benchmarks.compiling.command import launches
 from benchmarks.compiling.subjects import SUBJECTS, Way, training_of
 from benchmarks.gpu.workers import Record, Say, step_costs
 from replfx.demo.model import GPT
-from replfx.measure import Training
+from replfx.measure import Training, trainable_parameters
 
 LANGUAGE, SMALL_IMAGES = "python", ("resnet20", "resnet56")
 _WARM = 4  # steps before anything is timed: of them the first compiles
@@ -72,11 +73,8 @@ def subject_of(task: str, stored: Path, device: torch.device, quick: bool) -> Su
         return Subject(Task(task, lambda _: data, NATS, {"gpu": model}, {"gpu": recipe}, ()), "gpu", recipe, data)
     images = Images(**content)
     if quick:
-        few = [
-            getattr(images, name)[:: max(1, len(getattr(images, name)) // 500)]
-            for name in ("train", "train_labels", "test", "test_labels")
-        ]
-        images = Images(few[0], few[1], few[2], few[3])
+        tensors: dict[str, Any] = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        images = Images(**{name: each[:: max(1, len(each) // 500)] for name, each in tensors.items()})
     depth = int(task.removeprefix("resnet"))
     net = partial(ResNet, depth, 4, stride=2) if quick else partial(ResNet, depth)
     recipe = replace(_IMAGES, batch=16, evaluations=2) if quick else _IMAGES
@@ -191,8 +189,11 @@ class PreparedSteps:
         """What a step costs."""
         training = self.training
         figures = step_costs(training.step, training.model, training.optimizer, training.device, 5)
-        parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-        return {**figures, "launches": launches(training.step, training.device), "trainable_parameters": parameters}
+        return {
+            **figures,
+            "launches": launches(training.step, training.device),
+            "trainable_parameters": trainable_parameters(training.model),
+        }
 
     def work(self, steps: int, deadline: float, say: Say) -> tuple[str, Record]:
         """Nothing: it is there to be timed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import names
 from benchmarks.compiling.output import KERNEL_HEADS, KernelRow
-from benchmarks.drawing import markdown
+from benchmarks.drawing import markdown, new_figure, save
 from benchmarks.gpu.jobs import VARIANTS
 from benchmarks.gpu.workers import Record
 from replfx.measure import MIB
@@ -163,11 +163,7 @@ def _losers(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _plot(runs: dict[str, dict[str, Record]], path: Path) -> None:
     """Plot what each task is judged by, against steps and against the time that these take alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6 * len(runs)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 3.6 * len(runs))
     grid = figure.subplots(len(runs), 2, squeeze=False)
     for row, (task, variants) in zip(grid, runs.items(), strict=True):
         for ax, key, label in zip(row, ("step", "alone"), ("steps", "seconds of steps alone"), strict=True):
@@ -185,4 +181,4 @@ def _plot(runs: dict[str, dict[str, Record]], path: Path) -> None:
             ax.set(xlabel=label, ylabel=_JUDGED.get(task, "test accuracy, %"), title=task, xlim=(0, None))
             ax.grid(alpha=0.25)
         row[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    save(figure, path)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from replfx.measure import Sample, peak_training_bytes
+from replfx.measure import Sample, interleaved_times, peak_training_bytes
 
 Record = dict[str, Any]
 Say = Callable[..., None]
@@ -151,19 +151,9 @@ class Team:
 
 def step_costs(step: Callable[[], object], model: Any, optimizer: Any, device: torch.device, repeats: int) -> Record:
     """Seconds of a step with the device to itself, and its peak memory."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     peak = peak_training_bytes(step, model, optimizer, device)
-    seconds = []
-    for _ in range(repeats):
-        start = now()
-        step()
-        seconds.append(now() - start)
-    return {"seconds": Sample(tuple(seconds)).to_dict(), "peak_training_bytes": peak}
+    seconds = interleaved_times({"step": step}, repeats, warmup=0)["step"]
+    return {"seconds": seconds.to_dict(), "peak_training_bytes": peak}
 
 
 def merged(figures: Sequence[Mapping[str, Any]]) -> Record:

@@ -8,11 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import names
-from benchmarks.drawing import markdown, plot_ratios, write_files
+from benchmarks.drawing import markdown, missing, plot_ratios, terminal_table, write_files
 from replfx.measure import MIB, Sample
 
 HEADS = ("model", "variant", "batch", "weights, MiB", "latency, ms [quartiles]", "examples a second", "latency / full")
@@ -81,18 +80,14 @@ def _title(row: Row) -> str:
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Lay the rows out for the terminal, a table for each model and batch size; what does not exist is listed below."""
     for title, group in groupby(rows, key=_title):
-        result = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        result.add_column("variant")
-        for head in HEADS[3:]:
-            result.add_column(head.replace(" [", "\n[").replace(" / ", "/\n"), justify="right", no_wrap=True)
-        missing = []
-        for row in group:
-            if row.latency is None:
-                missing.append(f"{row.variant}: n/a: {row.reason}")
-            else:
-                result.add_row(*map(escape, [row.variant, *row.cells()[3:]]))
-        result.caption = escape("\n".join(missing)) or None
-        yield result
+        found = list(group)
+        yield terminal_table(
+            ["variant", *(head.replace(" [", "\n[").replace(" / ", "/\n") for head in HEADS[3:])],
+            [[row.variant, *row.cells()[3:]] for row in found if row.latency is not None],
+            columns={"no_wrap": True},
+            title=title,
+            caption=missing({row.variant: row.reason for row in found}),
+        )
 
 
 def write(
@@ -104,19 +99,11 @@ def write(
     return write_files(folder, "inference", record, text, lambda path: plot(record, path))
 
 
-@dataclass(frozen=True)
-class _Point:
-    variant: str
-    ratio: Sample | None
-
-
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """Plot the latencies over full's, one axis for each model and batch size, from what `write` records."""
-    groups: dict[str, list[_Point]] = {}
+    groups: dict[str, dict[str, Sample | None]] = {}
     for row in record["results"]:
         ratio = Sample.from_dict(row["latency_over_full"]) if "latency_over_full" in row else None
-        groups.setdefault(f"{names.model(row['model'])}, batch {row['batch']}", []).append(
-            _Point(row["variant"], ratio)
-        )
+        groups.setdefault(f"{names.model(row['model'])}, batch {row['batch']}", {})[row["variant"]] = ratio
     title = f"Latency of a trained model over full depth's ({names.setting(record['config'])})"
     plot_ratios(groups, title, "latency / full depth's: median and quartiles", path)

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import names
-from benchmarks.drawing import list_rows, markdown, new_figure, plot_ratio, save, write_files
+from benchmarks.drawing import list_rows, markdown, new_figure, plot_ratio, save, terminal_table, write_files
 from benchmarks.scale.subjects import MODELS, TOWERS
 from benchmarks.scale.trial import PHASES, Memory, Timing
 from replfx.measure import MIB, Sample, pairwise_ratios
@@ -260,12 +259,8 @@ def _grids(results: Results) -> Iterator[tuple[Sequence[str], list[list[str]], i
 def tables(results: Results) -> Iterator[Table]:
     """Lay the figures out for the terminal."""
     for heads, rows, words in _grids(results):
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=CAPTION, caption_justify="left")
-        for index, head in enumerate(heads):
-            table.add_column(head.replace(" ", "\n"), justify="left" if index < words else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        yield table
+        broken, style = [head.replace(" ", "\n") for head in heads], {"caption": CAPTION, "caption_justify": "left"}
+        yield terminal_table(broken, rows, words, {"overflow": "fold"}, **style)
 
 
 def write(results: Results, folder: Path) -> list[Path]:

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import replfx
+from benchmarks.common import in_training
 from benchmarks.scale.subjects import MODELS, TINY, TOWERS
 from replfx.chains.find import find_chains
 from replfx.chains.policy import Policy
@@ -135,11 +135,7 @@ def _training(job: Job) -> tuple[Training, Tensor]:
     subject = MODELS[job.subject]
     model = subject.build(job.small).train()
     inputs, targets = subject.batch()
-
-    def loss() -> Tensor:
-        return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-
-    return Training(model, torch.optim.AdamW(model.parameters(), fused=True), loss, torch.device("cpu")), inputs
+    return in_training(model, model, inputs, targets, bf16=False), inputs
 
 
 def _timed(model: nn.Module, example: Tensor | None, repeats: int, steps: Mapping[str, Callable[[], object]]) -> Timing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 found[name].append(result)
     rows = rows_of(found)
     console.print(table(rows))
-    config = {"seeds": seeds, "pretrain": dict(recipes[0].to_dict()), "fine_tune": dict(recipes[1].to_dict())}
+    config = {"seeds": seeds, "pretrain": asdict(recipes[0]), "fine_tune": asdict(recipes[1])}
     write(rows, found, config, environment(device), args.out)
     console.print(f"wrote {args.out}", soft_wrap=True, highlight=False)
     return 0

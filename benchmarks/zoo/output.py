@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.drawing import markdown, write_files
 from benchmarks.zoo.peers import PEERS
 
 HEADS = ("models", "replaced", "refused", "failed", *PEERS)
@@ -28,13 +28,10 @@ Records = Sequence[Mapping[str, Any]]
 
 def write(records: Records, config: Mapping[str, object], folder: Path) -> list[Path]:
     """Write ``zoo.json`` and ``zoo.md`` to the folder; returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text = folder / "zoo.json", folder / "zoo.md"
     environment = {"platform": f"{platform.system()} {platform.machine()}", "versions": _versions(records)}
     ordered = sorted(records, key=lambda record: (_source(record), record["family"], record["name"]))
-    data.write_text(json.dumps({"config": config, "environment": environment, "results": ordered}, indent=1) + "\n")
-    text.write_text("\n".join(_markdown(ordered, config)) + "\n")
-    return [data, text]
+    document = {"config": config, "environment": environment, "results": ordered}
+    return write_files(folder, "zoo", document, "\n".join(_markdown(ordered, config)) + "\n", None, indent=1)
 
 
 def totals_table(records: Records) -> Table:
@@ -73,11 +70,8 @@ def _markdown(records: Records, config: Mapping[str, object]) -> Iterator[str]:
     yield from ("", "Versions: " + "; ".join(f"{k} {', '.join(v)}" for k, v in _versions(records).items()) + ".")
 
 
-def _table(first: str, rows: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:
-    yield f"| {' | '.join((first, *HEADS))} |"
-    yield f"| --- |{' ---: |' * len(HEADS)}"
-    for label, cells in rows:
-        yield f"| {' | '.join((label, *cells))} |"
+def _table(first: str, rows: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    return markdown((first, *HEADS), [(label, *cells) for label, cells in rows], words=1).splitlines()
 
 
 def _totals(records: Records) -> list[tuple[str, list[str]]]:

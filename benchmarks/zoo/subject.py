@@ -36,11 +36,6 @@ class Subject:
     family: str
     variants: tuple[Variant, ...]
 
-    @property
-    def source(self) -> str:
-        """The registry that it is from."""
-        return self.name.partition(":")[0]
-
 
 def seed(number: int = 0) -> None:
     """Start all of the random generators that a model may draw from."""

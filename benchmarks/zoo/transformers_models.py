@@ -72,7 +72,7 @@ def _ids() -> Tensor:
     return torch.randint(3, configs.VOCABULARY, (2, configs.LENGTH))
 
 
-def _text(config: Any) -> Inputs:
+def _text(config: Any) -> dict[str, object]:
     return {"input_ids": _ids(), "attention_mask": torch.ones(2, configs.LENGTH, dtype=torch.int64)}
 
 
@@ -103,11 +103,7 @@ def _mel_to_text(config: Any) -> Inputs:
 
 def _image_and_text(config: Any) -> Inputs:
     vision = getattr(config, "vision_config", config)
-    return {**_ids_and_mask(), "pixel_values": torch.randn(2, 3, vision.image_size, vision.image_size)}
-
-
-def _ids_and_mask() -> dict[str, object]:
-    return {"input_ids": _ids(), "attention_mask": torch.ones(2, configs.LENGTH, dtype=torch.int64)}
+    return {**_text(config), "pixel_values": torch.randn(2, 3, vision.image_size, vision.image_size)}
 
 
 INPUTS: dict[str, Callable[[Any], Inputs]] = {

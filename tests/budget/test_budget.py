@@ -16,14 +16,10 @@ import replfx
 from replfx.budget.asked import Budget
 from replfx.cli import main
 from replfx.demo.model import GPT
-from replfx.measure import peak_training_bytes
+from replfx.measure import peak_training_bytes, trainable_parameters
 from tests.support.models import ConvNet, Tower, tower
 
 X = torch.rand(6, 4)
-
-
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def gpt(depth: int = 7) -> tuple[nn.Module, torch.Tensor]:
@@ -83,7 +79,7 @@ def _mildest(model: nn.Module, operator: str, share: float) -> int | None:
     for count in range(len(inner) + 1):
         for chosen in itertools.islice(itertools.combinations(inner, count), 1):
             made = replfx.transform(model, operator=operator, select=chosen) if chosen else model
-            if trainable(made) <= share * trainable(model):
+            if trainable_parameters(made) <= share * trainable_parameters(model):
                 return count
     return None
 
@@ -102,8 +98,8 @@ def test_the_fewest_blocks_within_a_share_of_the_parameters(depth: int, share: f
     made = replfx.transform(model, X, budget=budget, operator=operator)
     found = replfx.report(made)
     assert len(found.replaced) == wanted
-    assert found.expected.planned.parameters == trainable(made) <= share * trainable(model)
-    assert found.expected.full.parameters == trainable(model)
+    assert found.expected.planned.parameters == trainable_parameters(made) <= share * trainable_parameters(model)
+    assert found.expected.full.parameters == trainable_parameters(model)
     assert {block.operator for block in found.blocks} <= {operator, None}
 
 
@@ -166,7 +162,7 @@ def test_several_limits_and_what_is_possible() -> None:
     with pytest.raises(replfx.PlanError, match=r"memory [\d.]+ MiB \(0\.\d\d of full\) \(`\w+` in the place of"):
         replfx.transform(model, ids, budget={"memory": "64KiB", "parameters": 0.9})
     made = replfx.transform(model, ids, budget={"memory": "1GiB", "parameters": 0.8})
-    assert trainable(made) <= 0.8 * trainable(model)
+    assert trainable_parameters(made) <= 0.8 * trainable_parameters(model)
 
 
 def test_blocks_that_fill_a_cache_and_that_write_to_their_input() -> None:

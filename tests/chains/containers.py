@@ -111,9 +111,9 @@ class GrowingNet(nn.Module):
 
 
 class Conv(nn.Module):
-    def __init__(self, width_in: int, width: int, kernel: int = 3, stride: int = 1) -> None:
+    def __init__(self, width_in: int, width: int, kernel: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
+        self.conv = nn.Conv2d(width_in, width, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:

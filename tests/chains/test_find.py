@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import replfx
-from tests.support.models import GPT, ConvBlock, ConvNet, Mlp, Plain, Row, Tower, WithExtras, tower
+from tests.support.models import GPT, ConvNet, Mlp, Plain, Row, Tower, WithExtras, tower
 from tests.support.snapshots import assert_unchanged, snapshot
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
@@ -22,13 +21,13 @@ def chains(model: nn.Module, inputs: Any = X) -> list[list[str]]:
     return replfx.inspect(model, inputs).chains
 
 
-def refused(model: nn.Module, path: str, inputs: Any = X) -> str:
+def refused(model: nn.Module, path: str) -> str:
     """Why the block cannot be replaced; the model must be as it was afterwards."""
     before = snapshot(model)
-    reason = replfx.inspect(model, inputs).refused[path]
+    reason = replfx.inspect(model, X).refused[path]
     assert_unchanged(model, before)
     with pytest.raises(replfx.ReplfxError, match=r"cannot be replaced|no chain of 3") as caught:
-        replfx.transform(model, inputs, select=path)
+        replfx.transform(model, X, select=path)
     assert reason in str(caught.value)
     assert_unchanged(model, before)
     return reason
@@ -320,9 +319,7 @@ def test_never_called() -> None:
 def test_two_blocks_that_share_a_parameter() -> None:
     model = tower(5)
     model.blocks[3].fc1.weight = model.blocks[1].fc1.weight
-    assert refused(model, "blocks.1") == "its parameter `fc1.weight` is shared with `blocks.3.fc1.weight`" or refused(
-        model, "blocks.1"
-    ).endswith("is shared with `blocks.3.fc1.weight`")
+    assert refused(model, "blocks.1").endswith("is shared with `blocks.3.fc1.weight`")
     assert "`blocks.1.fc1.weight`" in refused(model, "blocks.3")
     made = replfx.transform(model, X)
     assert replfx.report(made).replaced == ["blocks.2"]  # for every second one has to stay
@@ -483,11 +480,3 @@ def test_what_sets_blocks_apart_may_be_a_part_that_one_has_not() -> None:
     wide = nn.Sequential(Shortcut(None), Shortcut(ways[0]), Shortcut(None))
     report = replfx.inspect(wide, torch.randn(2, 4))
     assert report.refused["1"] == "too little of it can be made from `0`: `way.0.weight`: (32, 4) ≠ absent"
-
-
-def test_finding_is_deterministic() -> None:
-    model = ConvNet(4)
-    x = torch.randn(1, 3, 8, 8)
-    first = replfx.inspect(model, x)
-    assert replfx.inspect(copy.deepcopy(model), x) == first
-    assert isinstance(model.stages[0][0], ConvBlock)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import replfx
 import replfx.compile  # registers the name in a checkout
-from tests.support.compare import EXACT, assert_as_near, assert_close, assert_same_run, loss_of, outputs, run
+from tests.support.compare import assert_as_near, assert_close, assert_same_run, loss_of, outputs, run
 from tests.support.compiled import Compiled, needs_compiler
 from tests.support.models import ConvNet, tower
 from tests.support.strategies import Case, case_of, cases, randomize
@@ -21,15 +21,15 @@ from tests.support.strategies import Case, case_of, cases, randomize
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def assert_same(model: nn.Module, case: Case, inner: str, tolerance: float = EXACT) -> Compiled:
+def assert_same(model: nn.Module, case: Case, inner: str) -> Compiled:
     """Outputs and gradients with gradients enabled, and twice the outputs without."""
     twin = copy.deepcopy(model)
     compiled = Compiled(twin, inner, cache=True)
-    assert_same_run(model, twin, compiled, case, tolerance)
+    assert_same_run(model, twin, compiled, case)
     for _ in range(2):
         with torch.no_grad():
             for one, two in zip(outputs(compiled, case.inputs()), outputs(model, case.inputs()), strict=True):
-                assert_close(one, two, "output without gradients", tolerance)
+                assert_close(one, two, "output without gradients")
     return compiled
 
 

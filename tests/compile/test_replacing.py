@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 import replfx
 from tests.reference import FAMILIES
-from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
-from tests.support.compiled import X, batches, needs_compiler, noting, paths, replacing
+from tests.support.compare import assert_close
+from tests.support.compiled import X, assert_is_what_transform_makes, batches, needs_compiler, noting, paths, replacing
 from tests.support.functional import Functional, Spec, specs
 from tests.support.models import GPT, ConvNet, Mlp, Plain, Row, Tower, tower
 from tests.support.strategies import Case, cases
@@ -33,31 +33,7 @@ SINGLE = tuple(name for name in FAMILIES if name != "masked")  # whose blocks gi
 @given(case=cases(operators=("block",), families=SINGLE))
 @settings(max_examples=6)
 def test_it_is_what_transform_makes(case: Case) -> None:
-    """`transform` itself is held against a reference elsewhere."""
-    model, inputs = case.model(), case.inputs()
-    transformed = case.transformed(copy.deepcopy(model))
-    with torch.no_grad():  # its own parameters are random again; take over those that both have
-        for name, parameter in transformed.named_parameters():
-            if ".fusion." not in name:
-                model.get_parameter(name).copy_(parameter)
-        for name, buffer in transformed.named_buffers():
-            model.get_buffer(name).copy_(buffer)
-    compiled, backend = replacing(model, "eager", **case.policy.arguments())
-    state = copy.deepcopy(model.state_dict())  # the first call is there for the coefficients alone
-    compiled(*case.inputs())
-    model.load_state_dict(state)
-    assert paths(backend) == [f"@{path}" for path in replfx.report(transformed).replaced]
-    with torch.no_grad():
-        for name, parameter in backend.named_parameters():
-            parameter.copy_(transformed.get_parameter(name))
-    expected, wanted = run(transformed, inputs)
-    results = compiled(*inputs)
-    results = [results] if isinstance(results, Tensor) else list(results)
-    for one, two in zip(results, expected, strict=True):
-        assert_close(one, two, "output")
-    loss_of(results).backward()
-    found = {**dict(model.named_parameters()), **dict(backend.named_parameters()), "input": inputs[0]}
-    assert_same_gradients({name: found[name].grad for name in wanted}, wanted)
+    assert_is_what_transform_makes(case.model(), case.inputs, case.policy.arguments())
 
 
 @pytest.mark.slow

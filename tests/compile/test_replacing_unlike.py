@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections import OrderedDict
 from typing import Any
 
@@ -14,69 +13,30 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import replfx
-from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
-from tests.support.compiled import paths, replacing
+from tests.support.compiled import assert_is_what_transform_makes, in_graph, paths, replacing
 from tests.support.models import ConvNet, Mlp, Row, Tower
 from tests.support.stacks import Drawn, drawn_stacks, various
-from tests.support.strategies import randomize
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def in_graph(name: str, blocks: list[str]) -> str:
-    """A name of the transformed model's, as the plain model or its backend has it."""
-    for block in blocks:
-        window = re.fullmatch(r"(.*)\[(\d+):\d+\]", block)
-        head = block if window is None else f"{window[1]}.{window[2]}".strip(".")
-        if name.startswith(f"{head}.replfx."):
-            return block + name.removeprefix(head)
-    return name
-
-
-def assert_is_what_transform_makes(drawn: Drawn) -> None:
-    """Outputs, buffers and all gradients. `transform` itself is held against a reference elsewhere."""
-    policy: dict[str, Any] = {"every": 2, **drawn.policy()}
-    model = drawn.model()
-    transformed = replfx.transform(copy.deepcopy(model), drawn.inputs(), **policy)
-    compiled, backend = replacing(model, "eager", **policy)
-    state = copy.deepcopy(model.state_dict())  # the first call is there for the coefficients alone
-    compiled(*drawn.inputs())
-    model.load_state_dict(state)
-    replaced = list(replfx.report(transformed).replaced)
-    assert [path[1:] for path in paths(backend)] == replaced
-    randomize(transformed, drawn.seed + 2)
-    names = {name: in_graph(name, replaced) for name in transformed.state_dict()}
-    mine = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(backend.named_parameters())}
-    with torch.no_grad():
-        for name, tensor in transformed.state_dict().items():
-            mine[names[name]].copy_(tensor)
-    expected, wanted = run(transformed, drawn.inputs())
-    inputs = drawn.inputs()
-    result = compiled(*inputs)
-    assert_close(result, expected[0], "output")
-    loss_of([result]).backward()
-    found = {name: inputs[0].grad if name == "input" else mine[names[name]].grad for name in wanted}
-    assert_same_gradients(found, wanted)
-    for name, buffer in transformed.named_buffers():
-        torch.testing.assert_close(mine[in_graph(name, replaced)], buffer)
 
 
 @given(drawn=drawn_stacks())
 @settings(max_examples=20)
 @pytest.mark.slow
 def test_it_is_what_transform_makes(drawn: Drawn) -> None:
-    assert_is_what_transform_makes(drawn)
+    assert_is_what_transform_makes(drawn.model(), drawn.inputs, {"every": 2, **drawn.policy()})
 
 
 @pytest.mark.parametrize("kind", ["units", "windows", "flat_conv_norm"])
 def test_every_kind_of_stack(kind: str) -> None:
-    assert_is_what_transform_makes(Drawn(kind, various(kind), "channel", "block", 0.5))
+    drawn = Drawn(kind, various(kind), "channel", "block", 0.5)
+    assert_is_what_transform_makes(drawn.model(), drawn.inputs, {"every": 2, **drawn.policy()})
 
 
-def flat(*widths: int, kernels: tuple[int, ...] = (3, 5, 7, 3)) -> nn.Sequential:
+def flat(*widths: int) -> nn.Sequential:
     """[Conv, BN, ReLU] of these widths, one after the other."""
     layers: list[nn.Module] = []
-    for before, width, kernel in zip((3, *widths), widths, kernels, strict=False):
+    for before, width, kernel in zip((3, *widths), widths, (3, 5, 7, 3), strict=False):
         layers += [nn.Conv2d(before, width, kernel, padding=kernel // 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 

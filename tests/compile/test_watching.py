@@ -14,18 +14,17 @@ from torch import Tensor, nn
 
 import replfx
 from tests.support.compiled import noting, replacing
-from tests.support.models import GPT, ConvNet, Mlp, Tower, tower
+from tests.support.models import GPT, ConvNet, Mlp, Products, Row, Tower, tower
 from tests.support.slow import some_slow
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-class Changing(nn.Module):
+class Changing(Row):
     """A chain that a flag breaks: after the first block, or in the second."""
 
-    def __init__(self, block: Callable[[], nn.Module] = Mlp, length: int = 5) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(length))
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(5)))
         self.broken = self.direct = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,24 +168,11 @@ def test_it_does_not_matter_how_the_model_is_compiled(how: str) -> None:
     assert [isinstance(each, replfx.CompileError) for each in found] == [False, False, False, True, True]
 
 
-class Functional(nn.Module):
-    """Its blocks call no module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(torch.randn(8, 8) for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for weight in self.weights:
-            x = torch.relu(x @ weight) + x
-        return x
-
-
 def test_blocks_that_nothing_would_tell_of_need_one_graph() -> None:
-    with pytest.raises(replfx.CompileError, match=r"`@weights\.1` is no call of a module.*fullgraph=True"):
-        begun(Functional(), rows())
+    with pytest.raises(replfx.CompileError, match=r"`@w\.1` is no call of a module.*fullgraph=True"):
+        begun(Products(width=8), rows())
     with torch._dynamo.config.patch(recompile_limit=2):
-        compiled, backend = begun(Functional(), rows(2), dynamic=False, fullgraph=True)
+        compiled, backend = begun(Products(width=8), rows(2), dynamic=False, fullgraph=True)
         assert len(backend.plan.replacements) == 2
         compiled(rows(3))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):

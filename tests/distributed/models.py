@@ -6,30 +6,32 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.reference import Options
+from tests.reference.blocks import TransformerBlock
 from tests.support.models import Row
 
-WIDTH, HEADS, HIDDEN = 8, 4, 12
+WIDTH, HEADS = 8, 4
+OPTIONS = Options(WIDTH, hidden=12, heads=HEADS)
 
 
 class Attention(nn.Module):
     """With as many heads as its projections give it, so that they can be shared out."""
 
-    def __init__(self) -> None:
+    def __init__(self, o: Options) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(
-            -1
-        )  # DTensors have no fused kernel here
+        # DTensors have no fused kernel here.
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
 class FusedAttention(nn.Module):
     """With queries, keys and values from one matrix, of which the light operator reads a third."""
 
-    def __init__(self) -> None:
+    def __init__(self, o: Options) -> None:
         super().__init__()
         self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
@@ -37,26 +39,6 @@ class FusedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)
         return self.o((weights @ v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, attention: Callable[[], nn.Module] = Attention) -> None:
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(WIDTH), attention()
-        self.norm2, self.mlp = nn.LayerNorm(WIDTH), Mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class ConvBlock(nn.Module):
@@ -75,7 +57,7 @@ def stack(block: Callable[[], nn.Module]) -> Row:
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
-    "transformer": Block,
-    "fused": lambda: Block(FusedAttention),
+    "transformer": lambda: TransformerBlock(OPTIONS, Attention),
+    "fused": lambda: TransformerBlock(OPTIONS, FusedAttention),
     "cnn": ConvBlock,
 }

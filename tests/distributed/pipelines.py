@@ -1,8 +1,7 @@
 """What each process of test_pipeline.py does: one group of processes goes through all ways of splitting a model."""
 
 import copy
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,12 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn import functional as F
 
 import replfx
+from tests.support.compare import Gradients, assert_close, assert_same_gradients
 from tests.support.models import CausalBlock, ConvNet, Tower
+from tests.support.processes import tried
 from tests.support.strategies import randomize
 
 STAGES, BATCH, MICROBATCHES, STEPS = 2, 8, 4, 3
-
-# Of the largest entry, as in ranks.py: float64, summed over microbatches in another order.
-TOLERANCE = 1e-10
 
 Split = Callable[[nn.Module, str, int, Tensor], tuple[Any, dict[str, str]]]
 
@@ -104,23 +102,20 @@ def work(jobs: list[tuple[str, Case, str]]) -> dict[str, str | None]:
     """Run every case split its way; what went wrong, by name."""
     found: dict[str, str | None] = {}
     for name, case, way in jobs:
-        try:
-            found[name] = "\n".join(_differences(case, way, dist.get_rank())) or None
-        except Exception:
-            found[name] = traceback.format_exc()
+        found[name] = tried(_check, case, way, dist.get_rank())
         dist.barrier()
     return found
 
 
-def _differences(case: Case, way: str, rank: int) -> Iterator[str]:
-    """Where training in stages differs; all steps are done in any case, because the other process waits for them."""
+def _check(case: Case, way: str, rank: int) -> None:
+    """Training in stages against one process; looked at after all steps, because the other process waits for them."""
     single = case.model()
     stage, names = SPLITS[way](case.model(), case.split_at, rank, case.input())
-    if not any(".fusion." in name for name in names.values()):
-        yield "there is no fusion layer in this stage"
     schedule = SCHEDULES[way](stage, MICROBATCHES, loss_fn=F.mse_loss)
     one = torch.optim.AdamW(single.parameters(), lr=0.01)
     mine = torch.optim.AdamW(stage.submod.parameters(), lr=0.01)
+    found: Gradients = {}
+    wanted: Gradients = {}
     for step in range(STEPS):
         x = case.input(step)
         target = torch.randn(single(x).shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
@@ -129,23 +124,15 @@ def _differences(case: Case, way: str, rank: int) -> Iterator[str]:
         mine.zero_grad()
         schedule.step(x) if rank == 0 else schedule.step(target=target)
         for name, parameter in stage.submod.named_parameters():
-            theirs = single.get_parameter(names[name])
-            yield from _difference(parameter.grad, theirs.grad, f"gradient {step} of {names[name]}")
+            found[f"{names[name]} in step {step}"] = parameter.grad
+            wanted[f"{names[name]} in step {step}"] = single.get_parameter(names[name]).grad
         one.step()
         mine.step()
-    for name, parameter in stage.submod.named_parameters():
-        yield from _difference(parameter, single.get_parameter(names[name]), names[name])
     everywhere: list[Any] = [None] * STAGES
-    dist.all_gather_object(everywhere, sorted(names.values()))
-    if sorted(name for part in everywhere for name in part) != sorted(name for name, _ in single.named_parameters()):
-        yield f"the stages have other parameters than the model: {everywhere}"
-
-
-def _difference(one: Tensor | None, other: Tensor | None, what: str) -> Iterator[str]:
-    if one is None or other is None:
-        if one is not other:
-            yield f"{what}: {one is None} here, {other is None} in one process"
-        return
-    error, scale = (one - other).abs().max().item(), max(other.abs().max().item(), 1e-3)
-    if not error <= TOLERANCE * scale:
-        yield f"{what}: off by {error:.2e} at a scale of {scale:.2e}"
+    dist.all_gather_object(everywhere, list(names.values()))
+    together = sorted(name for part in everywhere for name in part)
+    assert together == sorted(name for name, _ in single.named_parameters()), "the stages and the model differ"
+    assert any(".fusion." in name for name in names.values()), "there is no fusion layer in this stage"
+    assert_same_gradients(found, wanted)
+    for name, parameter in stage.submod.named_parameters():
+        assert_close(parameter, single.get_parameter(names[name]), names[name])

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel import parallelize_module as torch_parallelize_module
 
 import replfx
-from tests.distributed.models import BLOCKS, WIDTH, Block, stack
+from tests.distributed.models import BLOCKS, WIDTH, stack
 from tests.distributed.ranks import whole_tensor
 from tests.support.compare import assert_close
 from tests.support.processes import tried
@@ -276,7 +276,7 @@ def _refusals(mesh: DeviceMesh) -> None:
         with pytest.raises((replfx.FusionError, RuntimeError), match=r"call replfx\.parallelize_module|leaf tensors"):
             torch_parallelize_module(case.model(), mesh, plan)(case.inputs(0))
     with pytest.raises(replfx.CaptureError, match="is a DTensor"):
-        replfx.transform(torch_parallelize_module(stack(Block).double(), mesh, styles), every=2)
+        replfx.transform(torch_parallelize_module(stack(BLOCKS["transformer"]).double(), mesh, styles), every=2)
 
     replfx.parallelize_module(model, mesh, styles)
     with pytest.raises(replfx.FusionError, match=r"`blocks\.1` has been parallelised before"):

@@ -8,18 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
+from tests.support.models import Mlp
 
 WIDTH = 8
-
-
-class Block(nn.Module):
-    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.norm = norm
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
 def _function(x: Tensor) -> Tensor:
@@ -27,7 +18,7 @@ def _function(x: Tensor) -> Tensor:
 
 
 def _model(norm: Callable[[], Callable[[Tensor], Tensor]]) -> nn.Sequential:
-    return nn.Sequential(*(Block(norm()) for _ in range(5)))
+    return nn.Sequential(*(Mlp(WIDTH, norm=norm()) for _ in range(5)))
 
 
 @pytest.mark.parametrize(

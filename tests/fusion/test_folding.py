@@ -9,23 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
+from tests.support.models import ConvBlock
 
 WIDTH = 8
 
 
-class Basic(nn.Module):
+class Basic(ConvBlock):
     """ResNet's: an activation follows the sum."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False) for _ in range(2))
-        self.bn1, self.bn2, self.activation = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH), activation
-
-    def branch(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(x + self.branch(x))
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
 
 
 class Excited(Basic):
@@ -152,10 +145,10 @@ def test_light_blocks_are_unrolled_exactly(kind: type[nn.Module]) -> None:
 class Joint(nn.Module):
     """Two streams that attend to each other and are both added to, as in SD3 and Flux."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out1, self.out2 = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out1, self.out2 = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         both = self.qkv(torch.cat([self.norm1(x), self.norm2(context)], 1))

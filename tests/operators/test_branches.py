@@ -12,27 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import replfx
+from tests.support.models import Mlp
 
 WIDTH = 6
 
 
-class Mlp(nn.Module):
+class Branch(Mlp):
     """x ↦ W₂ gelu(W₁ N(x)), with no sum of its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
-
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
+        y: Tensor = self.fc2(self.act(self.fc1(self.norm(x))))
         return y
-
-
-class Residual(Mlp):
-    """With one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
 
 
 class Add(nn.Module):
@@ -82,9 +72,9 @@ OTHERS: dict[str, Sum] = {
 class Net(nn.Module):
     """The sum is in `forward` here; blocks in `out` are left out of it by hand."""
 
-    def __init__(self, combine: Sum, block: type[nn.Module] = Mlp, depth: int = 5) -> None:
+    def __init__(self, combine: Sum, block: type[Mlp] = Branch, depth: int = 5) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.blocks = nn.ModuleList(block(WIDTH, 12) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
         self.others = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
         self.adds, self.gate = nn.ModuleList(Add() for _ in range(depth)), Gate()
@@ -99,7 +89,7 @@ class Net(nn.Module):
         return y
 
 
-def _pair(combine: Sum, block: type[nn.Module] = Mlp) -> tuple[Any, Any, Tensor]:
+def _pair(combine: Sum, block: type[Mlp] = Branch) -> tuple[Any, Any, Tensor]:
     """The model with blocks 1 and 3 left out, the plain one, and an input."""
     torch.manual_seed(0)
     plain, x = Net(combine, block).double(), torch.randn(4, WIDTH, dtype=torch.float64)
@@ -142,7 +132,7 @@ def test_others_give_on_what_they_get(name: str) -> None:
 
 
 def test_a_block_with_a_sum_of_its_own_gives_on_what_it_gets() -> None:
-    made, plain, x = _pair(BRANCHES["after"], Residual)
+    made, plain, x = _pair(BRANCHES["after"], Mlp)
     reference = copy.deepcopy(plain)
     reference.blocks[1], reference.blocks[3] = nn.Identity(), nn.Identity()
     assert torch.equal(made(x), reference(x))

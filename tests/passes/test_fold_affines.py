@@ -9,25 +9,15 @@ from torch import Tensor, fx, nn
 import replfx
 from replfx.passes.fold_affines import FoldAffines
 from tests.support.compiled import as_in_eager_mode, by_block, captured, graph_of
+from tests.support.models import Mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-class Normed(nn.Module):
-    """A pre-norm MLP block."""
-
-    def __init__(self, norm: nn.Module, hidden: int) -> None:
-        super().__init__()
-        self.norm, self.fc1, self.fc2 = norm, nn.Linear(16, hidden), nn.Linear(hidden, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
 
 
 def normed(kind: type[nn.Module], hidden: int = 40) -> nn.Module:
     """Replaced blocks 1 and 3 of five, with drawn weights of all norms."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Normed(kind(16), hidden) for _ in range(5)))
+    model = nn.Sequential(*(Mlp(16, hidden, norm=kind(16)) for _ in range(5)))
     made = replfx.transform(model, torch.randn(2, 16), operator="light").double()
     for parameter in made.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)
@@ -61,29 +51,29 @@ def test_with_folded_affines_outputs_and_gradients_stay(kind: type[nn.Module], h
     assert affines(as_in_eager_mode(model, x).graphs[0]) == 3
 
 
-class OverTokens(Normed):
+class OverTokens(Mlp):
     """Normalises over 16 tokens and 16 channels at once: its weight has as many rows as fc1's."""
 
     def __init__(self) -> None:
-        super().__init__(nn.LayerNorm((16, 16)), 16)
+        super().__init__(16, 16, norm=nn.LayerNorm((16, 16)))
 
 
-class ByName(Normed):
+class ByName(Mlp):
     """Gives fc1's tensors by name."""
 
     def __init__(self) -> None:
-        super().__init__(nn.LayerNorm(16), 40)
+        super().__init__(16, 40)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = nn.functional.linear(input=self.norm(x), weight=self.fc1.weight, bias=self.fc1.bias)
         return x + self.fc2(nn.functional.gelu(hidden))
 
 
-class Unused(Normed):
+class Unused(Mlp):
     """Calls a norm whose result it does not need."""
 
     def __init__(self) -> None:
-        super().__init__(nn.LayerNorm(16), 40)
+        super().__init__(16, 40)
         self.plain = nn.LayerNorm(16, elementwise_affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,11 +81,11 @@ class Unused(Normed):
         return super().forward(x)
 
 
-class Squared(Normed):
+class Squared(Mlp):
     """Holds what the norm gives against itself: it is the matrix, too."""
 
     def __init__(self) -> None:
-        super().__init__(nn.LayerNorm(16), 40)
+        super().__init__(16, 40)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.chains.find import find_chains
-from replfx.chains.policy import Policy
-from replfx.chains.select import select
-from replfx.live import Synthesis, fusion_layers
-from replfx.modules.copying import structural_copy
-from replfx.passes.pipeline import run_passes
-from replfx.rewrite.build import build, insertion, install
-from tests.support.models import GPT, ConvNet, Stop, WithExtras, tower
+from replfx.live import fusion_layers
+from replfx.rewrite.build import build, install
+from tests.support.models import GPT, ConvNet, Products, Stop, WithExtras, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 IDS = torch.randint(0, 31, (2, 8))
@@ -57,28 +52,6 @@ def test_it_can_be_undone(operator: str) -> None:
     assert torch.equal(model(x), original)
 
 
-def test_the_plan_is_carried_out_on_a_structural_copy_too() -> None:
-    model = tower(5)
-    plan = replfx.plan(model, X)
-    twin = structural_copy(model)
-    install(twin, build(twin, plan))
-    assert not any(isinstance(m, Synthesis) for m in model.modules())
-    assert sum(isinstance(m, Synthesis) for m in twin.modules()) == 2
-
-
 def test_a_graph_of_many_regions_can_be_copied() -> None:
-    class Weights(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.ParameterList(torch.eye(4) for _ in range(256))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for w in self.w:
-                x = torch.relu(x @ w)
-            return x
-
-    graph = replfx.capture(Weights())
-    found = find_chains(graph)
-    plan = select(found, Policy(every=2)).plan
-    result = run_passes(graph, [insertion(found.capture.root, found, plan)]).graph_module
+    result = replfx.transform(Products(256), X, every=2)
     assert torch.equal(copy.deepcopy(result)(X), result(X))

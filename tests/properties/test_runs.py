@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+import replfx
 from tests.reference import FAMILIES, Options
 from tests.support.compare import (
     assert_as_near,
@@ -95,6 +96,9 @@ def test_copies_are_equal_and_apart(case: Case) -> None:
         before = [r.detach() for r in outputs(copy.deepcopy(model), case.inputs())]
         assert list(twin.state_dict()) == list(model.state_dict())
         assert len(list(twin.parameters())) == len(list(model.parameters()))
+        assert replfx.report(twin) == replfx.report(model)
+        with pytest.raises(replfx.StateDictError):
+            twin.load_state_dict(case.model().state_dict())
         for one, other in zip(outputs(copy.deepcopy(twin), case.inputs()), before, strict=True):
             assert torch.equal(one, other)
         randomize(twin, case.seed + 9)  # its fusion layers read its own blocks now, and the model's the model's

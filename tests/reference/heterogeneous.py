@@ -273,14 +273,17 @@ _ADDED = (
 )
 
 
+def renamed(added: str) -> str:
+    """By its name within `replfx`, what a reference calls a tensor."""
+    return next(re.sub(f"^{pattern}", by, added) for pattern, by in _ADDED if re.match(pattern, added))
+
+
 def parts_of(tensors: Tensors, spot: Spot) -> Tensors:
     """What a replaced block has in the transformed model: `a`, `b`, gains, a light operator's; and `own.NAME`."""
     found = {}
     for name, tensor in _under(tensors, f"{spot.members[0]}.").items():
-        added, renamed = name.removeprefix("replfx."), f"own.{name}"
-        if added != name:
-            renamed = next(re.sub(f"^{pattern}", by, added) for pattern, by in _ADDED if re.match(pattern, added))
-        found[renamed] = tensor
+        added = name.removeprefix("replfx.")
+        found[f"own.{name}" if added == name else renamed(added)] = tensor
     return found
 
 

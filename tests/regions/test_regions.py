@@ -21,7 +21,7 @@ from replfx.regions.region import Region, Regions, region_module, replace_region
 from replfx.tracing import capture, info_of
 from tests.support.copies import copied
 from tests.support.functional import Functional, Spec, specs, values_of
-from tests.support.models import GPT
+from tests.support.models import GPT, Products
 
 
 def captured(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
@@ -96,19 +96,6 @@ def test_layers_replaced_by_their_own_modules_change_nothing(spec: Spec, data: s
 
 
 # ---- what is a layer, and what is not
-
-
-class Products(nn.Module):
-    """`x = relu(x @ w)` for each of some weights; `X` goes through it."""
-
-    def __init__(self, depth: int = 5) -> None:
-        super().__init__()
-        self.w = nn.ParameterList(torch.randn(4, 4) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Any:
-        for w in self.w:
-            x = torch.relu(x @ w)
-        return x
 
 
 X = torch.linspace(-1, 1, 8).view(2, 4)

@@ -14,22 +14,19 @@ from torch.nn import functional as F
 import replfx
 from replfx.tracing import Limits, capture_lazily, limits_of
 from replfx.tracing.inputs import Inputs
+from tests.support.models import Products
 
 X = torch.randn(4, 8)
 
 
-class Loop(nn.Module):
+class Loop(Products):
     """A loop over weights; `forward` is given by each test."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.weights = nn.ParameterList(torch.randn(8, 8) / 3 for _ in range(5))
+    body = Products.forward
 
-    def body(self, x: Tensor) -> Tensor:
-        for weight in self.weights:
-            x = torch.relu(x @ weight)
-        return x
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(width=8)
 
 
 def recorded(x: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ def reference(model: nn.Module) -> nn.Module:
     twin: Any = copy.deepcopy(model)
     with torch.no_grad():
         for i in (1, 3):
-            twin.weights[i].copy_((twin.weights[i - 1] + twin.weights[i + 1]) / 2)
+            twin.w[i].copy_((twin.w[i - 1] + twin.w[i + 1]) / 2)
     return twin
 
 

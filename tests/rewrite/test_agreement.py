@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import replfx
 from replfx.rewrite import carry_out
-from tests.support.models import Mlp, Plain, Row, tower
+from tests.support.models import Mlp, Net, Plain, Row, tower
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -23,15 +23,11 @@ def outcome(use: Callable[[], Any]) -> Any:
         return error
 
 
-class Chain(Row):
+class Chain(Net):
     """Blocks in a row, and a head."""
 
     def __init__(self, block: Callable[[], nn.Module] = Mlp) -> None:
-        super().__init__(*(block() for _ in range(5)))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.head(super().forward(x))
+        super().__init__(block)
 
 
 class Cross(Mlp):

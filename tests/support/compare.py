@@ -1,6 +1,5 @@
 """How models are run and compared: outputs, losses, gradients, references, optimizers."""
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 import replfx
 from tests.reference import reference_forward
+from tests.reference.heterogeneous import renamed
 from tests.support.strategies import Case
 
 # Of the largest entry of what is compared. Both sides do the same few thousand float64 operations in another
@@ -81,21 +81,10 @@ def replaced_by(model: nn.Module) -> list[int]:
     return [int(path.split(".")[1]) for path in replfx.report(model).replaced]
 
 
-_RENAMED = (
-    (r"^(blocks\.\d+\.)replfx\.fusion\.previous$", r"\1a"),
-    (r"^(blocks\.\d+\.)replfx\.fusion\.next$", r"\1b"),
-    (r"^(blocks\.\d+\.)replfx\.operator\.bias$", r"\1shift"),
-    (r"^(blocks\.\d+\.)replfx\.operator\.", r"\1"),
-)
-
-
 def reference_name(name: str) -> str:
     """The reference's name of a tensor in the state_dict of a transformed model."""
-    for pattern, replacement in _RENAMED:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    return name
+    block, mark, added = name.partition("replfx.")
+    return block + renamed(added) if mark else name
 
 
 def reference_run(
@@ -159,12 +148,10 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tens
         optimizer.step()
 
 
-def assert_same_run(
-    model: nn.Module, twin: nn.Module, call: Callable[..., Any], case: Case, tolerance: float = EXACT
-) -> None:
+def assert_same_run(model: nn.Module, twin: nn.Module, call: Callable[..., Any], case: Case) -> None:
     """Outputs and all gradients of a model, and of a copy of it that `call` runs."""
     results, gradients = run(model, case.inputs())
     again, gradients_again = run(twin, case.inputs(), call)
     for one, two in zip(again, results, strict=True):
-        assert_close(one, two, "output", tolerance)
-    assert_same_gradients(gradients_again, gradients, tolerance)
+        assert_close(one, two, "output")
+    assert_same_gradients(gradients_again, gradients)

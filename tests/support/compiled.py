@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +17,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 
 import replfx
+from tests.support.compare import assert_close, assert_same_gradients, loss_of, run
 from tests.support.models import tower
+from tests.support.strategies import randomize
 
 OPERATION = "synthesize"
 
@@ -139,15 +143,56 @@ def by_block(blocks: list[nn.Module], x: Tensor) -> nn.Module:
     return replfx.transform(model.double(), x, operator="block")
 
 
-def as_in_eager_mode(model: nn.Module, x: Tensor) -> Compiled:
-    """Outputs and gradients, and outputs without gradients."""
-    compiled = Compiled(model, "aot_eager")
+def as_in_eager_mode(model: nn.Module, x: Tensor, **options: Any) -> Compiled:
+    """Outputs and gradients, and twice the outputs without gradients."""
+    compiled = Compiled(model, "aot_eager", **options)
     found = []
-    for run in (compiled, model):
+    for call in (compiled, model):
         model.zero_grad()
-        y = run(x)
+        y = call(x)
         y.square().sum().backward()
         with torch.no_grad():
-            found.append((y, run(x), [p.grad for p in model.parameters()]))
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks
+            found.append((y, call(x), call(x), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)  # float64, through five blocks; sums in another order
     return compiled
+
+
+def in_graph(name: str, blocks: list[str]) -> str:
+    """A name of the transformed model's, as the plain model or its backend has it."""
+    for block in blocks:
+        window = re.fullmatch(r"(.*)\[(\d+):\d+\]", block)
+        head = block if window is None else f"{window[1]}.{window[2]}".strip(".")
+        if name.startswith(f"{head}.replfx."):
+            return block + name.removeprefix(head)
+    return name
+
+
+def assert_is_what_transform_makes(
+    model: nn.Module, inputs: Callable[[], tuple[Tensor, ...]], policy: dict[str, Any]
+) -> None:
+    """Outputs, buffers and all gradients of `model`, replaced in Dynamo's graph and by `transform`.
+
+    `transform` itself is held against a reference elsewhere.
+    """
+    transformed = replfx.transform(copy.deepcopy(model), inputs(), **policy)
+    compiled, backend = replacing(model, "eager", **policy)
+    state = copy.deepcopy(model.state_dict())  # the first call is there for the coefficients alone
+    compiled(*inputs())
+    model.load_state_dict(state)
+    replaced = replfx.report(transformed).replaced
+    assert [path[1:] for path in paths(backend)] == replaced
+    randomize(transformed, 2)
+    names = {name: in_graph(name, replaced) for name in transformed.state_dict()}
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(backend.named_parameters())}
+    with torch.no_grad():
+        for name, tensor in transformed.state_dict().items():
+            mine[names[name]].copy_(tensor)
+    expected, wanted = run(transformed, inputs())
+    given = inputs()
+    result = compiled(*given)
+    assert_close(result, expected[0], "output")
+    loss_of([result]).backward()
+    found = {name: given[0].grad if name == "input" else mine[names[name]].grad for name in wanted}
+    assert_same_gradients(found, wanted)
+    for name, buffer in transformed.named_buffers():
+        torch.testing.assert_close(mine[in_graph(name, replaced)], buffer)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,9 +16,9 @@ from tests.reference import Stack
 class Mlp(nn.Module):
     """A pre-norm residual block: x + fc2(gelu(fc1(norm(x))))."""
 
-    def __init__(self, width: int = 8, hidden: int = 16, *, bias: bool = True) -> None:
+    def __init__(self, width: int = 8, hidden: int = 16, *, bias: bool = True, norm: Any = None) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if norm is None else norm
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width, bias=bias)
@@ -85,9 +88,11 @@ class ConvBlock(nn.Module):
         if stride != 1 or width_in != width:
             self.shortcut = nn.Conv2d(width_in, width, 1, stride)
 
+    def branch(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return torch.relu(self.branch(x) + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ConvNet(nn.Module):
@@ -208,13 +213,26 @@ class Layer(nn.Module):
 
 
 class Net(Row):
-    def __init__(self) -> None:
-        super().__init__(*(Layer() for _ in range(5)))
+    def __init__(self, block: Callable[[], nn.Module] = Layer) -> None:
+        super().__init__(*(block() for _ in range(5)))
         self.head = nn.Linear(8, 3)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(super().forward(x)) * self.scale
+
+
+class Products(nn.Module):
+    """`x = relu(x @ w)` for each of some weights: its blocks are no modules."""
+
+    def __init__(self, depth: int = 5, width: int = 4) -> None:
+        super().__init__()
+        self.w = nn.ParameterList(torch.randn(width, width) / width**0.5 for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Any:
+        for w in self.w:
+            x = torch.relu(x @ w)
+        return x
 
 
 class Checkpointed(nn.Module):

@@ -96,9 +96,9 @@ def steps_of(draw: st.DrawFn, kind: str, *, groups: bool = True) -> tuple[Step, 
 
 
 @st.composite
-def drawn_stacks(draw: st.DrawFn, *, kinds: tuple[str, ...] = KINDS, operators: tuple[str, ...] = ("block",)) -> Drawn:
+def drawn_stacks(draw: st.DrawFn, *, operators: tuple[str, ...] = ("block",)) -> Drawn:
     """A stack of which every=2 replaces something."""
-    kind = draw(st.sampled_from(kinds))
+    kind = draw(st.sampled_from(KINDS))
     operator = draw(st.sampled_from(operators if kind in LIGHT else ("block",)))
     drawn = Drawn(
         kind=kind,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import replfx
 from replfx.tracing import capturing
 from replfx.tracing.chance import Draws, kept_random_states, steered
-from tests.support.models import Layer
+from tests.support.models import Layer, Products
 
 
 class Skipping(nn.Module):
@@ -138,18 +138,12 @@ def test_steered_draws_are_at_one_end_and_come_to_an_end(draws: Draws) -> None:
 
 
 def test_a_region_keeps_its_noise() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights = nn.ParameterList(torch.randn(8, 8) / 3 for _ in range(5))
-
+    class Noisy(Products):
         def forward(self, x: Tensor) -> Tensor:
-            for weight in self.weights:
-                x = torch.relu(x @ weight)
-            return x + torch.rand(8)
+            return super().forward(x) + torch.rand(8)
 
     for inputs in (None, torch.zeros(2, 8)):
-        made = replfx.transform(Noisy(), inputs)
+        made = replfx.transform(Noisy(width=8), inputs)
         torch.manual_seed(3)
         found = made(torch.zeros(2, 8))
         torch.manual_seed(3)

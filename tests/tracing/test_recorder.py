@@ -13,23 +13,19 @@ from torch import Tensor, fx, nn
 
 import replfx
 from replfx.tracing import info_of
-from tests.support.models import Mlp
+from tests.support.models import Mlp, Row
 from tests.support.snapshots import assert_unchanged, snapshot
 
 
-class Recorded(nn.Module):
+class Recorded(Row):
     """Base: three blocks, and something that stops symbolic tracing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(*(Mlp() for _ in range(3)))
         self.stem = nn.Linear(4, 8)
-        self.blocks = nn.ModuleList(Mlp() for _ in range(3))
 
     def run(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return super().forward(self.stem(x))
 
 
 class BySize(Recorded):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from tests.support.models import Mlp
+from tests.support.models import Mlp, Row
 
 __all__ = ["TOYS", "Toy"]
 
@@ -52,17 +52,13 @@ def toy(*rungs: str, inputs: Callable[[], Any] = x, **facts: bool) -> Callable[[
     return add
 
 
-class Base(nn.Module):
+class Base(Row):
     """Three like blocks."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Mlp() for _ in range(3))
+    run = Row.forward
 
-    def run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(3)))
 
 
 # ---- control flow and structures

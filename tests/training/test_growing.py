@@ -12,21 +12,17 @@ from torch.nn import functional as F
 
 import replfx
 from tests.reference import Stack
+from tests.support.models import Mlp
 from tests.support.snapshots import assert_unchanged, snapshot
 
 WIDTH = 8
 
 
-class Block(nn.Module):
+class Block(Mlp):
     """A residual MLP with running statistics."""
 
     def __init__(self, hidden: int = 16) -> None:
-        super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.fc2(F.relu(self.fc1(self.norm(x))))
-        return y
+        super().__init__(WIDTH, hidden, norm=nn.BatchNorm1d(WIDTH))
 
 
 class Twice(Block):

@@ -19,8 +19,8 @@ from benchmarks.accuracy import command
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.report import Difference, removed_like, rows_of
 from benchmarks.accuracy.tasks import ACCURACY, NATS, TASKS
-from benchmarks.models import GPT
 from replfx import ReplfxError
+from replfx.demo.model import GPT
 from tests.benchmarks.parsing import parsed
 
 # Student's t at 97.5 %, from a printed table.

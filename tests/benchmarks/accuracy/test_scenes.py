@@ -122,12 +122,12 @@ def test_parts_are_mirrored_or_not_and_scaled() -> None:
     assert torch.equal(classes, ramp(8, 12)[1].repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
-def noise(count: int = 5, size: tuple[int, int] = (10, 14), classes: int = 4) -> Scenes:
+def noise() -> Scenes:
     def scene(seed: int) -> Scene:
-        picture = torch.from_numpy(pictures.drawn(seed, *size)).permute(2, 0, 1)
-        return picture, torch.from_numpy(labels(seed, *size, classes - 1))
+        picture = torch.from_numpy(pictures.drawn(seed, 10, 14)).permute(2, 0, 1)
+        return picture, torch.from_numpy(labels(seed, 10, 14, 3))
 
-    return Scenes([scene(k) for k in range(count)], [scene(9)], classes, crop=(8, 8), scales=(0.5, 2.0))
+    return Scenes([scene(k) for k in range(5)], [scene(9)], 4, crop=(8, 8), scales=(0.5, 2.0))
 
 
 def test_a_batch_depends_on_its_place_alone() -> None:

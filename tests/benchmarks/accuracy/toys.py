@@ -14,16 +14,16 @@ from benchmarks.accuracy.resnet import ResNet
 from benchmarks.accuracy.scenes import Scenes
 from benchmarks.accuracy.tasks import ACCURACY, IOU, NATS, PRECISION, Subject, Task
 from benchmarks.accuracy.text import Text
-from benchmarks.models import GPT
+from replfx.demo.model import GPT
 
 CPU = torch.device("cpu")
 DENSE = Recipe(4, 2, "adamw", 1e-3, clip=1.0, evaluations=2)
 
 
-def images(count: int = 24, size: int = 8) -> Images:
+def images(size: int = 8) -> Images:
     drawn = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=drawn)
-    labels = torch.randint(10, (count,), generator=drawn)
+    pixels = torch.randint(256, (24, 3, size, size), dtype=torch.uint8, generator=drawn)
+    labels = torch.randint(10, (24,), generator=drawn)
     return Images(pixels, labels, pixels[:10].clone(), labels[:10].clone())
 
 
@@ -32,9 +32,9 @@ def text(count: int = 400) -> Text:
     return Text(ids, ids[:100], ids[100:200], vocabulary=17, context=8, perplexity=False)
 
 
-def resnet(depth: int = 20, **recipe: object) -> Subject:
+def resnet(**recipe: object) -> Subject:
     made = Recipe(**{"steps": 6, "batch": 4, "optimizer": "sgd", "learning_rate": 0.05, "evaluations": 3, **recipe})
-    task = Task("resnet", _unread, ACCURACY, {"small": partial(ResNet, depth, 4)}, {"small": made}, ())
+    task = Task("resnet", _unread, ACCURACY, {"small": partial(ResNet, 20, 4)}, {"small": made}, ())
     return Subject(task, "small", made, images())
 
 
