@@ -1,6 +1,7 @@
-"""What has taken note of a model's parameters and must hear of new ones: DDP's reducer, and FSDP2's groups."""
+"""What has taken note of a model and must hear that it has changed: DDP's reducer, FSDP2's groups, and Dynamo."""
 
 import gc
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -26,12 +27,14 @@ def gather_nothing(root: nn.Module) -> None:
 
 
 def tell_of_change(root: nn.Module, new: Mapping[nn.Parameter, Tensor | None]) -> None:
-    """Let DDP and FSDP2 know of new parameters, and forget those that are gone.
+    """Let DDP and FSDP2 know of new parameters, and forget those that are gone; let Dynamo compile once more.
 
     Args:
         root: the model, or the part of it, that has changed; what wraps it is found.
         new: parameters that it has now, each with one that is like it, if any is.
     """
+    if dynamo := sys.modules.get("torch._dynamo"):  # which gives up after so many versions of one model
+        dynamo.config.recompile_limit += 1
     if not is_distributed():
         return
     wrappers = _reducers_of(root)

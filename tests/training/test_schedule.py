@@ -303,3 +303,17 @@ def test_a_compiled_model_is_compiled_once_more() -> None:
     assert len(graphs) == 2
     for one, two in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_a_compiled_model_is_compiled_once_more_for_each_part_however_many() -> None:
+    """Dynamo gives a function up after `recompile_limit` versions, and runs it eagerly from then on."""
+    torch.compiler.reset()
+    graphs: list[Any] = []
+    with torch._dynamo.config.patch(recompile_limit=3):
+        model = replfx.transform(tower(15), next(batches()), operator="identity")
+        compiled = torch.compile(model, backend=noting(graphs))
+        optimizer = torch.optim.AdamW(model.parameters())
+        schedule = replfx.Schedule(model, optimizer, unroll_at=range(1, 8), start="copies")
+        train(compiled, optimizer, batches(), 9, schedule.step)
+    assert schedule.is_done
+    assert len(graphs) == 8
