@@ -23,7 +23,7 @@ def input_slots(call: ModuleCall) -> dict[str, fx.Node]:
 
 def output_slots(call: ModuleCall) -> dict[str, fx.Node]:
     """The nodes that a call gives, by slot; the whole output is the empty slot."""
-    slots = dict(_slots(call.output))
+    slots = dict(_slots(call.output, named=True))
     nested = slots[""].meta.get("shape") if "" in slots else None
     if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
         for user in slots[""].users:
@@ -39,13 +39,16 @@ def same_value(node: fx.Node) -> fx.Node:
     return node
 
 
-def _slots(value: object, at: str = "") -> Iterator[tuple[str, fx.Node]]:
+def _slots(value: object, at: str = "", *, named: bool = False) -> Iterator[tuple[str, fx.Node]]:
+    """The nodes in a value; those in named tuples by index, or by name as templates have them."""
+    if named and isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, fx.Node):
         yield at, value
     elif isinstance(value, tuple | list | dict):
         for key, item in parts_of(value):
             if not isinstance(value, dict) or (isinstance(key, str) and key.isidentifier()):
-                yield from _slots(item, inner_path(at, str(key)))
+                yield from _slots(item, inner_path(at, str(key)), named=named)
 
 
 def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, left: Joined) -> Interface:
@@ -74,14 +77,11 @@ def interface_of(call: ModuleCall, nodes: Collection[fx.Node], entered: Joined, 
             if slot is not None:
                 return {"input": slot}
             return {"computed" if any(user not in inside for user in value.users) else "unread": True}
-        kind, fields = _of_class(value)
+        kind, held = _of_class(value)
         if kind is not None:
-            name = name_of_class(kind, fields)
-            return (
-                {"computed": True}
-                if name is None
-                else {"object": {"class": name, "fields": {key: template(item) for key, item in fields.items()}}}
-            )
+            name = name_of_class(kind, held)
+            fields = {key: template(item) for key, item in held.items()}
+            return {"computed": True} if name is None else {"object": {"class": name, "fields": fields}}
         if isinstance(value, tuple):
             return {"tuple": [template(item) for item in value]}
         if isinstance(value, list):

@@ -99,6 +99,39 @@ def test_a_block_that_is_gone_gives_an_object_of_its_class(kind: str, operator: 
     assert all(p.grad is not None for p in made.parameters())
 
 
+class Joint(nn.Module):
+    """Two streams, each of which is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, rest: tuple[Tensor, str]) -> Given:
+        both = torch.cat([x, rest[0]], -1)
+        return Given(x + self.first(both.relu()), (rest[0] + self.second(both.relu()), "rest"))
+
+
+class Streams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = (x.flip(-1), "rest")
+        for block in self.blocks:
+            x, rest = block(x, rest)
+        return x + rest[0]
+
+
+def test_both_streams_in_a_named_tuple_stay_when_it_is_unrolled() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    made = replfx.transform(Streams().double(), x, operator="identity")
+    before = made(x)
+    replfx.unroll(made)
+    assert torch.equal(made(x), before)
+
+
 def test_an_object_that_is_not_made_of_its_fields_alone_is_the_blocks_own() -> None:
     with pytest.raises(replfx.NoChainError, match="gives more than its activation"):
         replfx.plan(Net(Counted), torch.randn(4, WIDTH), operator="identity")
