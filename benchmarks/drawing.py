@@ -25,6 +25,11 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def broken(heads: Sequence[str]) -> list[str]:
+    """Heads with lines of their own for what comes behind a figure's name."""
+    return [head.replace(" [", "\n[").replace(" / ", "/\n") for head in heads]
+
+
 def terminal_table(
     heads: Sequence[str],
     rows: Iterable[Sequence[str]],

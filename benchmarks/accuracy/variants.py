@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -216,13 +215,10 @@ def _replfx(name: str, options: Options) -> Variant:
             )
         )
 
-    def by_block(model: nn.Module, optimizer: Optimizer, example: ExampleInputs) -> nn.Module:
-        made = prepare(replfx.unroll(model, start="copies"), example, operator="block")
-        _follow(optimizer, made)
-        return made
-
-    def replaced(model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int) -> nn.Module:
-        made = prepare(model, example)
+    def replaced(
+        model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int, operator: str = operator
+    ) -> nn.Module:
+        made = prepare(model, example, operator)
         _follow(optimizer, made)
         return made
 
@@ -234,26 +230,15 @@ def _replfx(name: str, options: Options) -> Variant:
         return Variant(name, lambda model, example: model, grow=replaced, grows_at=(float(late),))
     if unrolled is None:
         return Variant(name, prepare)
-    times = tuple(float(share) for share in unrolled.split(","))
-    grow = partial(_unrolled, start=start, carry=moments == "carried")
-    if shared is None:
-        return Variant(name, prepare, grow=grow, grows_at=times)
-    return Variant(
-        name, prepare, grow=partial(_first, by_block, len(times) + 1, grow), grows_at=(float(shared), *times)
-    )
+    unroll_at = tuple(float(share) for share in unrolled.split(","))
+    share_at = () if shared is None else (float(shared),)
 
+    def grow(model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int) -> nn.Module:
+        if times > len(unroll_at):
+            return replaced(replfx.unroll(model, start="copies"), optimizer, example, times, operator="block")
+        return _unrolled(model, optimizer, example, times, start=start, carry=moments == "carried")
 
-def _first(
-    change: Callable[[nn.Module, Optimizer, ExampleInputs], nn.Module],
-    growths: int,
-    grow: Grow,
-    model: nn.Module,
-    optimizer: Optimizer,
-    example: ExampleInputs,
-    times: int,
-) -> nn.Module:
-    """Change a model at the first of its growths, and grow it at the others."""
-    return change(model, optimizer, example) if times == growths else grow(model, optimizer, example, times)
+    return Variant(name, prepare, grow=grow, grows_at=(*share_at, *unroll_at))
 
 
 def _unrolled(

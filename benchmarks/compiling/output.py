@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import names
-from benchmarks.drawing import markdown, plot_ratios, terminal_table, write_files
+from benchmarks.drawing import broken, markdown, plot_ratios, terminal_table, write_files
 from replfx.measure import MIB, Sample, StepCost
 
 STEP_HEADS = (
@@ -113,14 +113,9 @@ class KernelRow:
 def tables(steps: Sequence[StepRow], kernels: Sequence[KernelRow]) -> Iterator[Table]:
     """Lay the rows out for the terminal: a table a model, and one for each piece of work."""
     for model, group in groupby(steps, key=lambda row: row.model):
-        yield terminal_table(_broken(STEP_HEADS[1:]), [row.cells()[1:] for row in group], title=model)
+        yield terminal_table(broken(STEP_HEADS[1:]), [row.cells()[1:] for row in group], title=model)
     for work, rows in groupby(kernels, key=lambda row: row.work):
-        yield terminal_table(_broken(KERNEL_HEADS[1:]), [row.cells()[1:] for row in rows], title=work)
-
-
-def _broken(heads: Sequence[str]) -> list[str]:
-    """Heads with lines of their own for what comes behind a figure's name."""
-    return [head.replace(" [", "\n[").replace(" / ", "/\n") for head in heads]
+        yield terminal_table(broken(KERNEL_HEADS[1:]), [row.cells()[1:] for row in rows], title=work)
 
 
 def write(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import names
-from benchmarks.drawing import markdown, missing, plot_ratios, terminal_table, write_files
+from benchmarks.drawing import broken, markdown, missing, plot_ratios, terminal_table, write_files
 from replfx.measure import MIB, Sample
 
 HEADS = ("model", "variant", "batch", "weights, MiB", "latency, ms [quartiles]", "examples a second", "latency / full")
@@ -82,7 +82,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     for title, group in groupby(rows, key=_title):
         found = list(group)
         yield terminal_table(
-            ["variant", *(head.replace(" [", "\n[").replace(" / ", "/\n") for head in HEADS[3:])],
+            ["variant", *broken(HEADS[3:])],
             [[row.variant, *row.cells()[3:]] for row in found if row.latency is not None],
             columns={"no_wrap": True},
             title=title,

@@ -34,8 +34,10 @@ def unshare(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
-            if parameter is None or parameter not in known:
-                known.update([] if parameter is None else [parameter])
+            if parameter is None:
+                continue
+            if parameter not in known:
+                known.add(parameter)
                 continue
             own = nn.Parameter(parameter.detach().clone())
             setattr(module, leaf, own)
