@@ -41,8 +41,9 @@ def same_value(node: fx.Node) -> fx.Node:
 
 def _slots(value: object, at: str = "", *, named: bool = False) -> Iterator[tuple[str, fx.Node]]:
     """The nodes in a value; those in named tuples by index, or by name as templates have them."""
-    if named and isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
+    kind, held = _of_class(value)
+    if named and kind is not None:
+        value = held
     if isinstance(value, fx.Node):
         yield at, value
     elif isinstance(value, tuple | list | dict):

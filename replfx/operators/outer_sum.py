@@ -84,7 +84,7 @@ def _adds(node: fx.Node, one: fx.Node, other: fx.Node) -> bool:
     """Whether a module gives the sum of two of its inputs, perhaps scaled: measured, with numbers drawn at random."""
     if node.op != "call_module" or one is other or not all(is_vector(p) for p in _module(node).parameters()):
         return False
-    module, draw = copy.deepcopy(_module(node)).double().eval(), torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
 
     def given(*present: fx.Node) -> Tensor:
         def value(term: fx.Node) -> Tensor:
@@ -95,10 +95,11 @@ def _adds(node: fx.Node, one: fx.Node, other: fx.Node) -> bool:
         return made
 
     try:
+        module = copy.deepcopy(_module(node)).double().eval()
         drawn = {n: torch.randn(n.meta["shape"], generator=draw, dtype=torch.float64) for n in node.all_input_nodes}
         with torch.no_grad():
             none, first, second, both = given(), given(one), given(other), given(one, other)
-    except Exception:  # it wants something else than numbers
+    except Exception:  # it cannot be copied, or wants something else than numbers
         return False
     moved = all(bool((part != none).any()) for part in (first, second))
     return moved and torch.allclose(both - second, first - none, atol=rounding_of(torch.float64))
