@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from replfx import ReplfxError
+from replfx.live import fusion_layers
 
 Schedule = Literal["one-cycle", "decay", "plateau"]
 
@@ -47,9 +48,15 @@ class Recipe:
     evaluations: int = 10
     examples: int = 0
 
-    def optimizer_for(self, model: nn.Module) -> Optimizer:
-        """Make the optimizer of the trainable parameters."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+    def optimizer_for(self, model: nn.Module, decay: float = 1.0) -> Optimizer:
+        """Make the optimizer of the trainable parameters; `decay` scales what the fusion coefficients have of it."""
+        trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        mixers = {p for layer in fusion_layers(model).values() if layer.fusion for p in layer.fusion.parameters()}
+        if decay != 1.0 and mixers:
+            trained = [
+                {"params": [p for p in trained if p not in mixers]},
+                {"params": [p for p in trained if p in mixers], "weight_decay": decay * self.weight_decay},
+            ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(trained, self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         betas = (0.9, self.beta2)

@@ -139,7 +139,7 @@ class Run:
             self._load(self.path)
 
     def _begin(self) -> None:
-        self.optimizer = self.recipe.optimizer_for(self.model)
+        self.optimizer = self.recipe.optimizer_for(self.model, self.variant.decay)
         self.schedule = self.recipe.schedule_for(self.optimizer)
         self.progress = Progress()
         self._grows_at = [int(share * self.recipe.steps) for share in self.variant.grows_at]

@@ -4,8 +4,9 @@
 
 NAME is one of `METHODS`, or OPERATOR+FUSION of replfx's registries. Every variant takes `lr=`, a learning rate of its
 own, `length=`, a share of the recipe's steps, `after=`, what the rate is multiplied by once the model has grown, and
-`rewarm=`, the share of the steps in which the rate rises from zero once more then. `unroll=0.2,0.4` grows twice, each
-time by as many blocks, spread over the depth; with `share=0.1` what is replaced is first replaced by `block` instead.
+`rewarm=`, the share of the steps in which the rate rises from zero once more then, and `decay=`, what the
+weight decay of fusion coefficients is multiplied by. `unroll=0.2,0.4` grows twice, each time by as many blocks, spread
+over the depth; with `share=0.1` what is replaced is first replaced by `block` instead.
 `sharing:every=2:unshare=0.2` gives blocks copies of what they shared.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import replfx
@@ -25,6 +26,8 @@ from benchmarks.accuracy.prototypes import connect_trials, register_trial
 from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError
+from replfx.fusion.fusions import LinearFusion, along_first
+from replfx.live import fusion_layers
 from replfx.tracing import ExampleInputs
 
 Options = Mapping[str, str]
@@ -48,6 +51,7 @@ class Variant:
         length: share of the recipe's steps that it is trained for, its schedule as a whole.
         after: what the learning rate is multiplied by from each growth on.
         rewarm: share of the steps after each growth in which the learning rate rises from zero to its schedule's.
+        decay: what the weight decay of fusion coefficients is multiplied by.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Variant:
     length: float = 1.0
     after: float = 1.0
     rewarm: float = 0.0
+    decay: float = 1.0
 
     def share_of_full(self, step_over_full: float) -> float:
         """Its training time over full's with as many steps: it costs what full does once it has grown."""
@@ -224,8 +229,8 @@ def _replfx(name: str, options: Options) -> Variant:
 
     if unrolled is not None and late is not None:
         raise ValueError("unroll= and late= are two schedules: give one")
-    if moments not in ("carried", "none"):
-        raise ValueError(f"moments={moments}: they are carried, or none")
+    if moments not in MOMENTS:
+        raise ValueError(f"moments={moments}: there are {', '.join(MOMENTS)}")
     if late is not None:
         return Variant(name, lambda model, example: model, grow=replaced, grows_at=(float(late),))
     if unrolled is None:
@@ -236,23 +241,44 @@ def _replfx(name: str, options: Options) -> Variant:
     def grow(model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int) -> nn.Module:
         if times > len(unroll_at):
             return replaced(replfx.unroll(model, start="copies"), optimizer, example, times, operator="block")
-        return _unrolled(model, optimizer, example, times, start=start, carry=moments == "carried")
+        return _unrolled(model, optimizer, example, times, start=start, moments=moments)
 
     return Variant(name, prepare, grow=grow, grows_at=(*share_at, *unroll_at))
 
 
 def _unrolled(
-    model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int, *, start: Any, carry: bool
+    model: nn.Module, optimizer: Optimizer, example: ExampleInputs, times: int, *, start: Any, moments: str
 ) -> nn.Module:
     """Unroll the blocks that are due, where this many growths are left: as `replfx.Schedule` does with several."""
     plan = replfx.plan_of(model)
     assert plan is not None
     known = set(model.parameters())
     due = [r.path for r in plan.replacements][::times]
+    mixed = mixed_moments(model, optimizer, due) if moments == "mixed" else {}
     model = replfx.unroll(model, optimizer, example, blocks=due, start=start)
-    for parameter in [] if carry else set(model.parameters()) - known:
+    for parameter in set(model.parameters()) - known if moments == "none" else ():
         optimizer.state.pop(parameter, None)
+    for name, (first, second) in mixed.items():
+        optimizer.state[model.get_parameter(name)].update(exp_avg=first, exp_avg_sq=second)
     return model
+
+
+def mixed_moments(model: nn.Module, optimizer: Optimizer, blocks: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adam's moments for what is synthesised, by its names: a·m + b·m' and a²·v + b²·v' of the neighbours' moments.
+
+    As θ itself is mixed, and as the variance of a sum of independent gradients would be.
+    """
+    found = {}
+    for path in blocks:
+        synthesis = fusion_layers(model)[path]
+        assert isinstance(synthesis.fusion, LinearFusion)
+        a, b = (synthesis.fusion.parts(v.detach()) for v in (synthesis.fusion.previous, synthesis.fusion.next))
+        for name in a:
+            one, other = (optimizer.state[side[name]] for side in synthesis.counterparts())
+            x, y = (along_first(part[name], one["exp_avg"]) for part in (a, b))
+            first = x * one["exp_avg"] + y * other["exp_avg"]
+            found[f"{path}.{name}"] = first, x**2 * one["exp_avg_sq"] + y**2 * other["exp_avg_sq"]
+    return found
 
 
 def _follow(optimizer: Optimizer, model: nn.Module) -> None:
@@ -310,8 +336,11 @@ def _checkpointing(name: str, options: Options) -> Variant:
     return Variant(name, lambda model, example: checkpointing.checkpointed(model, all_blocks(model, example)))
 
 
-COMMON = {"lr": "learning_rate", "length": "length", "after": "after", "rewarm": "rewarm"}
+COMMON = {"lr": "learning_rate", "length": "length", "after": "after", "rewarm": "rewarm", "decay": "decay"}
 """Options of every variant, and the fields that they set."""
+
+MOMENTS = ("carried", "mixed", "none")
+"""What Adam's moments of new parameters start as: as `replfx.unroll` makes them, `mixed_moments`, or nothing."""
 
 TIMED = {"same-time": "as", "full-time": "of"}
 """Methods whose number of steps follows from measured costs, and the option that names the other variant."""

@@ -18,6 +18,7 @@ from benchmarks.accuracy.tasks import Subject
 from benchmarks.accuracy.training import Run, prepared
 from benchmarks.accuracy.variants import variant_of
 from replfx import ReplfxError
+from replfx.fusion.fusions import LinearFusion
 from replfx.live import fusion_layers
 from replfx.measure import trainable_parameters
 from tests.benchmarks.accuracy import toys
@@ -268,6 +269,23 @@ def test_a_model_grows_in_parts_and_warms_up_once_more() -> None:
     assert rates == pytest.approx([rate * factor for rate, factor in zip(scheduled, warmed, strict=True)])
     ages = {int(state["step"]) for p, state in run.optimizer.state.items() if p not in before}
     assert ages == {3, 4}
+
+
+def test_moments_are_mixed_as_weights_are_and_coefficients_have_a_decay_of_their_own() -> None:
+    run = run_of(toys.gpt(weight_decay=0.1), "block+scalar:unroll=0.5:moments=mixed:decay=0.5")
+    assert [g["weight_decay"] / run.recipe.weight_decay for g in run.optimizer.param_groups] == [1, 0.5]
+    run.train(lambda step: step >= 3)
+    fusion, (left, _, right) = fusion_layers(run.model)["blocks.1"].fusion, list(run.model.get_submodule("blocks"))[:3]
+    assert isinstance(fusion, LinearFusion)
+    assert set(run.optimizer.param_groups[1]["params"]) >= {fusion.previous, fusion.next}
+    (name, a), b = next(iter(fusion.parts(fusion.previous).items())), next(iter(fusion.parts(fusion.next).values()))
+    one, other = (run.optimizer.state[side.get_parameter(name)] for side in (left, right))
+    first = a * one["exp_avg"] + b * other["exp_avg"]
+    second = a**2 * one["exp_avg_sq"] + b**2 * other["exp_avg_sq"]
+    run._grow(0)
+    state = run.optimizer.state[run.model.get_parameter(f"blocks.1.{name}")]
+    assert torch.equal(state["exp_avg"], first)
+    assert torch.equal(state["exp_avg_sq"], second)
 
 
 def test_a_variant_that_does_not_fit_is_refused_with_the_reason() -> None:
