@@ -203,6 +203,13 @@ class _Own(_LowRank):
         return theta
 
 
+class _Copy(replfx.Fusion):
+    """θ = θ_prev: plain sharing of the matrices alone, as a control for what mixing earns."""
+
+    def combine(self, name: str, previous: Tensor, next: Tensor) -> Tensor:
+        return previous
+
+
 def _trial(name: str, base: type[_Tried], **attributes: object) -> type[_Tried]:
     return type(f"Tried_{name.replace('-', '_')}", (base,), attributes)
 
@@ -221,6 +228,7 @@ TRIALS = {
 FUSION_TRIALS: dict[str, type[replfx.Fusion]] = {
     "low-rank": _LowRank,
     "own": _Own,
+    "copy": _Copy,
 }
 
 

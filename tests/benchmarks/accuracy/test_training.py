@@ -147,7 +147,14 @@ def test_variants_of_single_blocks_train(variant: str) -> None:
     assert run_of(toys.resnet(), variant).train()
 
 
-CAUSAL_ALONE = ("mixer+scalar", "mixer+scalar:unroll=0.5", "attention-reused+scalar", "mixer+low-rank", "mixer+own")
+CAUSAL_ALONE = (
+    "mixer+scalar",
+    "mixer+scalar:unroll=0.5",
+    "attention-reused+scalar",
+    "mixer+low-rank",
+    "mixer+own",
+    "block+copy:unroll=0.5",
+)
 
 
 @pytest.mark.slow
