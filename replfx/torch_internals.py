@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from replfx.dtensors import broadcast_from_first
 from replfx.errors import ReplfxError
@@ -21,6 +22,7 @@ from replfx.errors import ReplfxError
 __all__ = [
     "adopt_parameter",
     "follow_parameters",
+    "forward_mode_is_active",
     "functorch_is_active",
     "gathers",
     "is_managed_by_fsdp",
@@ -66,6 +68,11 @@ def saved_tensors_are_packed() -> bool:
 def functorch_is_active() -> bool:
     """Whether a transform of torch.func (grad, vmap) runs."""
     return _functorch_level() is not None
+
+
+def forward_mode_is_active() -> bool:
+    """Whether derivatives are taken forward (`torch.autograd.forward_ad`)."""
+    return bool(_private(forward_ad, "_current_level") >= 0)
 
 
 # ---- FSDP2

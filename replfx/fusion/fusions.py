@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from replfx.errors import FusionError
 from replfx.fusion.magnitude import largest
+from replfx.fusion.mixing import mixed
 from replfx.fusion.registry import Registry
 
 __all__ = [
@@ -126,7 +127,7 @@ class LinearFusion(Fusion):
     def forward(self, previous: Mapping[str, Tensor], next: Mapping[str, Tensor]) -> dict[str, Tensor]:
         a, b = self.parts(self.previous), self.parts(self.next)
         return {
-            name: along_first(a[name], theta) * theta + along_first(b[name], theta) * next[name]
+            name: mixed(theta, next[name], along_first(a[name], theta), along_first(b[name], theta))
             for name, theta in previous.items()
         }
 
