@@ -185,8 +185,12 @@ def _no_options(options: Options) -> None:
 
 
 def _full(name: str, options: Options) -> Variant:
-    _no_options(options)
-    return Variant(name, lambda model, example: model)
+    """Full depth all along; `at=0.2` marks where `after=` and `rewarm=` count from, as a control for what grows."""
+    rest = dict(options)
+    at = rest.pop("at", None)
+    _no_options(rest)
+    made = Variant(name, lambda model, example: model)
+    return made if at is None else replace(made, grow=lambda model, *_: model, grows_at=(float(at),))
 
 
 def _removed(name: str, options: Options) -> Variant:

@@ -278,6 +278,15 @@ def test_a_model_grows_in_parts_and_warms_up_once_more() -> None:
     assert ages == {3, 4}
 
 
+def test_full_depth_with_a_higher_rate_at_first() -> None:
+    run = run_of(toys.gpt(schedule="plateau"), "full:at=0.5:lr=2e-2:after=0.5")
+    rates = []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    assert run.train()
+    plateau = [2e-2 * min(1, 10 * (k + 1) / 6, 5 * (1 - k / 6)) for k in range(6)]
+    assert rates == pytest.approx([*plateau[:3], *(rate / 2 for rate in plateau[3:])])
+
+
 def test_moments_are_mixed_as_weights_are_and_coefficients_have_a_decay_of_their_own() -> None:
     run = run_of(toys.gpt(weight_decay=0.1), "block+scalar:unroll=0.5:moments=mixed:decay=0.5")
     assert [g["weight_decay"] / run.recipe.weight_decay for g in run.optimizer.param_groups] == [1, 0.5]
