@@ -15,10 +15,10 @@ from replfx.compile.hoisting import hoist_syntheses
 from replfx.compile.synthesis import SYNTHESIZE, kernel_operation
 from replfx.dynamo.nodes import made_of_parameters, value_of
 from replfx.errors import CompileError
+from replfx.passes import run_passes
 from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.merge_syntheses import MergeSyntheses
-from replfx.passes.pipeline import run_passes
 from replfx.passes.reassociate_products import ReassociateProducts
 
 __all__ = ["Backend", "RefusedError"]

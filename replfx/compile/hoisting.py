@@ -1,4 +1,7 @@
-"""hoist_syntheses: split off what is computed from parameters alone, so that it can be kept."""
+"""hoist_syntheses: split off what is computed from parameters alone, so that it can be kept.
+
+It is none of the passes: one graph becomes two, and what runs in between is the backend's.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ from replfx.live import fusion_layers
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
 from replfx.modules.tree import named_tensors
-from replfx.passes.pipeline import run_passes
+from replfx.passes import run_passes
 from replfx.plans import Plan, Replacement
 from replfx.regions.region import Region
 from replfx.rewrite.build import insertion
