@@ -222,7 +222,11 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
+    """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was.
+
+    PyTorch tells it nothing of `strict`. So a block that one of the two has replaced and the other not is refused, as
+    its weights would be nobody's; of blocks that the model has not, a pipeline stage, PyTorch says what it always says.
+    """
     syntheses = fusion_layers(module)
     full = _full_in(module, syntheses, state_dict, prefix)
     known = _memory(module).get(_ATTRIBUTE)
@@ -239,6 +243,7 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
     if foreign and syntheses:
         expected = {prefix + key for key in module.state_dict()}
         foreign = [key for key in foreign if key not in expected]
+    foreign = [key for key in foreign if _lacks_weights(module, state_dict, prefix, key)]
     if foreign and not syntheses:
         raise StateDictError(
             f"the state_dict has `{min(foreign)}`: it is of a transformed model, and this {type(module).__name__} is "
@@ -249,6 +254,14 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
             f"the state_dict has `{min(foreign)}`, this model has not: it was saved under another plan, or under other "
             "names. Save replfx.plan_of(model).to_json() beside the weights, and use replfx.apply"
         )
+
+
+def _lacks_weights(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, key: str) -> bool:
+    """Whether the module has the replaced block that a key is of, and the block has weights that the state has not."""
+    path = f".{key.removeprefix(prefix)}".partition(f".{SUBMODULE}.")[0].removeprefix(".")
+    block = dict(module.named_modules()).get(path)
+    own = () if block is None else block.state_dict()
+    return any(prefix + inner_path(path, name) not in state_dict for name in own)
 
 
 def _full_in(
