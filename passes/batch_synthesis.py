@@ -7,16 +7,16 @@ from itertools import groupby
 from typing import Any
 
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.dynamo.nodes import epochs, is_pure, is_untouched, value_of
 from replfx.dynamo.syntheses import SynthesisNode, syntheses_in, synthesis_at
+from replfx.passes import Rewrite
 
 __all__ = ["BatchSynthesis"]
 
 
 @dataclass(frozen=True)
-class BatchSynthesis(PassBase):
+class BatchSynthesis(Rewrite[list[SynthesisNode]]):
     """Rewrite syntheses of one shape, dtype and device into one call, over Dynamo's graph.
 
     The call comes where the first of them was; what the others read is moved up to there, if it may be.
@@ -32,23 +32,36 @@ class BatchSynthesis(PassBase):
     max_bytes: int
     least: int = 2
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite all groups of `least` and more."""
-        found = syntheses_in(graph_module.graph)
-        stretch = epochs(graph_module.graph)
-        changed = False
+    def find(self, graph: fx.Graph) -> Iterator[list[SynthesisNode]]:
+        """All groups."""
+        found, stretch = syntheses_in(graph), epochs(graph)
 
         def kind(synthesis: SynthesisNode) -> str:  # of one stretch, so that no mode changes between them
             return repr((synthesis.kind, stretch[synthesis.node]))
 
         for _, alike in groupby(sorted(found, key=kind), key=kind):  # sorting keeps the order among equals
-            for group in self._groups(list(alike), {s.node for s in found}):
-                if len(group) >= self.least:
-                    _rewrite(graph_module.graph, group, self.operation)
-                    changed = True
-        if changed:
-            graph_module.recompile()
-        return PassResult(graph_module, changed)
+            yield from self._groups(list(alike), {s.node for s in found})
+
+    def is_worth_it(self, candidate: list[SynthesisNode]) -> bool:
+        """Whether there are `least` and more."""
+        return len(candidate) >= self.least
+
+    def rewrite(self, graph: fx.Graph, candidate: list[SynthesisNode]) -> None:
+        """One call for all of a group."""
+        group = [_as_it_is_now(synthesis) for synthesis in candidate]
+        anchor = group[0].node
+        for synthesis in group[1:]:
+            for node in _needed(synthesis, anchor):
+                anchor.prepend(node)
+        with graph.inserting_before(anchor):
+            lists = tuple(list(column) for column in zip(*(synthesis.inputs for synthesis in group), strict=True))
+            made = graph.call_function(self.operation, lists)
+            made.meta.update(anchor.meta, example_value=[value_of(synthesis.node) for synthesis in group])
+            for index, synthesis in enumerate(group):
+                theta = graph.call_function(operator.getitem, (made, index))
+                synthesis.node.replace_all_uses_with(theta, propagate_meta=True)
+        for synthesis in group:
+            _erase(graph, synthesis.node)
 
     def _groups(self, alike: Sequence[SynthesisNode], all_of_them: set[fx.Node]) -> Iterator[list[SynthesisNode]]:
         """Consecutive ones that fit under the bound, and that can be moved up to the first."""
@@ -91,23 +104,6 @@ def _can_move(synthesis: SynthesisNode, anchor: fx.Node, all_of_them: set[fx.Nod
         is_pure(node) and node not in all_of_them and all(map(is_untouched, (node, *node.all_input_nodes)))
         for node in needed
     )
-
-
-def _rewrite(graph: fx.Graph, group: Sequence[SynthesisNode], operation: Callable[..., Any]) -> None:
-    group = [_as_it_is_now(synthesis) for synthesis in group]
-    anchor = group[0].node
-    for synthesis in group[1:]:
-        for node in _needed(synthesis, anchor):
-            anchor.prepend(node)
-    with graph.inserting_before(anchor):
-        lists = tuple(list(column) for column in zip(*(synthesis.inputs for synthesis in group), strict=True))
-        made = graph.call_function(operation, lists)
-        made.meta.update(anchor.meta, example_value=[value_of(synthesis.node) for synthesis in group])
-        for index, synthesis in enumerate(group):
-            theta = graph.call_function(operator.getitem, (made, index))
-            synthesis.node.replace_all_uses_with(theta, propagate_meta=True)
-    for synthesis in group:
-        _erase(graph, synthesis.node)
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:

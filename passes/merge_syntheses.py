@@ -1,17 +1,18 @@
 """merge_syntheses: what is made of parameters twice in one step is made once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from replfx.dynamo.nodes import epochs, handed_out, is_untouched, made_of_parameters, storages
+from replfx.passes import Rewrite
 
 __all__ = ["MergeSyntheses"]
 
 
 @dataclass(frozen=True)
-class MergeSyntheses(PassBase):
+class MergeSyntheses(Rewrite[tuple[fx.Node, fx.Node]]):
     """Merge equal computations from parameters alone, over Dynamo's graph.
 
     A block that is called twice, or reads a weight twice, synthesises twice, and two blocks that read one neighbour
@@ -19,12 +20,11 @@ class MergeSyntheses(PassBase):
     once. What the model hands out stays: the caller may write into one of two equal results.
     """
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Let the first of equal nodes stand for the others."""
+    def find(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Nodes with the first that is equal to them."""
         first: dict[object, fx.Node] = {}
-        stretch, kept = epochs(graph_module.graph), handed_out(graph_module.graph)
-        merged = False
-        for node in made_of_parameters(graph_module.graph):
+        stretch, kept = epochs(graph), handed_out(graph)
+        for node in made_of_parameters(graph):
             if node.op == "placeholder" or not kept.isdisjoint(storages([node])):
                 continue
             if not all(map(is_untouched, (node, *node.all_input_nodes))):
@@ -33,9 +33,10 @@ class MergeSyntheses(PassBase):
             key = (node.op, node.target, repr(node.args), repr(node.kwargs), stretch[node])
             known = first.setdefault(key, node)
             if known is not node:
-                node.replace_all_uses_with(known)
-                graph_module.graph.erase_node(node)
-                merged = True
-        if merged:
-            graph_module.recompile()
-        return PassResult(graph_module, merged)
+                yield node, known
+
+    def rewrite(self, graph: fx.Graph, candidate: tuple[fx.Node, fx.Node]) -> None:
+        """Let the first of equal nodes stand for another."""
+        node, known = candidate
+        node.replace_all_uses_with(known)
+        graph.erase_node(node)

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from replfx.errors import CaptureError
 from replfx.modules.structure import trainable_parameters
 from replfx.modules.tree import tensors_in
+from replfx.torch_internals import memory_id
 from replfx.tracing import Inputs
 from replfx.training.accumulation import synthesize_once
 from replfx.version import __version__
@@ -179,7 +180,7 @@ def mean_of_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
 
 def unique_storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Add up the bytes of the storages behind the tensors; views of one storage count it once, in full."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({memory_id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> int:
@@ -190,7 +191,7 @@ def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> i
     `model`, and views of them, which are there anyway. It does not see what an autograd function keeps without
     `save_for_backward`.
     """
-    owned = {t.untyped_storage()._cdata for t in chain(model.parameters(), model.buffers())}
+    owned = {memory_id(t.untyped_storage()) for t in chain(model.parameters(), model.buffers())}
     # Held until the count is done: a freed storage's address would otherwise be given to another.
     saved: list[Tensor] = []
 
@@ -200,7 +201,7 @@ def saved_activation_bytes(forward: Callable[[], object], model: nn.Module) -> i
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    return unique_storage_bytes(t for t in saved if t.untyped_storage()._cdata not in owned)
+    return unique_storage_bytes(t for t in saved if memory_id(t.untyped_storage()) not in owned)
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

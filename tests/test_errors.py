@@ -227,6 +227,35 @@ def test_the_state_dict_of_another_plan(one: dict[str, Any], other: dict[str, An
     assert_unchanged(model, before)
 
 
+def test_what_a_state_dict_has_more_may_be_left_out() -> None:
+    whole = nn.ModuleDict({"one": replfx.transform(tower(7)), "other": replfx.transform(tower(5))})
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(1)
+    state = whole.state_dict()
+    whole.load_state_dict(state)
+    part = nn.ModuleDict({"one": replfx.transform(tower(7))})  # has one of two towers, and two of its seven blocks
+    blocks = part.get_submodule("one.blocks")
+    for number in range(3, 7):
+        setattr(blocks, str(number), nn.Identity())
+    found = part.load_state_dict(state, strict=False)
+    assert not found.missing_keys
+    assert any(key.startswith("one.blocks.3.replfx.") for key in found.unexpected_keys)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        part.load_state_dict(state)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_block_that_is_replaced_in_the_state_dict_alone(strict: bool) -> None:
+    state = replfx.transform(tower(7), every=2).state_dict()
+    model = replfx.transform(tower(7), every=3)
+    before = snapshot(model)
+    with pytest.raises(replfx.StateDictError, match=r"replfx\.apply|Load it before"):
+        model.load_state_dict(state, strict=strict)
+    assert_unchanged(model, before)
+
+
 def test_a_state_dict_of_the_same_plan_loads() -> None:
     made = replfx.transform(tower(5))
     buffer = io.BytesIO()

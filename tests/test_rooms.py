@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import networkx as nx
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"replfx": ROOT / "replfx", "replfx.passes": ROOT / "passes"}
@@ -49,11 +50,50 @@ def test_no_room_is_above_and_below_another() -> None:
 
 
 def test_the_passes_are_passes() -> None:
-    helpers = {"__init__", "pipeline"}
-    for path in FOLDERS["replfx.passes"].glob("*.py"):
+    for path in FOLDERS["replfx.passes"].glob("[!_]*.py"):
         classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-        bases = [ast.unparse(base) for node in classes for base in node.bases]
-        assert path.stem in helpers or bases.count("PassBase") == 1, path.name
+        bases = [ast.unparse(base).partition("[")[0] for node in classes for base in node.bases]
+        assert bases.count("PassBase") + bases.count("Rewrite") == 1, path.name
+
+
+PRIVATE = re.compile(r"(torch[\w.]*\.)?_[A-Za-z]\w*")
+EXEMPT = {*vars(nn.Module()), "_assert", "_post_accumulate_grad_hooks", "_version"}  # replfx/torch_internals says why
+NOT_OF_TORCH = {
+    *("_asdict", "_exit", "_fields", "_getframe", "_lru_list_elem", "_operator", "_replace"),  # Python's
+    *("_bit_generator", "_keys_to_ignore_on_save", "_model_mapping"),  # NumPy's, and those of transformers
+    *("_bias", "_features", "_reset_parameters", "_tensor_constant"),  # how parts of modules are named
+}
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Private names that a file has from elsewhere: imports, attributes of others, and strings that may be names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith(("replfx", "__future__")):
+            yield from (
+                name for name in (*str(node.module).split("."), *(a.name for a in node.names)) if name[0] == "_"
+            )
+        elif isinstance(node, ast.Import):
+            yield from (name for alias in node.names for name in alias.name.split(".") if name[0] == "_")
+        elif isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and PRIVATE.fullmatch(node.value):
+            yield node.value
+
+
+def made_here(tree: ast.Module) -> Iterator[str]:
+    """What a file defines, and what it sets on `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def test_private_names_of_torch_are_in_one_room() -> None:
+    trees = {module: ast.parse(path.read_text()) for module, path in modules() if room(module) != "torch_internals"}
+    ours = {name for tree in trees.values() for name in made_here(tree)} | EXEMPT | NOT_OF_TORCH
+    found = {(module, name) for module, tree in trees.items() for name in private_names(tree)}
+    assert [each for each in found if each[1] not in ours and not each[1].startswith("_replfx")] == []
 
 
 def test_architecture_names_every_room_once_and_from_the_top_down() -> None:

@@ -25,7 +25,7 @@ from replfx.chains.find import find_chains
 from replfx.chains.policy import Policy
 from replfx.chains.select import select
 from replfx.measure import Sample, Training, interleaved_times, unique_storage_bytes
-from replfx.passes.pipeline import run_passes
+from replfx.passes import run_passes
 from replfx.plans import has_regions
 from replfx.rewrite.build import build, insertion, install
 from replfx.rewrite.verify import verify

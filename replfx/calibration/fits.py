@@ -13,6 +13,7 @@ from replfx.calibration.sides import Sides
 from replfx.live import Synthesis
 from replfx.operators.base import BlockOperator
 from replfx.operators.light import LightOperator
+from replfx.torch_internals import BatchNorm, convolve
 
 __all__ = ["BlockFit", "Fit", "LightFit", "fit_for"]
 
@@ -98,8 +99,7 @@ def _response(owner: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
     if isinstance(owner, nn.Linear):
         return F.linear(inputs, weight)
     assert isinstance(owner, _Convolution)
-    made: Tensor = owner._conv_forward(inputs, weight, None)
-    return made
+    return convolve(owner, inputs, weight)
 
 
 def _rows(values: Tensor, owner: nn.Module) -> Tensor:
@@ -147,7 +147,7 @@ class LightFit(Fit):
 
     def _is_fixed(self) -> bool:
         """Whether a and b stay: their effect goes through a normalisation that mixes channels."""
-        return self.after is not None and not isinstance(self.after, nn.modules.batchnorm._BatchNorm)
+        return self.after is not None and not isinstance(self.after, BatchNorm)
 
     def _flat(self, values: Tensor) -> Tensor:
         return values.flatten(0, -2) if self.operator.linear else values.movedim(1, -1).flatten(0, -2)
@@ -181,7 +181,7 @@ class LightFit(Fit):
         mean = reduced[:, 0, 1] / count
         variance = (reduced[:, 0, 0] / count - mean**2).clamp_min(0)
         norm = self.after
-        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        assert isinstance(norm, BatchNorm)
         with torch.no_grad():
             if norm.running_mean is not None and norm.running_var is not None:
                 bias = getattr(self.operator.map, "bias", None)  # which z has not

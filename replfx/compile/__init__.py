@@ -6,11 +6,10 @@ Importing it registers the backend's name, where the distribution that declares 
 import contextlib
 from functools import partial
 
-from torch._dynamo import register_backend
-
 from replfx.compile.backend import Backend
 from replfx.compile.caching import forget
 from replfx.compile.replacing import ReplacingBackend
+from replfx.torch_internals.dynamo import register_backend
 
 __all__ = ["Backend", "ReplacingBackend", "forget"]
 

@@ -4,22 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import ShortenTraceback
-from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from replfx.compile.caching import Cached, with_cached
 from replfx.compile.hoisting import hoist_syntheses
 from replfx.compile.synthesis import SYNTHESIZE, kernel_operation
 from replfx.dynamo.nodes import made_of_parameters, value_of
 from replfx.errors import CompileError
+from replfx.passes import run_passes
 from replfx.passes.batch_synthesis import BatchSynthesis
 from replfx.passes.fold_affines import FoldAffines
 from replfx.passes.merge_syntheses import MergeSyntheses
-from replfx.passes.pipeline import run_passes
 from replfx.passes.reassociate_products import ReassociateProducts
+from replfx.torch_internals.dynamo import (
+    InductorWrapper,
+    ShortenTraceback,
+    TracingContext,
+    copy_source,
+    detect_fake_mode,
+    lookup_backend,
+    tracing,
+    uses_cuda_graphs,
+)
 
 __all__ = ["Backend", "RefusedError"]
 
@@ -85,7 +91,7 @@ class Backend:
         graph_module = _copy(graph_module)
         operation = self._rewrite(graph_module)
         # CUDA graphs would copy the kept values into their own memory at each call.
-        kept = self.cache and not _has_cuda_graphs(compiler)
+        kept = self.cache and not uses_cuda_graphs(compiler)
         hoisted = hoist_syntheses(graph_module, operation) if kept else None
         if hoisted is None:
             return _callable(compiler(graph_module, inputs))
@@ -108,7 +114,7 @@ class Backend:
     def _compiler(self, mode: str | None, options: dict[str, Any]) -> Compiler:
         if self.inner == "inductor":
             try:
-                return torch._TorchCompileInductorWrapper(mode, options, None)
+                return InductorWrapper(mode, options, None)
             except RuntimeError as error:
                 raise RefusedError(f"{error}; of replfx's own there are {', '.join(_names())}") from error
         if mode not in (None, "default") or options:
@@ -129,21 +135,12 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(graph_module.graph, known))
     for node, twin in known.items():
-        if hasattr(node, "_dynamo_source"):
-            twin._dynamo_source = node._dynamo_source
+        copy_source(node, twin)
     made = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
     for name, value in vars(graph_module).items():
         made.__dict__.setdefault(name, value)
     made.meta = dict(graph_module.meta)
     return made
-
-
-def _has_cuda_graphs(compiler: Compiler) -> bool:
-    if not isinstance(compiler, torch._TorchCompileInductorWrapper):
-        return False
-    from torch._inductor import config
-
-    return bool(compiler.config.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def _callable(compiled: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from replfx.dtensors import is_distributed
+from replfx.torch_internals import memory_id
 
 __all__ = ["Cached", "forget", "with_cached"]
 
@@ -66,7 +67,7 @@ class _Stamp:
     def fits(self, tensor: Tensor) -> bool:
         return (
             self.tensor() is tensor
-            and self.storage.cdata == tensor.untyped_storage()._cdata
+            and self.storage.cdata == memory_id(tensor.untyped_storage())
             and self.address == tensor.data_ptr()
             and self.version == tensor._version
         )

@@ -1,11 +1,13 @@
-"""hoist_syntheses: split off what is computed from parameters alone, so that it can be kept."""
+"""hoist_syntheses: split off what is computed from parameters alone, so that it can be kept.
+
+It is none of the passes: one graph becomes two, and what runs in between is the backend's.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
-from torch._dynamo.source import SyntheticLocalSource
 
 from replfx.dynamo.nodes import (
     epochs,
@@ -17,6 +19,7 @@ from replfx.dynamo.nodes import (
     tensors_of,
     value_of,
 )
+from replfx.torch_internals.dynamo import set_source
 
 __all__ = ["Hoisted", "hoist_syntheses"]
 
@@ -107,5 +110,5 @@ def _feed(graph: fx.Graph, node: fx.Node, inner: dict[fx.Node, bool], name: str)
     with graph.inserting_after(last):
         made = graph.placeholder(name)
     made.meta.update(node.meta)
-    made._dynamo_source = SyntheticLocalSource(name)  # AOTAutograd asks for one
+    set_source(made, name)
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inner)

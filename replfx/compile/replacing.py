@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
@@ -21,7 +20,6 @@ from replfx.compile.backend import Backend, RefusedError
 from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
 from replfx.dtensors import is_distributed
-from replfx.dynamo.nodes import source_of
 from replfx.dynamo.own_parameters import Owned, own_parameters
 from replfx.dynamo.stand_ins import stack_of
 from replfx.errors import CompileError, ReplfxError
@@ -29,11 +27,12 @@ from replfx.live import fusion_layers
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
 from replfx.modules.tree import named_tensors
-from replfx.passes.pipeline import run_passes
+from replfx.passes import run_passes
 from replfx.plans import Plan, Replacement
 from replfx.regions.region import Region
 from replfx.rewrite.build import insertion
 from replfx.rewrite.state import plans_in
+from replfx.torch_internals.dynamo import counters, source_of
 
 __all__ = ["ReplacingBackend"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from replfx.fusion.fusions import along_first
+from replfx.torch_internals.dynamo import foreach_add, foreach_mul
 
 __all__ = ["SYNTHESIZE", "kernel_operation"]
 
@@ -32,17 +33,13 @@ def synthesize_many(previous: list[Tensor], next: list[Tensor], a: list[Tensor],
         tensor([1.5000, 2.5000])
     """
     # Coefficients first, as in a fusion's forward: the first factor decides on the layout of the product.
-    return list(
-        torch._foreach_add(
-            torch._foreach_mul(_along_first(a, previous), previous), torch._foreach_mul(_along_first(b, next), next)
-        )
-    )
+    return list(foreach_add(foreach_mul(_along_first(a, previous), previous), foreach_mul(_along_first(b, next), next)))
 
 
 @torch.library.triton_op("replfx::scale_many", mutates_args=())
 def scale_many(gradients: list[Tensor], coefficients: list[Tensor]) -> list[Tensor]:
     """All c_i·g_i: the gradients of one side's neighbours."""
-    return list(torch._foreach_mul(_along_first(coefficients, gradients), gradients))
+    return list(foreach_mul(_along_first(coefficients, gradients), gradients))
 
 
 def _along_first(coefficients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -13,11 +13,17 @@ from weakref import ref
 
 import torch
 from torch import nn
-from torch._dynamo import config, eval_frame
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from replfx.dynamo.nodes import path_in_model
 from replfx.errors import CompileError
+from replfx.torch_internals.dynamo import (
+    InstructionTranslator,
+    RunningContext,
+    compiled_count,
+    config,
+    eval_frame,
+    stance,
+)
 
 __all__ = ["CompiledCalls", "Watch", "module_named", "root_named"]
 
@@ -86,7 +92,7 @@ def _contexts() -> Iterator[tuple[Any, list[CodeType]]]:
     while frame is not None:
         if frame.f_code.co_filename == eval_frame.__file__:
             context = frame.f_locals.get("self")
-            if isinstance(context, eval_frame._TorchDynamoContext) and callable(context.callback):
+            if isinstance(context, RunningContext) and callable(context.callback):
                 yield context, list(inside)
         inside.append(frame.f_code)
         frame = frame.f_back  # type: ignore[assignment]
@@ -96,15 +102,14 @@ def _reason(inside: Sequence[CodeType]) -> str:
     """Why Dynamo has not compiled what runs."""
     limit = min(config.recompile_limit, config.accumulated_recompile_limit)
     for code in inside:
-        count = len(eval_frame._debug_get_cache_entry_list(code))
+        count = compiled_count(code)
         if count >= limit:
             return (
                 f"it has compiled {code.co_qualname} {count} times, which is its limit "
                 "(torch._dynamo.config.recompile_limit)"
             )
-    stance = getattr(getattr(eval_frame, "_stance", None), "stance", "default")
-    if stance != "default":
-        return f"torch.compiler.set_stance({stance!r}) asks for it"
+    if (asked := stance()) != "default":
+        return f"torch.compiler.set_stance({asked!r}) asks for it"
     if config.suppress_errors:
         return "an error was suppressed (torch._dynamo.config.suppress_errors)"
     return (

@@ -12,8 +12,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+
+from replfx.torch_internals import FakeTensor, memory_id
+from replfx.torch_internals.dynamo import GET_DATA, source_of
 
 __all__ = [
     "are_settled",
@@ -26,7 +28,6 @@ __all__ = [
     "made_beside",
     "made_of_parameters",
     "path_in_model",
-    "source_of",
     "storages",
     "tensors_of",
     "value_of",
@@ -78,9 +79,6 @@ _METHODS = frozenset(
 )
 
 
-_DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
-
-
 def value_of(node: fx.Node) -> Any:
     """The fake tensor that stands for what the node gives; None where Dynamo noted none."""
     return node.meta.get("example_value")
@@ -114,14 +112,6 @@ def path_in_model(expression: str) -> str:
     root = re.match(r"L\['(?:self|args|fn)'\](?:\[0\])?|[LG](?=\[)", expression)
     inside = expression[root.end() :] if root else expression
     return ".".join(re.findall(r"\w+", re.sub(r"\._(modules|parameters|buffers)\b", "", inside)))
-
-
-def source_of(node: fx.Node) -> str:
-    """Dynamo's expression for where an input comes from: `L['self']._modules['fc']._parameters['weight']`; or ""."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return ""
-    return str(source.name if isinstance(source.name, str) else source.name())
 
 
 def _is_parameter(node: fx.Node) -> bool:
@@ -216,14 +206,14 @@ def _written_uncounted(graph: fx.Graph) -> set[int]:
             if name.endswith("_") and not name.endswith("__"):  # PyTorch's mark of what changes its first argument
                 first = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
                 found |= storages([node, *(each for each in first if isinstance(each, fx.Node))])
-            elif node.target is _DATA and any(tensor._version for tensor in tensors_of(node)):
+            elif node.target is GET_DATA and any(tensor._version for tensor in tensors_of(node)):
                 found |= storages([node])
     return found
 
 
 def storages(nodes: Iterable[fx.Node]) -> set[int]:
     """The memory that the nodes' tensors are in."""
-    return {tensor.untyped_storage()._cdata for node in nodes for tensor in tensors_of(node)}
+    return {memory_id(tensor.untyped_storage()) for node in nodes for tensor in tensors_of(node)}
 
 
 def handed_out(graph: fx.Graph) -> set[int]:

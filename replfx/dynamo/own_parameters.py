@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.dynamo.nodes import path_in_model, source_of, value_of
+from replfx.dynamo.nodes import path_in_model, value_of
 from replfx.dynamo.stand_ins import modules_of
 from replfx.regions.region import put_value
+from replfx.torch_internals.dynamo import source_of
 from replfx.tracing import CaptureInfo
 
 __all__ = ["Owned", "own_parameters"]

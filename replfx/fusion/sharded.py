@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from replfx.dtensors import is_dtensor
-from replfx.torch_internals import is_managed_by_fsdp, reshard
+from replfx.torch_internals import disable_dynamo
+from replfx.torch_internals.distributed import is_managed_by_fsdp, reshard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -158,4 +158,4 @@ def _managed(readings: Parameters) -> list[Tensor]:
     return [getattr(owner, leaf) for owner, leaf in readings if is_managed_by_fsdp(owner)]
 
 
-_shard_again = _disable_dynamo(reshard)  # in compiled code too it has to happen at each call
+_shard_again = disable_dynamo(reshard)  # in compiled code too it has to happen at each call

@@ -12,6 +12,7 @@ from replfx.live.classes import SUBMODULE, come_alive, computed_by, links_of, se
 from replfx.live.graphs import bring_to_life, settle_graph
 from replfx.live.synthesis import Synthesis
 from replfx.modules.tree import REGISTRIES, attributes_of, inner_path, tensors_in
+from replfx.torch_internals import FLAT_WEIGHTS
 
 __all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_block"]
 
@@ -116,7 +117,7 @@ def _refuse_second_lists(block: nn.Module, slots: list[_Slot]) -> None:
     wanted = {id(slot.owner._parameters[slot.leaf]): slot.name for slot in slots}
     for path, module in block.named_modules():
         for attribute, value in attributes_of(module):
-            if isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight"):
+            if isinstance(module, nn.RNNBase) and attribute in FLAT_WEIGHTS:
                 continue
             held = next((wanted[id(tensor)] for tensor in tensors_in(value) if id(tensor) in wanted), None)
             if held is not None:

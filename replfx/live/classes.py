@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from replfx.errors import FusionError
+from replfx.torch_internals import FLAT_WEIGHTS, is_fx_symbolic_tracing, renew_flat_weights
 
 __all__ = ["LINK", "SUBMODULE", "come_alive", "computed_by", "links_of", "settle_down"]
 
@@ -61,7 +61,7 @@ def come_alive(module: nn.Module, synthesis: nn.Module, names: Mapping[str, str]
     for leaf in names:
         del module._parameters[leaf]
     if isinstance(module, nn.RNNBase) and names:  # a list of its weights would be a second one
-        module.__dict__.update(_flat_weights=[], _flat_weight_refs=[])
+        module.__dict__.update({name: [] for name in FLAT_WEIGHTS})
     try:
         module.__class__ = live_class(type(module), Traits(tuple(names), role))
     except TypeError as error:
@@ -78,7 +78,7 @@ def settle_down(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
     module._parameters.clear()  # an optimizer's state_dict counts parameters in the order that they had
     module._parameters.update({leaf: known.pop(leaf) for leaf in order if leaf in known} | known)
     if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
+        renew_flat_weights(module)
 
 
 def links_of(module: nn.Module) -> Mapping[str, str]:
@@ -114,7 +114,7 @@ def live_class(base: type[nn.Module], traits: Traits) -> type[nn.Module]:
         namespace |= {"__jit_unused_properties__": [*unused, *traits.computed], "parametrizations": _Guarded()}
         namespace["register_parameter"] = _registrar(base)
         if issubclass(base, nn.RNNBase):
-            namespace |= {"_flat_weights": _FLAT_WEIGHTS, "_flat_weight_refs": _FLAT_WEIGHT_REFS}
+            namespace |= FLAT_WEIGHTS
     if traits.role is not None:
         namespace |= {"synthesized": _synthesized, **_hiding(base)}
     if traits.role in ("block", "operator"):
@@ -234,19 +234,6 @@ class _NoParametrizations(nn.ModuleDict):
                 "replfx.materialize or replfx.unroll first"
             )
         return False
-
-
-def _flat_weights(self: nn.RNNBase) -> list[Any]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
-
-
-def _keep_no_refs(self: nn.RNNBase, value: object) -> None:
-    self.__dict__["_flat_weight_refs"] = []  # a layer that is copied deletes them from its state
-
-
-# Recurrent layers keep a list of their weights for the kernels that they call, and ask whether it is still true.
-_FLAT_WEIGHTS = property(_flat_weights, lambda self, value: None)
-_FLAT_WEIGHT_REFS = property(lambda self: [None] * len(self._flat_weights_names), _keep_no_refs)
 
 
 # ---- what a replaced block has

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from replfx.errors import FusionError
+from replfx.torch_internals import pruned_name
 
 __all__ = ["made_by_hook"]
 
@@ -31,7 +32,7 @@ def made_by_hook(owner: nn.Module, leaf: str) -> Tensor:
 
 def _made(hook: Any, owner: nn.Module, leaf: str) -> Tensor | None:
     if isinstance(hook, prune.BasePruningMethod):
-        return hook.apply_mask(owner) if hook._tensor_name == leaf else None
+        return hook.apply_mask(owner) if pruned_name(hook) == leaf else None
     if type(hook).__module__ == "torch.nn.utils.weight_norm" and hook.name == leaf:
         return cast(Tensor, hook.compute_weight(owner))
     if type(hook).__module__ == "torch.nn.utils.spectral_norm" and hook.name == leaf:

@@ -4,6 +4,7 @@ from torch import nn
 
 from replfx.errors import FusionError
 from replfx.live import Synthesis, fusion_layers
+from replfx.torch_internals.distributed import split_points
 
 __all__ = ["check_stage", "refuse_split_points"]
 
@@ -54,10 +55,10 @@ def refuse_split_points(model: nn.Module) -> None:
     Raises:
         FusionError: a marked module lies between a replaced block and its neighbour.
     """
-    modules = dict(model.named_modules())
-    marks = {path: _mark(module) for path, module in modules.items() if "_orig_forward" in vars(module)}
+    marks = split_points(model)
     if not marks:
         return
+    modules = dict(model.named_modules())
     order = {path: number for number, path in enumerate(modules)}
     for path, layer in fusion_layers(model).items():
         for place, side in zip(layer.places, layer.neighbours, strict=False):
@@ -71,8 +72,3 @@ def refuse_split_points(model: nn.Module) -> None:
                 before_other = order[marked] < order[other[0]] or (begins and order[marked] <= order[other[0]])
                 if after_one and before_other:
                     raise FusionError(layer.parted(path, place, f"pipeline() would split at `{marked}`"))
-
-
-def _mark(module: nn.Module) -> bool:
-    """Whether a stage begins with the marked module, and does not end with it."""
-    return getattr(module.forward, "__name__", "") == "_split_before_forward"

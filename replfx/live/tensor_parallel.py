@@ -16,7 +16,7 @@ from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
 from replfx.fusion.interface import Interface, read_slot
 from replfx.fusion.sharded import gather
-from replfx.torch_internals import is_tensor_parallel
+from replfx.torch_internals.distributed import is_tensor_parallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

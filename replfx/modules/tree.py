@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from replfx.torch_internals import pytree
 
 __all__ = [
     "REGISTRIES",

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from replfx.errors import FusionError
 from replfx.operators.folding import Fold, fold_of, set_linear, silence
 from replfx.operators.light_recipe import LightRecipe
 from replfx.operators.residual import Residual
+from replfx.torch_internals import BatchNorm
 
 if TYPE_CHECKING:
     from replfx.operators.light import LightOperator
@@ -65,7 +65,7 @@ def _as_convolutions(block: nn.Module, recipe: LightRecipe, fold: Fold) -> Fold 
     ends = (recipe.norm, *recipe.maps) == (fold.norm, f"{fold.last}.weight")
     if not ends or recipe.norm_first or recipe.activation is None:
         return "its light map is not its last convolution, or no activation follows the sum"
-    if not isinstance(block.get_submodule(fold.inner), _BatchNorm):
+    if not isinstance(block.get_submodule(fold.inner), BatchNorm):
         return f"`{fold.inner}` is no batch normalisation"
     first: Any = block.get_submodule(fold.first)
     weight = first.weight
@@ -134,7 +134,7 @@ def _pass_on(block: nn.Module, fold: Fold, inputs: Tensor | None) -> None:
     assert fold.first is not None
     assert fold.inner is not None
     first, norm = block.get_submodule(fold.first), block.get_submodule(fold.inner)
-    assert isinstance(norm, _BatchNorm)
+    assert isinstance(norm, BatchNorm)
     nn.init.dirac_(first.get_parameter("weight"))
     if first._parameters.get("bias") is not None:
         first.get_parameter("bias").zero_()

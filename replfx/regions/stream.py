@@ -5,12 +5,12 @@ from collections.abc import Hashable, Iterator
 from functools import cached_property
 from itertools import accumulate
 
-import torch
 from torch import Tensor, fx, nn
 
 from replfx.modules.structure import attribute_at
 from replfx.regions.region import root_of
 from replfx.regions.tokens import Tokens
+from replfx.torch_internals import SET_GRAD_ENABLED
 from replfx.tracing import nodes_in
 
 __all__ = ["Stream"]
@@ -98,6 +98,6 @@ class Stream:
         off = False
         yield off
         for node in self.nodes:
-            if node.target is torch._C._set_grad_enabled:
+            if node.target is SET_GRAD_ENABLED:
                 off = not (node.args[0] if node.args else True)
             yield off

@@ -9,6 +9,7 @@ from functools import cache
 from torch import Tensor, fx, nn
 
 from replfx.regions.stream import Stream
+from replfx.torch_internals import Dropout
 
 __all__ = ["written_outside"]
 
@@ -19,7 +20,7 @@ _VIEWS = re.compile(
     "transpose|type_as|unbind|unflatten|unsqueeze|view|view_as"
 )
 _WRITES = re.compile("_*(setitem|i(add|and|floordiv|lshift|matmul|mod|mul|or|pow|rshift|sub|truediv|xor))_*")
-_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, Dropout)
 
 
 def written_outside(stream: Stream, start: int, stop: int, source: fx.Node) -> fx.Node | None:

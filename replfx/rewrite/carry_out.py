@@ -12,7 +12,7 @@ from replfx.chains.select import select
 from replfx.errors import FusionError, NoChainError, PlanError, WrittenWeightsError
 from replfx.modules.copying import structural_copy
 from replfx.modules.paths import head_of
-from replfx.passes.pipeline import run_passes
+from replfx.passes import run_passes
 from replfx.plans import Plan, has_regions, keeping
 from replfx.regions.graph_module import limit
 from replfx.reports.describe import describe_chains, with_costs, with_layers

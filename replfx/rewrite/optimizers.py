@@ -1,5 +1,6 @@
 """What an optimizer holds, when a model gets parameters on the way."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -45,7 +46,8 @@ def _check(optimizer: Optimizer) -> None:
             "LBFGS keeps the history of all its parameters in one vector: make a new one from model.parameters() "
             "after replfx.unroll(model)"
         )
-    if hasattr(inner, "_partition_parameters"):  # ZeroRedundancyOptimizer, of which nothing is imported for this
+    sharded = sys.modules.get("torch.distributed.optim")  # nobody has one where it is not imported
+    if sharded is not None and isinstance(inner, sharded.ZeroRedundancyOptimizer):
         raise FusionError(
             f"{type(inner).__name__} has dealt its parameters out to the ranks: make a new one from "
             "model.parameters() after replfx.unroll(model)"

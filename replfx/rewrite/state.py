@@ -44,9 +44,7 @@ class Transformed:
     guard: RemovableHandle
     first: RemovableHandle
     follow: Callable[[Sequence[str]], None] | None = None  # unrolls the blocks that a state_dict has at full depth
-    checked: int = 0  # the id of the model that was seen whole: a copy is another one
-    here: list[str] = field(default_factory=list)  # the replaced blocks that are in the model
-    seen: dict[str, int] = field(default_factory=dict)  # ids of what the neighbours were found in, by their places
+    seen: dict[str, int] = field(default_factory=dict)  # ids of the model that was seen whole, and of what is in places
 
     def __getstate__(self) -> dict[str, object]:
         """All but `follow`, which is of one model and its optimizer, and not of a copy."""
@@ -122,7 +120,7 @@ def forget(model: nn.Module, paths: Collection[str]) -> bool:
     state.plan = Plan(state.plan.model, left)
     state.report = without(state.report, paths, trainable_parameters(model))
     state.syntheses = {path: synthesis for path, synthesis in state.syntheses.items() if path not in paths}
-    state.checked = 0
+    state.seen = {}
     return True
 
 
@@ -135,26 +133,18 @@ def _unmark(model: nn.Module) -> None:
 
 
 def _check_whole(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Runs before a forward pass, and looks whether all neighbours of replaced blocks are where they were."""
+    """Runs before a forward pass, and checks a model once; a copy, and what has changed its blocks, again."""
     if torch.compiler.is_dynamo_compiling():
         return
     state = state_of(model)
     if torch.compiler.is_exporting():
         refuse_split_points(model)
-    if state.checked != id(model):
+    places = {place for synthesis in state.syntheses.values() for place in synthesis.places}
+    found = {place: id(module) for place in places if (module := _module_at(model, place)) is not None}
+    found[""] = id(model)
+    if not found.items() <= state.seen.items():
         check_stage(model)
-        here = set(fusion_layers(model).values())
-        state.here = [path for path, synthesis in state.syntheses.items() if synthesis in here]
-        state.checked, state.seen = id(model), {}
-    for path in state.here:
-        synthesis = state.syntheses[path]
-        for place, neighbour in zip(synthesis.places, synthesis.neighbours, strict=False):
-            found = _module_at(model, place)
-            if found is None or state.seen.get(place) == id(found):
-                continue
-            if neighbour not in found.modules():
-                raise FusionError(synthesis.parted(path, place, "another module has taken its place"))
-            state.seen[place] = id(found)
+        state.seen = found
 
 
 def _module_at(model: nn.Module, place: str) -> nn.Module | None:
@@ -232,7 +222,11 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was."""
+    """Runs before any tensor is loaded, so that a wrong state_dict leaves the model as it was.
+
+    PyTorch tells it nothing of `strict`. So a block that one of the two has replaced and the other not is refused, as
+    its weights would be nobody's; of blocks that the model has not, a pipeline stage, PyTorch says what it always says.
+    """
     syntheses = fusion_layers(module)
     full = _full_in(module, syntheses, state_dict, prefix)
     known = _memory(module).get(_ATTRIBUTE)
@@ -249,6 +243,7 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
     if foreign and syntheses:
         expected = {prefix + key for key in module.state_dict()}
         foreign = [key for key in foreign if key not in expected]
+    foreign = [key for key in foreign if _lacks_weights(module, state_dict, prefix, key)]
     if foreign and not syntheses:
         raise StateDictError(
             f"the state_dict has `{min(foreign)}`: it is of a transformed model, and this {type(module).__name__} is "
@@ -259,6 +254,14 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
             f"the state_dict has `{min(foreign)}`, this model has not: it was saved under another plan, or under other "
             "names. Save replfx.plan_of(model).to_json() beside the weights, and use replfx.apply"
         )
+
+
+def _lacks_weights(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, key: str) -> bool:
+    """Whether the module has the replaced block that a key is of, and the block has weights that the state has not."""
+    path = f".{key.removeprefix(prefix)}".partition(f".{SUBMODULE}.")[0].removeprefix(".")
+    block = dict(module.named_modules()).get(path)
+    own = () if block is None else block.state_dict()
+    return any(prefix + inner_path(path, name) not in state_dict for name in own)
 
 
 def _full_in(

@@ -6,7 +6,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from replfx.errors import FusionError, PlanError
 from replfx.live import SUBMODULE, Synthesis
@@ -21,6 +20,7 @@ from replfx.reports.describe import WAS_NO_MODULE
 from replfx.rewrite.optimizers import Optimizers, checked, hand_over, in_order
 from replfx.rewrite.state import Placement, forget, placed_blocks
 from replfx.rewrite.wrappers import gather_nothing, tell_of_change
+from replfx.torch_internals import PRESERVED_ATTRIBUTES
 from replfx.tracing import ExampleInputs, Inputs
 
 __all__ = ["Start", "check_unrolls", "materialize", "unroll"]
@@ -248,7 +248,7 @@ def _exchange(model: nn.Module, placement: Placement, plain: nn.Module) -> None:
     }
     vars(plain).update(lacking)  # a model may ask a block for its `shift_size`
     if isinstance(plain, fx.GraphModule):  # whose copies have what its graph names, and this
-        plain.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = lacking
+        plain.meta[PRESERVED_ATTRIBUTES] = lacking
     redirect(model, {block: plain})
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from replfx.chains.chain import Chains
 from replfx.errors import VerifyError, WrittenWeightsError
@@ -17,6 +16,7 @@ from replfx.modules.paths import ancestors, head_of, is_region, parameters_of
 from replfx.modules.tree import shapes_in, tensors_in
 from replfx.operators.base import operators
 from replfx.plans import Plan
+from replfx.torch_internals import FakeTensorMode
 from replfx.tracing import (
     CaptureInfo,
     Draws,
@@ -24,6 +24,7 @@ from replfx.tracing import (
     Inputs,
     Look,
     Meter,
+    Traces,
     ghost_of,
     real_twin,
     restart,
@@ -79,14 +80,10 @@ def verify(model: nn.Module, original: nn.Module, inputs: Inputs | None, seen: C
     if inputs is None:
         return Verified()
     look = seen.look or Look(Draws.HIGH, model.training)
-    check = _Check(model, _Rehearsal(original, inputs), plan)
-    with undisturbed(model), steered(look.draws, model):
-        rehearsal = _Rehearsal(model, inputs, list(original.parameters()))
-        after = rehearsal.run(look.training, trained=True)
-        notes = check.run(after, look.training, seen.outputs)
-        training = not look.training
-        check.other_mode(rehearsal.run(training, trained=training), training)
-    return Verified(tuple(notes), after.costs if isinstance(after, _Run) else None)
+    with undisturbed(model), Traces(model) as traces, steered(look.draws, model):
+        return _Check(model, _Rehearsal(original, inputs, traces), plan).all(  # by no name: nothing of it is to stay
+            _Rehearsal(model, inputs, traces, list(original.parameters())), look.training, seen.outputs
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +93,13 @@ class _Check:
     model: nn.Module
     original: "_Rehearsal"
     plan: Plan
+
+    def all(self, model: "_Rehearsal", training: bool, outputs: Sequence[tuple[int, ...]] | None) -> Verified:
+        """Raise VerifyError if the model is not sound."""
+        after = model.run(training, trained=True)
+        notes = self.run(after, training, outputs)
+        self.other_mode(model.run(not training, trained=not training), not training)
+        return Verified(tuple(notes), after.costs if isinstance(after, _Run) else None)
 
     def run(self, after: "_Run | _Failure", training: bool, outputs: Sequence[tuple[int, ...]] | None) -> list[str]:
         """Raise VerifyError if the run is not as it was; notes say what is not known."""
@@ -199,8 +203,10 @@ class _Rehearsal:
     The model's code may reach the parameters in `reachable` although they are none of its own any more.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, reachable: Sequence[nn.Parameter] = ()) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, traces: Traces, reachable: Sequence[nn.Parameter] = ()
+    ) -> None:
+        self.model, self.inputs, self.traces = model, inputs, traces
         self.reachable = [*reachable, *model.parameters()]
         self.copy: tuple[FakeTensorMode, nn.Module, Inputs] | None = None
         self.modes: list[tuple[nn.Module, bool]] = []
@@ -209,7 +215,7 @@ class _Rehearsal:
         """Run forward and, if `trained`, backward."""
         ghost = self.model
         try:
-            mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs)
+            mode, ghost, fakes = self.copy = self.copy or ghost_of(self.model, self.inputs, self.traces)
             self._put_in_mode(ghost, training)
             restart()
             ghost.zero_grad()

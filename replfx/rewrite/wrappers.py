@@ -1,14 +1,14 @@
 """What has taken note of a model and must hear that it has changed: DDP's reducer, FSDP2's groups, and Dynamo."""
 
 import gc
-import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from replfx.dtensors import broadcast_from_first, is_distributed
-from replfx.torch_internals import (
+from replfx.torch_internals import imported_dynamo
+from replfx.torch_internals.distributed import (
     adopt_parameter,
     follow_parameters,
     gathers,
@@ -33,7 +33,7 @@ def tell_of_change(root: nn.Module, new: Mapping[nn.Parameter, Tensor | None]) -
         root: the model, or the part of it, that has changed; what wraps it is found.
         new: parameters that it has now, each with one that is like it, if any is.
     """
-    if dynamo := sys.modules.get("torch._dynamo"):  # which gives up after so many versions of one model
+    if dynamo := imported_dynamo():  # which gives up after so many versions of one model
         dynamo.config.recompile_limit += 1
     if not is_distributed():
         return

@@ -6,6 +6,7 @@ from replfx.tracing.costs import Meter
 from replfx.tracing.held import Held, HeldElsewhereError
 from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
+from replfx.tracing.leaks import Traces
 from replfx.tracing.limits import Limits, limits_of
 from replfx.tracing.totals import costs_of
 from replfx.tracing.undisturbed import undisturbed
@@ -23,6 +24,7 @@ __all__ = [
     "Meter",
     "ModuleCall",
     "Place",
+    "Traces",
     "capture",
     "capture_lazily",
     "check_has_weights",

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
 from replfx.modules.tree import leaf_copy, shapes_in, tensors_in
+from replfx.torch_internals import FakeTensor, FakeTensorMode, is_mutable, pytree
 from replfx.tracing.chance import Draws, Steering, is_draw, restart, steered, steered_generators, steering
 from replfx.tracing.costs import Meter, annotate, innermost_path, parameter_count, parameters_read
 from replfx.tracing.held import Held, HeldElsewhereError
@@ -196,10 +195,10 @@ class _NotedFakes(FakeTensorMode):
 
     def _drawn(self, chance: Steering, result: FakeTensor, func: Any, args: object, kwargs: object) -> FakeTensor:
         """The result of a draw, with its value if it is a single one: a model may ask for it, to skip a block."""
-        given = [arg.constant for arg in tree_leaves((args, kwargs)) if isinstance(arg, FakeTensor)]
-        if result.numel() != 1 or result.device.type != "cpu" or func._schema.is_mutable or None in given:
+        given = [arg.constant for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, FakeTensor)]
+        if result.numel() != 1 or result.device.type != "cpu" or is_mutable(func) or None in given:
             return result
-        real = tree_map_only(FakeTensor, lambda tensor: tensor.constant, (args, kwargs))
+        real = pytree.tree_map_only(FakeTensor, lambda tensor: tensor.constant, (args, kwargs))
         return self.fake_tensor_converter.from_real_tensor(self, chance.draw(func, *real), make_constant=True)
 
 

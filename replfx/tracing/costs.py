@@ -7,9 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from replfx.torch_internals import DisableTorchFunction, TorchDispatchMode, memory_id, pytree
 from replfx.tracing.info import Cost
 
 __all__ = ["Meter", "annotate", "innermost_path", "parameter_count", "parameters_read", "set_shapes"]
@@ -36,7 +35,7 @@ class Below(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        packet = getattr(func, "_overloadpacket", None)
+        packet = getattr(func, "overloadpacket", None)
         count = self._registry.get(packet)
         if count is None and torch.is_inference_mode_enabled() and hasattr(func, "decompose"):
             with self:  # inference mode skips autograd's kernels, which take composite operators apart
@@ -73,15 +72,15 @@ class Meter:
     def __init__(self, model: nn.Module, run: Runner | None = None) -> None:
         owned = map(_storage, (*model.parameters(), *model.buffers()))
         # The storages themselves are kept: a freed one's address could be given out again.
-        self._storages = {storage._cdata: storage for storage in owned if storage is not None}
+        self._storages = {memory_id(storage): storage for storage in owned if storage is not None}
         self._saved = 0
         self._below = Below(run)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
-        if storage is not None and storage._cdata not in self._storages:
-            self._storages[storage._cdata] = storage
+        if storage is not None and memory_id(storage) not in self._storages:
+            self._storages[memory_id(storage)] = storage
             self._saved += storage.nbytes()
         # An output that its own graph node keeps would never be freed: Python's collector sees no such circle.
         return tensor if tensor.grad_fn is None else tensor.detach()
@@ -118,7 +117,7 @@ class Meter:
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
     """The tensor's storage; None if it has none of its own, as a sparse one."""
     try:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
         return None

@@ -1,16 +1,15 @@
 """Example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from replfx.dtensors import is_dtensor
 from replfx.errors import CaptureError
 from replfx.modules.tree import tensors_in, with_tensors
+from replfx.torch_internals import what_was_compiled
 
 __all__ = ["ExampleInputs", "Inputs", "check_has_weights", "check_is_whole"]
 
@@ -85,9 +84,9 @@ def check_has_weights(model: nn.Module) -> None:
 def check_is_whole(model: nn.Module) -> None:
     """Refuse what `check_has_weights` refuses, and a model that has been compiled, or sharded over processes."""
     check_has_weights(model)
-    if "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule):
+    if (inner := what_was_compiled(model)) is not None:
         raise CaptureError(
-            f"the model is compiled already: transform the {type(model._orig_mod).__name__} in it, and compile what "
+            f"the model is compiled already: transform the {type(inner).__name__} in it, and compile what "
             "comes of that: torch.compile(replfx.transform(model, ...))"
         )
     for name, tensor in model.named_parameters():

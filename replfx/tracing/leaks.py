@@ -1,7 +1,8 @@
 """What a dry run leaves behind: a fake tensor or a proxy in a cache that outlives the run.
 
 Model code fills caches of its own: `functools.lru_cache`, class attributes, dictionaries of its Python module.
-A trace runs that code too, and what it would leave there is no real tensor: the user's model would break on it.
+A trace runs that code too, and what it would leave there is no real tensor: the user's model would break on it. So
+it is taken out again, and what was in its place before comes back.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import contextlib
 import functools
 import gc
 import sys
+import sysconfig
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.fx import Proxy
-from torch.utils import _pytree as pytree
+
+from replfx.torch_internals import pytree
 
 __all__ = ["Traces"]
 
@@ -27,6 +30,10 @@ _CONTAINERS = (tuple, list, dict, set)
 _CLOSED = (type, types.ModuleType, torch.Tensor, nn.Module, str, bytes, int, float, bool, type(None))
 _YOUNG, _NEVER = 50_000, 2**31 - 1  # objects: circles of a trace are as large as the model's graph, if they add up
 _DEPTH = 4  # containers between a cache and a tensor in it
+_STANDARD = sysconfig.get_path("stdlib")
+
+_Known: TypeAlias = dict[int, tuple[object, Any]]
+"""By its id: something that holds others, and a copy of what it held before."""
 
 
 class Traces:
@@ -36,7 +43,9 @@ class Traces:
     meanwhile stays young and can be asked for without the rest.
 
     Args:
-        model: the classes of its modules are looked after.
+        model: the classes of its modules are looked after, and the Python modules. In classes, in their modules, and in
+            those that are not installed but the user's own, also what is held by containers, closures and objects comes
+            back; objects of other libraries get None in its place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,12 +53,24 @@ class Traces:
         gc.set_threshold(_YOUNG, _NEVER, _NEVER)
         self._made: list[weakref.ref[Any]] = []
         self._namespaces: list[tuple[Any, dict[str, Any]]] = []
+        self._known: _Known = {}
+        homes = {"__main__"}
         for cls in {base for module in model.modules() for base in type(module).__mro__}:
             if not cls.__module__.startswith(("torch.", "builtins")):
                 self._namespaces.append((cls, dict(vars(cls))))
+                homes.add(cls.__module__)
+                _remember(dict(vars(cls)), self._known)
         for name, module in list(sys.modules.items()):
             if isinstance(module, types.ModuleType) and not name.startswith("torch."):
                 self._namespaces.append((module, dict(vars(module))))
+                if name in homes or _is_the_users(module):
+                    _remember(dict(vars(module)), self._known)
+
+    def __enter__(self) -> Traces:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Clear, and let the garbage collector run again."""
@@ -92,7 +113,7 @@ class Traces:
         for owner, before in self._namespaces if left else ():
             for key, value in list(vars(owner).items()):
                 if id(value) not in left:
-                    _purge(value, left, seen)
+                    _purge(value, left, self._known, seen)
                 elif key in before:
                     setattr(owner, key, before[key])
                 else:
@@ -111,10 +132,32 @@ def _reaches(cache: object, left: set[int]) -> bool:
     return False
 
 
-def _purge(value: Any, left: set[int], seen: set[int], depth: int = 0) -> bool:
+def _is_the_users(module: types.ModuleType) -> bool:
+    """Whether a Python module comes from the user, and not with Python or from an installed package."""
+    file = getattr(module, "__file__", None) or _STANDARD
+    return not file.startswith(_STANDARD) and "-packages" not in file
+
+
+def _remember(value: Any, known: _Known, depth: int = 0) -> None:
+    """Note what containers, closures and objects hold that `_purge` may look into."""
+    if depth > _DEPTH or id(value) in known or isinstance(value, _CLOSED):
+        return
+    named = not isinstance(value, tuple) and type(value) not in (list, set)
+    held: Any = dict(_table(value)) if named else list(tuple.__iter__(value) if isinstance(value, tuple) else value)
+    known[id(value)] = value, held
+    parts = list(held.values()) if named else list(held)
+    for cell in _cells(value):
+        known[id(cell)] = cell, _contents(cell)
+        parts += _contents(cell)
+    for part in parts:
+        _remember(part, known, depth + 1)
+
+
+def _purge(value: Any, left: set[int], known: _Known, seen: set[int], depth: int = 0) -> bool:
     """Take what was left out of a container, a closure or an object's attributes; whether `value` has to go itself.
 
-    Runs no code of the objects: some load a whole library when they are iterated.
+    What was there before is put back, if that is known. Runs no code of the objects: some load a whole library when
+    they are iterated.
     """
     if id(value) in left:
         return True
@@ -123,35 +166,57 @@ def _purge(value: Any, left: set[int], seen: set[int], depth: int = 0) -> bool:
     seen.add(id(value))
 
     def gone(item: Any) -> bool:
-        return _purge(item, left, seen, depth + 1)
+        return _purge(item, left, known, seen, depth + 1)
 
-    if isinstance(value, dict):
-        for key in [k for k, item in list(dict.items(value)) if gone(item)]:
-            dict.__delitem__(value, key)
-    elif type(value) in (list, set):
-        for item in [item for item in value if gone(item)]:
-            value.remove(item) if type(value) is set else _remove(value, item)
-    elif isinstance(value, tuple):
+    if isinstance(value, tuple):
         return sum(gone(item) for item in tuple.__iter__(value)) > 0  # a sum, so that every item is looked into
+    if type(value) in (list, set):
+        taken = {id(item) for item in value if gone(item)}
+        _, before = known.get(id(value), (value, None))
+        if taken:
+            stays = [item for item in value if id(item) not in taken] if before is None else before
+            value.clear()
+            value.extend(stays) if type(value) is list else value.update(stays)
     else:
-        _purge_attributes(value, gone)
+        _purge_names(value, gone, known)
     return False
 
 
-def _remove(values: list[Any], gone: object) -> None:
-    values[:] = [item for item in values if item is not gone]  # `remove` would compare tensors
+def _purge_names(value: Any, gone: Callable[[Any], bool], known: _Known) -> None:
+    """The same for what has names: keys, attributes, variables of a closure."""
+    table, (_, before) = _table(value), known.get(id(value), (value, None))
+    names = [name for name, item in list(dict.items(table)) if gone(item)]
+    if before is None:  # an attribute may be asked whether it is None
+        before = {} if table is value else dict.fromkeys(names)
+    for name in names:
+        if name in before:
+            dict.__setitem__(table, name, before[name])
+        else:
+            dict.__delitem__(table, name)
+    for cell in _cells(value):
+        if any(map(gone, _contents(cell))):
+            _, contents = known.get(id(cell), (cell, ()))
+            cell.cell_contents = contents[0] if contents else None
 
 
-def _purge_attributes(value: Any, gone: Callable[[Any], bool]) -> None:
-    if isinstance(value, types.FunctionType):
-        for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
-                if gone(cell.cell_contents):
-                    cell.cell_contents = None
+def _table(value: Any) -> dict[Any, Any]:
+    """A dictionary itself, or that of an object's attributes; an empty one if it has none."""
+    if isinstance(value, dict):
+        return value
     with contextlib.suppress(AttributeError, TypeError):
         attributes = object.__getattribute__(value, "__dict__")
-        for name in [n for n, item in list(attributes.items()) if gone(item)]:
-            attributes[name] = None
+        return attributes if isinstance(attributes, dict) else {}
+    return {}
+
+
+def _cells(value: Any) -> tuple[types.CellType, ...]:
+    return (value.__closure__ or ()) if isinstance(value, types.FunctionType) else ()
+
+
+def _contents(cell: types.CellType) -> list[Any]:
+    with contextlib.suppress(ValueError):  # an empty one
+        return [cell.cell_contents]
+    return []
 
 
 def _is_link(value: object) -> bool:

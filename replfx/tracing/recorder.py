@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import base_types
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from replfx.modules.structure import set_submodule
 from replfx.modules.tree import arguments_hold, named_tensors, parts_of, shapes_in, tensors_in
-from replfx.torch_internals import functorch_is_active
+from replfx.torch_internals import SET_GRAD_ENABLED, FakeTensor, LazyGraphModule, functorch_is_active, is_mutable
 from replfx.tracing.chance import is_draw, steering
 from replfx.tracing.costs import Meter, innermost_path, parameter_count, set_shapes
 from replfx.tracing.held import Held
@@ -45,7 +43,6 @@ from replfx.tracing.watch import (
 __all__ = ["HiddenResult", "record"]
 
 _KINDS = ("bool", "int", "float", "complex", "index", "array")
-_SET_GRAD = torch._C._set_grad_enabled
 _TO_PYTHON = frozenset(("item", "tolist", "numpy", "is_nonzero", *(f"__{kind}__" for kind in _KINDS)))
 _DETACH = torch.ops.aten.detach.default
 
@@ -217,13 +214,13 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         self._note_freezing(func, args)
         target = _target(func)
-        if target is None or (self._inside and func is _SET_GRAD):  # one of the interpreter's own questions
+        if target is None or (self._inside and func is SET_GRAD_ENABLED):  # one of the interpreter's own questions
             return func(*args, **kwargs)
         self._keep_constants((args, kwargs))
         self._mutated = False
         with self._pause():
             result = func(*args, **kwargs)
-        if self._mutated or target[1] in (_set_attribute, _SET_GRAD) or tensors_in(result):
+        if self._mutated or target[1] in (_set_attribute, SET_GRAD_ENABLED) or tensors_in(result):
             args, kwargs = self._follow_training(func, args, kwargs)
             op, name, extra = target
             if op == "call_method" and not isinstance(args[0], Tensor):
@@ -255,7 +252,7 @@ class Recorder(TorchFunctionMode):
 
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator; one that no recorded call is about becomes a node itself."""
-        self._mutated |= func._schema.is_mutable
+        self._mutated |= is_mutable(func)
         if self.real and is_draw(func) and (chance := steering()) is not None:
             chance.steer_torch(kwargs.get("generator"))
         if self._paused:
@@ -271,7 +268,7 @@ class Recorder(TorchFunctionMode):
             # Autograd's own: another object for what is the same to a reader of the graph.
             if args[0] in self._node_of or id(args[0]) in self._names:
                 self._node_of[result] = self._node_for(args[0])
-        elif func._schema.is_mutable or tensors_in(result):
+        elif is_mutable(func) or tensors_in(result):
             self.bind(self.node("call_function", func, self.to_arguments(args), self.to_arguments(kwargs)), result)
         return result
 
@@ -476,7 +473,7 @@ def record(
         root.register_buffer(name, tensor, persistent=False)
     for target, training in recorder.flags.items():
         set_submodule(root, target, training_flag(training))
-    graph_module = _LazyGraphModule(root, recorder.graph, type(root).__name__)
+    graph_module = LazyGraphModule(root, recorder.graph, type(root).__name__)
     graph_module.meta["replfx"] = CaptureInfo(
         "recorded",
         root,

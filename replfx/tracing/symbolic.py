@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.proxy import ParameterProxy, Proxy
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from replfx.modules.structure import class_of
 from replfx.modules.tree import arguments_hold, named_tensors
+from replfx.torch_internals import SET_GRAD_ENABLED, LazyGraphModule, pytree
 from replfx.tracing.info import CaptureInfo, ModuleCall, OfClass, Place
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
@@ -31,7 +30,6 @@ from replfx.tracing.watch import ApplyFunction, runs_modules, watching
 
 __all__ = ["flag_path", "is_composite", "is_leaf", "is_small", "own_tensors", "trace_symbolically", "training_flag"]
 
-_SET_GRAD = torch._C._set_grad_enabled
 _DRAWS = frozenset((torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli))
 _DRAWS_IN_PLACE = frozenset(("bernoulli_", "exponential_", "geometric_", "normal_", "random_", "uniform_"))
 
@@ -287,7 +285,7 @@ class _WithoutProxies(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _SET_GRAD and not self.tracer.inside:
+        if func is SET_GRAD_ENABLED and not self.tracer.inside:
             self.tracer.create_proxy("call_function", func, args, {})
         if func in _DRAWS:
             return self.tracer.create_proxy("call_function", func, args, kwargs or {})
@@ -397,7 +395,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     for node in reversed(graph.nodes):
         if node.op == "call_module" and str(node.target).endswith("training_flag") and not node.users:
             graph.erase_node(node)
-    graph_module = _LazyGraphModule(root, graph, type(root).__name__)
+    graph_module = LazyGraphModule(root, graph, type(root).__name__)
     notes = [
         f"`{p or type(root).__name__}` branches on `training`: captured as it is now"
         for p in sorted(tracer.branched - composite)

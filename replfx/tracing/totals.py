@@ -7,6 +7,7 @@ from replfx.errors import CaptureError
 from replfx.tracing.capturing import ghost_of, real_twin
 from replfx.tracing.costs import Meter
 from replfx.tracing.inputs import Inputs
+from replfx.tracing.leaks import Traces
 from replfx.tracing.undisturbed import undisturbed
 
 __all__ = ["costs_of"]
@@ -21,16 +22,21 @@ def costs_of(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
         CaptureError: the model does not run.
     """
     with undisturbed(model):
-        mode, ghost, given = ghost_of(model, inputs)
         try:
-            with mode:
-                return _measured(ghost, given)
+            with Traces(model) as traces:
+                return _on_fakes(model, inputs, traces)
         except Exception:  # values are needed, or an operator has no fake form
             pass
         try:
             return _measured(*real_twin(model, inputs))
         except Exception as error:
             raise CaptureError(f"{type(model).__name__} does not run: {type(error).__name__}: {error}") from error
+
+
+def _on_fakes(model: nn.Module, inputs: Inputs, traces: Traces) -> tuple[int, int]:
+    mode, ghost, given = ghost_of(model, inputs, traces)
+    with mode:
+        return _measured(ghost, given)
 
 
 def _measured(model: nn.Module, inputs: Inputs) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import types
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from replfx.torch_internals import FakeTensorMode, imported_dynamo
 from replfx.tracing.chance import kept_random_states
 
 __all__ = ["having", "patched", "undisturbed"]
@@ -27,11 +27,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with _LOCK, ExitStack() as stack:
         stack.enter_context(kept_random_states(model))
         # What fails under fake tensors is tried again for real: PyTorch need not print it.
-        stack.enter_context(having(logging.getLogger("torch._subclasses.fake_tensor"), disabled=True))
+        stack.enter_context(having(logging.getLogger(FakeTensorMode.__module__), disabled=True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what its code has to say, it says to its user in a run of his own
         stack.enter_context(torch.inference_mode(False))
-        if "torch._dynamo" in sys.modules:  # else nothing has been compiled yet, and it is slow to import
+        if imported_dynamo() is not None:  # else no stance has been taken
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

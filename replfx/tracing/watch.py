@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast
+from torch.amp.autocast_mode import autocast
 
 from replfx.modules.tree import parts_of
+from replfx.torch_internals import autocast_arguments, enter_autocast, exit_autocast
 from replfx.tracing.undisturbed import patched
 
 __all__ = [
@@ -114,7 +115,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
 def is_autocast_node(function: object) -> bool:
     """Whether a graph's node enters or leaves autocast: a function mode is to let it by, and hears of the context."""
-    return function in (_enter_autocast, _exit_autocast)
+    return function in (enter_autocast, exit_autocast)
 
 
 def runs_modules(function: type[torch.autograd.Function], arguments: object) -> bool:
@@ -132,10 +133,10 @@ def holds_modules(tree: object) -> bool:
 def _context(watcher: Watcher, cls: type[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     entries: dict[int, list[object]] = {}
     cast = cls is autocast
-    start, end = (_enter_autocast, _exit_autocast) if cast else (enter_inference, leave_inference)
+    start, end = (enter_autocast, exit_autocast) if cast else (enter_inference, leave_inference)
 
     def enter(original: Any, self: Any) -> Any:
-        given = (self.device, self.fast_dtype, self._enabled, self._cache_enabled) if cast else (self.mode,)
+        given = autocast_arguments(self) if cast else (self.mode,)
         entries.setdefault(id(self), []).append(watcher.entered(start, given))
         return original(self)
 

@@ -10,12 +10,13 @@ from torch import nn
 from replfx.errors import ReplfxError
 from replfx.live import fusion_layers
 from replfx.modules.tree import inner_path
+from replfx.torch_internals import Norm
 from replfx.tracing import check_has_weights
 
 __all__ = ["parameter_groups"]
 
 _NORMS = (
-    nn.modules.batchnorm._NormBase,  # batch and instance normalisation
+    Norm,  # batch and instance normalisation
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,

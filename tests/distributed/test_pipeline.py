@@ -77,6 +77,17 @@ def test_a_copy_without_a_neighbour_is_refused_in_its_first_forward_pass() -> No
     pruned(replfx.materialize(model), 3)(x)
 
 
+def test_a_neighbour_that_is_swapped_after_a_forward_pass_is_noticed() -> None:
+    model, x = transformed(), torch.rand(2, 4)
+    model(x)
+    model.blocks[2] = nn.Sequential(model.blocks[2])  # is still what runs
+    model(x)
+    model.blocks[2] = copy.deepcopy(model.blocks[2])
+    for _ in range(2):
+        with pytest.raises(replfx.FusionError, match=PARTED.format(layer="blocks.1", neighbour="blocks.2")):
+            model(x)
+
+
 def test_a_stage_put_together_by_hand_is_checked() -> None:
     model = transformed()
     part = nn.Sequential(*model.blocks[3:])

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 import replfx
 from replfx import Fusion, Match, Operator, Site
 from replfx.modules.copying import structural_copy
-from replfx.passes.pipeline import run_passes
+from replfx.passes import run_passes
 from replfx.rewrite.build import build, install
 from replfx.rewrite.verify import verify
 from replfx.tracing import Inputs, costs_of, info_of

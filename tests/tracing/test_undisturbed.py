@@ -89,3 +89,55 @@ def test_the_users_stance_stays() -> None:
     other = torch.compile(nn.Linear(8, 8), backend=lambda graph, inputs: seen.append(graph) or graph.forward)
     other(X), compiled(X)
     assert seen
+
+
+# ---- what a run leaves behind
+
+
+class Mean:
+    """Of all that it was told, as users write it."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+
+
+def counted() -> Callable[[Tensor], Tensor]:
+    last = torch.zeros(())
+
+    def note(x: Tensor) -> Tensor:
+        nonlocal last
+        last = (last + x.mean()) / 2
+        return last
+
+    return note
+
+
+MEAN, NOTE, LATEST, HISTORY = Mean(), counted(), {"mean": torch.zeros(())}, [torch.zeros(())]
+
+
+class Noting(Net):
+    """Puts new tensors where others were, outside of itself: a capture's are none for the user."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        MEAN.value = (MEAN.value + y.mean()) / 2
+        MEAN.count = x.new_ones(())  # type: ignore[attr-defined]
+        LATEST["mean"] = y.mean()
+        HISTORY[0] = HISTORY[0] + y.mean()
+        return y + 0 * NOTE(y)
+
+
+def held() -> list[object]:
+    return [MEAN.value, LATEST["mean"], HISTORY[0], NOTE.__closure__[0].cell_contents]  # type: ignore[attr-defined]
+
+
+def test_what_a_dry_run_put_in_the_place_of_the_users_values_gives_way_to_them() -> None:
+    model = Noting()
+    model(X)
+    del MEAN.count  # type: ignore[attr-defined]
+    before = held()
+    made = replfx.transform(model, X)
+    assert [one is other for one, other in zip(before, held(), strict=True)] == [True] * 4
+    assert not hasattr(MEAN, "count")
+    made(X)
+    assert [type(value) for value in held()] == [Tensor] * 4

@@ -1,78 +1,30 @@
-"""Private names of PyTorch on which results depend, each looked up before it is used.
+"""Private names of FSDP2, DDP and tensor parallelism, on which gradients depend.
 
-If a release renames one, an error says what is missing, and no gradient is lost silently. Names of torch itself are
-looked up when this module is imported; those of FSDP2 and of tensor parallelism when they are first asked for in a
-process that has imported these, and before that the answer is no. A name that another file imports fails by itself.
+They are looked up when they are first asked for in a process that has imported these; before that the answer is no.
 """
 
-import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from replfx.dtensors import broadcast_from_first
-from replfx.errors import ReplfxError
+from replfx.torch_internals import must_speak_of, private
 
 __all__ = [
     "adopt_parameter",
     "follow_parameters",
-    "forward_mode_is_active",
-    "functorch_is_active",
     "gathers",
     "is_managed_by_fsdp",
     "is_tensor_parallel",
     "renew_reducer",
     "reshard",
-    "saved_tensors_are_packed",
     "sharded_modules",
+    "split_points",
 ]
-
-
-def _private(holder: object, name: str) -> Any:
-    try:
-        return getattr(holder, name)
-    except AttributeError:
-        raise _missing(f"{getattr(holder, '__name__', holder)}.{name}") from None
-
-
-def _missing(name: str) -> ReplfxError:
-    return ReplfxError(
-        f"PyTorch {torch.__version__} has no {name}, on which replfx depends: install a version of PyTorch that this "
-        "version of replfx was tested with, or a newer replfx"
-    )
-
-
-def _must_speak_of(module: ModuleType, names: Collection[str]) -> None:
-    """Make sure of attributes that are only set on instances: the module's source has their names."""
-    source = inspect.getsource(module)
-    for name in names:
-        if name not in source:
-            raise _missing(f"{name} in {module.__name__}")
-
-
-_top_hooks: Callable[[bool], object] = _private(torch._C._autograd, "_top_saved_tensors_default_hooks")
-_functorch_level: Callable[[], int | None] = _private(torch._C._functorch, "maybe_current_level")
-
-
-def saved_tensors_are_packed() -> bool:
-    """Whether somebody (activation checkpointing) takes note of what is saved for the backward pass."""
-    return _top_hooks(False) is not None
-
-
-def functorch_is_active() -> bool:
-    """Whether a transform of torch.func (grad, vmap) runs."""
-    return _functorch_level() is not None
-
-
-def forward_mode_is_active() -> bool:
-    """Whether derivatives are taken forward (`torch.autograd.forward_ad`)."""
-    return bool(_private(forward_ad, "_current_level") >= 0)
 
 
 # ---- FSDP2
@@ -82,13 +34,11 @@ def forward_mode_is_active() -> bool:
 def _check_fsdp() -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state, _fully_shard
 
-    _must_speak_of(_fully_shard, ("_is_fsdp_managed_module",))
-    _must_speak_of(_fsdp_state, ("_fsdp_param_group",))
-    _must_speak_of(_fsdp_param, (*_HELD, "sharded_param", "class FSDPParam", "class ParamModuleInfo"))
-    _must_speak_of(_fsdp_param_group, _OF_A_GROUP)
+    must_speak_of(_fully_shard, ("_is_fsdp_managed_module",))
+    must_speak_of(_fsdp_state, ("_fsdp_param_group",))
+    must_speak_of(_fsdp_param, (*_HELD, "sharded_param", "class FSDPParam", "class ParamModuleInfo"))
+    must_speak_of(_fsdp_param_group, _OF_A_GROUP)
 
-
-_FULLY_SHARD = "torch.distributed.fsdp._fully_shard"
 
 _HELD = ("_unsharded_param", "_sharded_post_forward_param")
 """Where a parameter that is whole for now is kept."""
@@ -109,7 +59,7 @@ _OF_A_GROUP = (
 def is_managed_by_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 looks after the parameters of a module."""
     if not torch.compiler.is_compiling():  # which cannot follow the check
-        if _FULLY_SHARD not in sys.modules:  # nobody has called it
+        if "torch.distributed.fsdp" not in sys.modules:  # nobody has called it
             return False
         _check_fsdp()
     return hasattr(module, "_is_fsdp_managed_module")
@@ -219,16 +169,16 @@ def renew_reducer(wrapper: Any) -> None:
     wrapper._module_parameters = [
         parameter
         for name, parameter in wrapper.module.named_parameters()
-        if name not in _private(wrapper, "parameters_to_ignore")
+        if name not in private(wrapper, "parameters_to_ignore")
     ]
-    parameters, sparse = _private(wrapper, "_build_params_for_reducer")()
-    names = _private(wrapper, "_build_debug_param_to_name_mapping")(parameters)
-    _private(wrapper, "_ddp_init_helper")(parameters, sparse, names, wrapper.static_graph)
+    parameters, sparse = private(wrapper, "_build_params_for_reducer")()
+    names = private(wrapper, "_build_debug_param_to_name_mapping")(parameters)
+    private(wrapper, "_ddp_init_helper")(parameters, sparse, names, wrapper.static_graph)
     wrapper._has_rebuilt_buckets = False
     if wrapper.static_graph:
         wrapper.static_graph = False  # or else it says that it is set already
         wrapper._set_static_graph()
-    hooks, wrapper._comm_hooks = list(_private(wrapper, "_comm_hooks")), []
+    hooks, wrapper._comm_hooks = list(private(wrapper, "_comm_hooks")), []
     for hook, state in hooks:
         wrapper.register_comm_hook(state, hook)
 
@@ -240,7 +190,7 @@ def renew_reducer(wrapper: Any) -> None:
 def _check_tensor_parallel() -> None:
     from torch.distributed.tensor import _api
 
-    _must_speak_of(_api, (_APPLIED,))
+    must_speak_of(_api, (_APPLIED,))
 
 
 _APPLIED = "_distribute_module_applied"
@@ -253,3 +203,20 @@ def is_tensor_parallel(module: nn.Module) -> bool:
             return False
         _check_tensor_parallel()
     return bool(vars(module).get(_APPLIED))
+
+
+# ---- pipelines
+
+
+def split_points(model: nn.Module) -> dict[str, bool]:
+    """Where `torch.distributed.pipelining.pipeline` is about to split a model: whether a stage begins with a module.
+
+    It marks modules by another `forward`, of which there are two.
+    """
+    if "torch.distributed.pipelining" not in sys.modules:
+        return {}
+    from torch.distributed.pipelining import _IR
+
+    begins, ends = (private(_IR, f"_split_{where}_forward") for where in ("before", "after"))
+    forwards = ((path, getattr(module.forward, "__func__", None)) for path, module in model.named_modules())
+    return {path: forward is begins for path, forward in forwards if forward in (begins, ends)}
