@@ -15,14 +15,15 @@ from replfx.chains.slots import Joined, input_slots, interface_of, other_streams
 from replfx.chains.traced_candidates import TracedCandidates, region_of_call
 from replfx.chains.why_not import why_not
 from replfx.fusion.interface import Interface
-from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired, too_unlike
+from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired
 from replfx.modules.paths import ancestors, is_region, members_of, parameters_of, region_path
-from replfx.modules.structure import class_of, family, signature, unfit_to_replace
+from replfx.modules.structure import class_of, family, signature
 from replfx.modules.tree import inner_path
 from replfx.operators import Site
 from replfx.operators.outer_sum import is_branch
 from replfx.operators.residual import is_residual, keeps_shape
 from replfx.regions.find import find_regions
+from replfx.regions.obstacles import too_unlike, unfit_to_replace
 from replfx.regions.pieces import SHORTEST
 from replfx.regions.region import Region, region_module
 from replfx.tracing import ModuleCall, info_of

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from replfx.chains.candidates import Candidates
+from replfx.regions.obstacles import unfit_to_cut
 from replfx.regions.region import Region
 from replfx.regions.stream import Stream
-from replfx.regions.writes import written_outside
 from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
 
 __all__ = ["TracedCandidates", "region_of_call"]
@@ -29,25 +29,7 @@ class TracedCandidates(Candidates):
         if reason := super()._unfit(call, module):
             return reason
         nodes = [node for node in self.info.nodes[call.start : call.stop] if node.op != "get_attr"]
-        inside = set(nodes)
-        read = [n for n in nodes_in(call.output) if any(u not in inside and u.op != "output" for u in n.users)]
-        if len(read) > 1:
-            return f"{len(read)} of its results are used outside of it, and not one"
-        if any(node.op == "call_module" for node in nodes):
-            return "it calls a module that Dynamo did not look into"
-        stream = self._stream
-        start, stop = stream.position[nodes[0]], stream.position[nodes[-1]] + 1
-        # The main activation, which it may change, is one of them.
-        changes = [written_outside(stream, start, stop, source) for source in call.args]
-        if all(changes):
-            return f"it changes a value in place that is not its own (`{changes[0]}`)"
-        for argument in call.args:
-            if isinstance(stream.values.get(argument), nn.Parameter):
-                return f"it reads the parameter `{argument.target}`, which is not its own"
-        for name, parameter in module.named_parameters():
-            if not stream.reads_only_in(parameter, start, stop):
-                return f"its parameter `{name}` is read outside of it too"
-        return None
+        return unfit_to_cut(self._stream, call, nodes, module)
 
 
 def region_of_call(info: CaptureInfo, call: ModuleCall, output: fx.Node, names: Mapping[str, str]) -> Region:

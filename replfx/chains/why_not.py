@@ -7,6 +7,7 @@ from torch import nn
 
 from replfx.modules.paths import ancestors, is_region, members_of
 from replfx.modules.structure import class_of
+from replfx.regions.obstacles import called_again
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["why_not"]
@@ -51,8 +52,8 @@ def _why(
     """What sets a block apart from the next one of its class (or else from the one before)."""
     if not counts[path]:
         return _not_called(path, modules, counts)
-    if counts[path] > 1:
-        return f"it is called {counts[path]} times in one forward pass"
+    if again := called_again(counts[path]):
+        return again
     if all(parameter.dim() < 2 for parameter in modules[path].parameters()):
         return "its parameters are vectors alone, which no fusion makes"
     order = {path: position for position, path in enumerate(modules)}

@@ -4,7 +4,7 @@ from replfx.tracing.capturing import capture, capture_lazily, ghost_of, real_twi
 from replfx.tracing.chance import Draws, restart, steered
 from replfx.tracing.costs import Meter
 from replfx.tracing.held import Held, HeldElsewhereError
-from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, nodes_in
+from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, is_flag, nodes_in
 from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
 from replfx.tracing.limits import Limits, limits_of
 from replfx.tracing.totals import costs_of
@@ -30,6 +30,7 @@ __all__ = [
     "costs_of",
     "ghost_of",
     "info_of",
+    "is_flag",
     "limits_of",
     "nodes_in",
     "real_twin",

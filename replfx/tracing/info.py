@@ -9,7 +9,22 @@ from torch import fx, nn
 from replfx.modules.tree import parts_of
 from replfx.tracing.chance import Draws
 
-__all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "OfClass", "Place", "info_of", "nodes_in"]
+__all__ = [
+    "FLAG",
+    "CaptureInfo",
+    "Cost",
+    "Frozen",
+    "Look",
+    "ModuleCall",
+    "OfClass",
+    "Place",
+    "info_of",
+    "is_flag",
+    "nodes_in",
+]
+
+FLAG = "training_flag"
+"""The name of the submodules that a graph calls to know whether the model is in training mode."""
 
 Place: TypeAlias = tuple[object, ...]
 
@@ -134,6 +149,11 @@ class OfClass(dict[str, Any]):
         if isinstance(value, type | dict) or not is_dataclass(value):
             return None
         return cls(type(value), {str(name): convert(part) for name, part in parts_of(value)})
+
+
+def is_flag(node: fx.Node) -> bool:
+    """Whether it says if a module is in training mode."""
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == FLAG
 
 
 def nodes_in(tree: object) -> list[fx.Node]:
