@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from replfx.chains.chain import Block
 from replfx.chains.slots import input_slots
 from replfx.modules.paths import block_at, window_path
 from replfx.modules.structure import class_of, is_container
@@ -43,6 +44,14 @@ class Candidates:
         self.modules = dict(info.root.named_modules(remove_duplicate=False))
         self.counts = Counter(call.path for call in info.calls)
         self.refused: dict[str, str] = {}
+
+    def path(self, of: str) -> str:
+        """What a block at this path of the model goes by."""
+        return of
+
+    def placed(self, block: Block) -> Block:
+        """A block of a chain as it is replaced."""
+        return block
 
     def blocks(self) -> list[Candidate]:
         """Calls of modules; torch.nn's layers alone are no blocks."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Set
 
 from torch import nn
 
-from replfx.modules.paths import ancestors, is_region, members_of
+from replfx.modules.paths import ancestors, bare_path, is_region, is_window, members_of
 from replfx.modules.structure import class_of
 from replfx.regions.obstacles import called_again
 from replfx.tracing.symbolic import is_leaf
@@ -30,14 +30,14 @@ def why_not(
         in_chain: the paths of all blocks that are in a chain.
     """
     blocks = _block_like(modules, counts, in_chain, composite=True)
-    pieces = {path: why for path, why in refused.items() if path.endswith("]") or is_region(path)}
+    pieces = {path: why for path, why in refused.items() if is_window(path) or is_region(path)}
     if not blocks and not in_chain:
-        inside = {member for path in pieces if path.endswith("]") for member in members_of(modules[""], path)}
+        inside = {member for path in filter(is_window, pieces) for member in members_of(modules[""], path)}
         blocks = [p for p in _block_like(modules, counts, in_chain, composite=False) if p not in inside]
     reasons = {path: refused.get(path) or _why(path, blocks, modules, difference, counts, in_chain) for path in blocks}
     if in_chain:
         pieces = {}
-    pieces = {path: why for path, why in pieces.items() if reasons.keys().isdisjoint(ancestors(path.strip("@")))}
+    pieces = {path: why for path, why in pieces.items() if reasons.keys().isdisjoint(ancestors(bare_path(path)))}
     return {**reasons, **pieces, **_recurrent(modules, in_chain)}
 
 

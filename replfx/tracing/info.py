@@ -20,6 +20,7 @@ __all__ = [
     "Place",
     "info_of",
     "is_flag",
+    "name_of",
     "nodes_in",
 ]
 
@@ -154,6 +155,11 @@ class OfClass(dict[str, Any]):
 def is_flag(node: fx.Node) -> bool:
     """Whether it says if a module is in training mode."""
     return node.op == "call_module" and str(node.target).rpartition(".")[2] == FLAG
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node calls or reads: the name of a function, or the target."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def nodes_in(tree: object) -> list[fx.Node]:
