@@ -1,18 +1,17 @@
 """What single blocks cost: forward and backward of each alone, on inputs as it gets them in its model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from replfx.measure import Rise, memory_rises
-from replfx.modules.paths import block_at, head_of
-from replfx.modules.tree import leaf_copy, tensors_in
+from replfx.modules.paths import block_at
+from replfx.modules.tree import tensors_in
 from replfx.tracing import Inputs
 
-__all__ = ["BlockCost", "Work", "calls_of"]
+__all__ = ["BlockCost", "Work"]
 
 _READING = 10e-3  # seconds: short blocks run several times in one reading
 _TIMES = (3, 8)  # at least, so that memory is as warm as the block before leaves it; and at most
@@ -25,30 +24,6 @@ class BlockCost:
     seconds: tuple[float, ...]  # of forward and backward, one value a round
     forward: Rise  # how memory rises in its forward; what is kept at the end is there until its backward
     backward: Rise  # how memory rises in its backward, gradients of its own parameters included
-
-
-def calls_of(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Inputs]:
-    """What the blocks at `paths` are called with, the first time that each is, in one forward pass of `model`.
-
-    Nothing is kept for backward. A block that is not called is not in the result.
-    """
-    calls: dict[str, Inputs] = {}
-    handles = []
-    for path in paths:
-
-        def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], path: str = path) -> None:
-            if path not in calls:
-                calls[path] = Inputs(args, kwargs).map(leaf_copy)
-
-        block = model.get_submodule(head_of(model, path))
-        handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
-            model(*inputs.args, **inputs.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 class Work:

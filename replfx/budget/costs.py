@@ -8,8 +8,9 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from replfx.budget.blocks import BlockCost, Work, calls_of
+from replfx.budget.blocks import BlockCost, Work
 from replfx.errors import ReplfxError
 from replfx.measure import (
     Training,
@@ -21,11 +22,11 @@ from replfx.measure import (
     seconds_of,
     training_on,
 )
-from replfx.modules.paths import block_at, is_region, parameters_of
+from replfx.modules.paths import block_at, head_of, is_region, parameters_of
 from replfx.modules.structure import block_digest
 from replfx.reports.expectation import Figures
 from replfx.reports.report import Report
-from replfx.tracing import Inputs, costs_of
+from replfx.tracing import Inputs, calls_of, costs_of
 
 __all__ = ["Costs", "Twin", "counted", "measured", "measured_whole"]
 
@@ -204,7 +205,9 @@ def _kinds(base: nn.Module, report: Report) -> dict[str, object]:
 def _works(base: nn.Module, inputs: Inputs, kinds: Mapping[str, object], twins: Sequence[Twin]) -> dict[Key, Work]:
     """A block of every kind, and what takes its place under every operator."""
     first = {kind: path for path, kind in reversed(list(kinds.items()))}
-    calls = calls_of(base, inputs, list(first.values()))
+    blocks = {path: base.get_submodule(head_of(base, path)) for path in first.values()}
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):  # no step follows
+        calls = calls_of(base, inputs, blocks)
     if silent := [path for path in first.values() if path not in calls]:
         raise ReplfxError(f"budget: `{silent[0]}` is not called on these inputs, so its costs cannot be measured")
     works = {("", kind): Work(base, path, calls[path]) for kind, path in first.items()}

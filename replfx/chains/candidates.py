@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from replfx.chains.chain import Block
 from replfx.chains.slots import input_slots
 from replfx.modules.paths import block_at, window_path
-from replfx.modules.structure import class_of, is_container, unfit_to_share
+from replfx.modules.structure import class_of, is_container
 from replfx.modules.tree import inner_path
+from replfx.regions.obstacles import called_again, leaking, unfit_to_share
 from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
 
 __all__ = ["Candidate", "Candidates", "is_layer"]
@@ -42,6 +44,14 @@ class Candidates:
         self.modules = dict(info.root.named_modules(remove_duplicate=False))
         self.counts = Counter(call.path for call in info.calls)
         self.refused: dict[str, str] = {}
+
+    def path(self, of: str) -> str:
+        """What a block at this path of the model goes by."""
+        return of
+
+    def placed(self, block: Block) -> Block:
+        """A block of a chain as it is replaced."""
+        return block
 
     def blocks(self) -> list[Candidate]:
         """Calls of modules; torch.nn's layers alone are no blocks."""
@@ -109,27 +119,11 @@ class Candidates:
         return []
 
     def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
-        if self.counts[call.path] > 1:
-            return f"it is called {self.counts[call.path]} times in one forward pass"
+        if again := called_again(self.counts[call.path]):
+            return again
         if not input_slots(call):
             return "it takes no activation"
-        return unfit_to_share(module) or self._leak(call)
-
-    def _leak(self, call: ModuleCall) -> str | None:
-        """Why the call's nodes are no region with its arguments as entry and its output as exit."""
-        nodes = self.info.nodes[call.start : call.stop]
-        region = set(nodes)
-        outputs = {*nodes_in(call.output), *call.filled.values()}
-        arguments = {*nodes_in((call.args, call.kwargs)), *call.held.values()}
-        for inner in nodes:
-            hidden = inner not in outputs and inner.op != "get_attr" and not _is_flag(inner)
-            if hidden and not region.issuperset(inner.users):
-                return f"an intermediate result of it (`{inner.name}`) is used outside of it"
-        for node in nodes:
-            for outer in node.all_input_nodes:
-                if outer not in region and outer not in arguments and outer.op != "get_attr" and not _is_flag(outer):
-                    return f"it reads `{outer.name}`, which is not among its arguments"
-        return None
+        return unfit_to_share(module) or leaking(call, self.info.nodes[call.start : call.stop])
 
 
 def _begin(candidate: Candidate) -> tuple[int, int]:
@@ -145,7 +139,3 @@ def is_layer(module: nn.Module) -> bool:
 def _has_weights(module: nn.Module) -> bool:
     """Whether it has parameters that a fusion could make."""
     return any(parameter.dim() >= 2 for parameter in module.parameters())
-
-
-def _is_flag(node: fx.Node) -> bool:
-    return node.op == "call_module" and str(node.target).endswith("training_flag")

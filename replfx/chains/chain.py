@@ -9,6 +9,8 @@ from replfx.tracing import CaptureInfo, ModuleCall
 
 __all__ = ["Block", "Chain", "Chains", "some"]
 
+_MOST = 12  # paths in a message
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -141,10 +143,10 @@ def _rows(positions: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def some(paths: Sequence[str], most: int = 12) -> str:
+def some(paths: Sequence[str]) -> str:
     """The first of these paths, for a message."""
-    more = f", … ({len(paths) - most} more)" if len(paths) > most else ""
-    return ", ".join(paths[:most]) + more
+    more = f", … ({len(paths) - _MOST} more)" if len(paths) > _MOST else ""
+    return ", ".join(paths[:_MOST]) + more
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,17 +12,18 @@ from replfx.chains.chain import Block, Chain, Chains
 from replfx.chains.effects import effects_of
 from replfx.chains.links import Path, paths_of
 from replfx.chains.slots import Joined, input_slots, interface_of, other_streams, output_slots
-from replfx.chains.traced_candidates import TracedCandidates, region_of_call
+from replfx.chains.traced_candidates import TracedCandidates
 from replfx.chains.why_not import why_not
 from replfx.fusion.interface import Interface
-from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired, too_unlike
-from replfx.modules.paths import ancestors, is_region, members_of, parameters_of, region_path
-from replfx.modules.structure import class_of, family, signature, unfit_to_replace
+from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired
+from replfx.modules.paths import ancestors, is_window, members_of, parameters_of, region_path
+from replfx.modules.structure import class_of, family, signature
 from replfx.modules.tree import inner_path
 from replfx.operators import Site
 from replfx.operators.outer_sum import is_branch
 from replfx.operators.residual import is_residual, keeps_shape
 from replfx.regions.find import find_regions
+from replfx.regions.obstacles import too_unlike, unfit_to_replace
 from replfx.regions.pieces import SHORTEST
 from replfx.regions.region import Region, region_module
 from replfx.tracing import ModuleCall, info_of
@@ -49,8 +50,8 @@ class _Search:
         self.graph_module = graph_module
         self.info = info_of(graph_module)
         self.root = self.info.root
-        self.traced = self.info.tracer == "dynamo"  # without modules to swap: blocks are regions of the graph
-        self.candidates = TracedCandidates(self.info, graph_module) if self.traced else Candidates(self.info)
+        by_dynamo = self.info.tracer == "dynamo"
+        self.candidates = TracedCandidates(self.info, graph_module) if by_dynamo else Candidates(self.info)
         self.positions = {node: position for position, node in enumerate(self.info.nodes)}
         self.kinds = _Kinds()
         self.owners: dict[int, list[str]] = defaultdict(list)
@@ -64,31 +65,16 @@ class _Search:
         if not any(chain.replaceable() for chain in chains):
             windows = self._search(self.candidates.windows(), dropped)
             chains = windows if not chains or any(chain.replaceable() for chain in windows) else chains
-        if self.traced:
-            chains = [Chain(tuple(map(self._as_region, chain.blocks))) for chain in chains]
         if not any(chain.replaceable() for chain in chains):
             regions = find_regions(self.graph_module)
             chains = [self._region_chain(found) for found in regions.chains] or chains
             dropped.update({region_path(name): why for name, why in regions.refused.items()})
         chains.sort(key=lambda chain: chain.blocks[0].call.start)
-        in_chain = {path.removeprefix("@") if self.traced else path for chain in chains for path in chain.paths}
+        in_chain = {path for chain in chains for path in chain.paths}
         known = {**dropped, **self.candidates.refused}
         refused = why_not(self.candidates.modules, self._difference, self.candidates.counts, known, in_chain)
-        if self.traced:
-            refused = {path if is_region(path) else region_path(path): why for path, why in refused.items()}
-        return Chains(self.info, chains, refused)
-
-    def _as_region(self, block: Block) -> Block:
-        """A block of stand-ins as a piece of the graph."""
-        region = region_of_call(self.info, block.call, block.site.output, block.site.names)
-        module = region_module(region, self.root, block.site.block)
-        path = region_path(region.name)
-        site = replace(block.site, path=path, block=module, nodes=region.nodes, names={})
-        if region.aside:
-            aside: list[object] = [{"computed": True} for _ in region.aside]
-            output = {"tuple": [{"input": site.interface.main}, *aside]}
-            site = replace(site, interface=replace(site.interface, output=output))
-        return replace(block, call=replace(block.call, path=path), site=site, region=region)
+        chains = [Chain(tuple(map(self.candidates.placed, chain.blocks))) for chain in chains]
+        return Chains(self.info, chains, {self.candidates.path(path): why for path, why in refused.items()})
 
     def _search(self, candidates: list[Candidate], dropped: dict[str, str]) -> list[Chain]:
         """The chains among these candidates; blocks of those that can't be used go to `dropped` with the reason."""
@@ -219,7 +205,7 @@ class _Kinds:
 
 def _family(candidate: Candidate) -> Hashable:
     """Windows are of one family when they begin with the same kind of layer."""
-    if "[" in candidate.path or is_layer(candidate.module):
+    if is_window(candidate.path) or is_layer(candidate.module):
         first = candidate.module if is_layer(candidate.module) else next(candidate.module.children())
         return ("window", class_of(first))
     return family(candidate.module)

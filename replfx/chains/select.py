@@ -10,7 +10,6 @@ from replfx.chains.stages import cut_chains
 from replfx.errors import FusionError, PlanError
 from replfx.fusion import Choice, fusions
 from replfx.fusion.fusions import LinearFusion
-from replfx.fusion.pairing import too_unlike
 from replfx.modules.paths import is_named
 from replfx.modules.structure import block_digest
 from replfx.operators import Match, Site
@@ -18,6 +17,7 @@ from replfx.operators.base import operators
 from replfx.operators.residual import is_residual
 from replfx.operators.twins import twin_key
 from replfx.plans import Plan, Replacement
+from replfx.regions.obstacles import too_unlike
 from replfx.regions.pieces import SHORTEST
 
 __all__ = ["NOT_SELECTED", "Selection", "reads", "select"]

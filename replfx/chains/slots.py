@@ -8,7 +8,7 @@ from torch import fx
 from replfx.fusion.interface import Interface
 from replfx.fusion.templates import leaves, name_of_class
 from replfx.modules.tree import inner_path, parts_of
-from replfx.tracing import ModuleCall
+from replfx.tracing import ModuleCall, name_of
 from replfx.tracing.info import OfClass
 
 __all__ = ["Joined", "input_slots", "interface_of", "other_streams", "output_slots", "same_value"]
@@ -27,7 +27,7 @@ def output_slots(call: ModuleCall) -> dict[str, fx.Node]:
     nested = slots[""].meta.get("shape") if "" in slots else None
     if nested and isinstance(nested[0], tuple):  # one node that gives several tensors
         for user in slots[""].users:
-            if getattr(user.target, "__name__", "") == "getitem" and isinstance(user.args[1], int):
+            if name_of(user) == "getitem" and isinstance(user.args[1], int):
                 slots[str(user.args[1])] = user
     return slots
 

@@ -5,16 +5,19 @@ the graph one value, changes none of others, and what it reads is its own.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx, nn
 
 from replfx.chains.candidates import Candidates
-from replfx.regions.region import Region
+from replfx.chains.chain import Block
+from replfx.modules.paths import region_path
+from replfx.regions.obstacles import unfit_to_cut
+from replfx.regions.region import Region, region_module
 from replfx.regions.stream import Stream
-from replfx.regions.writes import written_outside
 from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
 
-__all__ = ["TracedCandidates", "region_of_call"]
+__all__ = ["TracedCandidates"]
 
 
 class TracedCandidates(Candidates):
@@ -24,57 +27,49 @@ class TracedCandidates(Candidates):
         super().__init__(info)
         self._stream = Stream(graph_module)
 
+    def path(self, of: str) -> str:
+        """That of a region."""
+        return region_path(of)
+
+    def placed(self, block: Block) -> Block:
+        """A block of stand-ins as a region of the graph."""
+        if block.region is not None:
+            return block
+        region = self._region(block.call, block.site.output, block.site.names)
+        module = region_module(region, self.info.root, block.site.block)
+        path = region_path(region.name)
+        site = replace(block.site, path=path, block=module, nodes=region.nodes, names={})
+        if region.aside:
+            aside: list[object] = [{"computed": True} for _ in region.aside]
+            output = {"tuple": [{"input": site.interface.main}, *aside]}
+            site = replace(site, interface=replace(site.interface, output=output))
+        return replace(block, call=replace(block.call, path=path), site=site, region=region)
+
     def _unfit(self, call: ModuleCall, module: nn.Module) -> str | None:
         """Also why the call's nodes cannot be a region of the graph."""
-        if reason := super()._unfit(call, module):
-            return reason
-        nodes = [node for node in self.info.nodes[call.start : call.stop] if node.op != "get_attr"]
-        inside = set(nodes)
-        read = [n for n in nodes_in(call.output) if any(u not in inside and u.op != "output" for u in n.users)]
-        if len(read) > 1:
-            return f"{len(read)} of its results are used outside of it, and not one"
-        if any(node.op == "call_module" for node in nodes):
-            return "it calls a module that Dynamo did not look into"
-        stream = self._stream
-        start, stop = stream.position[nodes[0]], stream.position[nodes[-1]] + 1
-        # The main activation, which it may change, is one of them.
-        changes = [written_outside(stream, start, stop, source) for source in call.args]
-        if all(changes):
-            return f"it changes a value in place that is not its own (`{changes[0]}`)"
-        for argument in call.args:
-            if isinstance(stream.values.get(argument), nn.Parameter):
-                return f"it reads the parameter `{argument.target}`, which is not its own"
-        for name, parameter in module.named_parameters():
-            if not stream.reads_only_in(parameter, start, stop):
-                return f"its parameter `{name}` is read outside of it too"
-        return None
+        return super()._unfit(call, module) or unfit_to_cut(self._stream, call, self._inside(call), module)
 
+    def _region(self, call: ModuleCall, output: fx.Node, names: Mapping[str, str]) -> Region:
+        """The region that a call is, `output` its main activation; what else it gives goes to the caller alone."""
+        inside = self._inside(call)
+        read = {node for each in inside for node in each.all_input_nodes if node.op == "get_attr"} - set(call.args)
+        own = {str(node.target) for node in read}
+        parameters, buffers = dict[str, str](), dict[str, str]()
+        for path, name in names.items():
+            module = self.info.root.get_submodule(path)
+            for found, tensors in ((parameters, module.named_parameters()), (buffers, module.named_buffers())):
+                targets = {f"{name}.{inner}".strip("."): f"{path}.{inner}" for inner, _ in tensors}
+                found.update({inner: target for inner, target in targets.items() if target in own})
+        return Region(
+            nodes=(*(node for node in self.info.nodes if node in read), *inside),
+            input=call.args[0],
+            output=output,
+            extras=call.args[1:],
+            parameters=parameters,
+            buffers=buffers,
+            module=call.path,
+            aside=tuple(node for node in nodes_in(call.output) if node is not output),
+        )
 
-def region_of_call(info: CaptureInfo, call: ModuleCall, output: fx.Node, names: Mapping[str, str]) -> Region:
-    """The region of the graph that a call is.
-
-    Args:
-        info: of the graph.
-        call: of a module or a window.
-        output: which of its results is the main activation; the others go to the graph's caller alone.
-        names: for the paths of the modules that make up the block, the names that they have in it.
-    """
-    inside = [node for node in info.nodes[call.start : call.stop] if node.op != "get_attr"]
-    read = {node for each in inside for node in each.all_input_nodes if node.op == "get_attr"} - set(call.args)
-    own = {str(node.target) for node in read}
-    parameters, buffers = dict[str, str](), dict[str, str]()
-    for path, name in names.items():
-        module = info.root.get_submodule(path)
-        for found, tensors in ((parameters, module.named_parameters()), (buffers, module.named_buffers())):
-            targets = {f"{name}.{inner}".strip("."): f"{path}.{inner}" for inner, _ in tensors}
-            found.update({inner: target for inner, target in targets.items() if target in own})
-    return Region(
-        nodes=(*(node for node in info.nodes if node in read), *inside),
-        input=call.args[0],
-        output=output,
-        extras=call.args[1:],
-        parameters=parameters,
-        buffers=buffers,
-        module=call.path,
-        aside=tuple(node for node in nodes_in(call.output) if node is not output),
-    )
+    def _inside(self, call: ModuleCall) -> list[fx.Node]:
+        return [node for node in self.info.nodes[call.start : call.stop] if node.op != "get_attr"]

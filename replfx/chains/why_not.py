@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Set
 
 from torch import nn
 
-from replfx.modules.paths import ancestors, is_region, members_of
+from replfx.modules.paths import ancestors, bare_path, is_region, is_window, members_of
 from replfx.modules.structure import class_of
+from replfx.regions.obstacles import called_again
 from replfx.tracing.symbolic import is_leaf
 
 __all__ = ["why_not"]
@@ -29,14 +30,14 @@ def why_not(
         in_chain: the paths of all blocks that are in a chain.
     """
     blocks = _block_like(modules, counts, in_chain, composite=True)
-    pieces = {path: why for path, why in refused.items() if path.endswith("]") or is_region(path)}
+    pieces = {path: why for path, why in refused.items() if is_window(path) or is_region(path)}
     if not blocks and not in_chain:
-        inside = {member for path in pieces if path.endswith("]") for member in members_of(modules[""], path)}
+        inside = {member for path in filter(is_window, pieces) for member in members_of(modules[""], path)}
         blocks = [p for p in _block_like(modules, counts, in_chain, composite=False) if p not in inside]
     reasons = {path: refused.get(path) or _why(path, blocks, modules, difference, counts, in_chain) for path in blocks}
     if in_chain:
         pieces = {}
-    pieces = {path: why for path, why in pieces.items() if reasons.keys().isdisjoint(ancestors(path.strip("@")))}
+    pieces = {path: why for path, why in pieces.items() if reasons.keys().isdisjoint(ancestors(bare_path(path)))}
     return {**reasons, **pieces, **_recurrent(modules, in_chain)}
 
 
@@ -51,8 +52,8 @@ def _why(
     """What sets a block apart from the next one of its class (or else from the one before)."""
     if not counts[path]:
         return _not_called(path, modules, counts)
-    if counts[path] > 1:
-        return f"it is called {counts[path]} times in one forward pass"
+    if again := called_again(counts[path]):
+        return again
     if all(parameter.dim() < 2 for parameter in modules[path].parameters()):
         return "its parameters are vectors alone, which no fusion makes"
     order = {path: position for position, path in enumerate(modules)}

@@ -32,11 +32,12 @@ class Text:
         starts = torch.randint(len(self.train) - CONTEXT, (count, 1), generator=generator)
         return self.train[starts + torch.arange(CONTEXT + 1)].long()
 
-    def windows(self, most: int = _WINDOWS) -> Tensor:
+    def windows(self) -> Tensor:
         """Windows of the held-out part that do not overlap, spread evenly, (n, CONTEXT + 1) int64."""
         count = len(self.held_out) // (CONTEXT + 1)
         every = self.held_out[: count * (CONTEXT + 1)].view(count, CONTEXT + 1)
-        return every[torch.arange(min(count, most)) * count // min(count, most)].long()
+        taken = min(count, _WINDOWS)
+        return every[torch.arange(taken) * count // taken].long()
 
 
 def load(path: Path | None) -> Text:

@@ -25,7 +25,6 @@ __all__ = [
     "pair",
     "share_paired",
     "synthesizable",
-    "too_unlike",
 ]
 
 LEAST_SHARE = 0.5
@@ -85,15 +84,6 @@ def share_paired(block: nn.Module, *pairs: Mapping[str, str]) -> float:
     sizes = {name: p.numel() for name, p in synthesizable(block).items()}
     total = sum(sizes.values())
     return sum(n for name, n in sizes.items() if all(name in each for each in pairs)) / total if total else 0.0
-
-
-def too_unlike(block: nn.Module, *neighbours: tuple[str, nn.Module]) -> str | None:
-    """Why a block cannot be made from these neighbours, given with their paths; None if it can."""
-    pairs = {path: pair(block, neighbour) for path, neighbour in neighbours}
-    if share_paired(block, *pairs.values()) >= LEAST_SHARE:
-        return None
-    path, neighbour = min(neighbours, key=lambda other: share_paired(block, pairs[other[0]]))
-    return f"too little of it can be made from `{path}`: {first_unpaired(block, neighbour)}"
 
 
 def first_unpaired(block: nn.Module, neighbour: nn.Module) -> str | None:

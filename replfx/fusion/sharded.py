@@ -130,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def reshard_stale(before: Parameters, after: Parameters, inner: "DeviceMesh | None" = None) -> None:
+def reshard_stale(before: Parameters, after: Parameters, inner: "DeviceMesh | None") -> None:
     """Reshard neighbours whose unsharded copies would lose gradients without an error.
 
     What is whole of the block after: FSDP was told not to reshard after the last backward pass, or a forward pass

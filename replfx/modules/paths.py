@@ -20,10 +20,12 @@ from replfx.modules.tree import inner_path
 
 __all__ = [
     "ancestors",
+    "bare_path",
     "block_at",
     "head_of",
     "is_named",
     "is_region",
+    "is_window",
     "members_of",
     "parameters_of",
     "parent_of",
@@ -37,7 +39,7 @@ _WINDOW = re.compile(r"(?P<parent>.*)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 def ancestors(path: str) -> Iterator[str]:
     """The paths of the modules that hold the one at `path`, the innermost first, without the root."""
-    if path.endswith("]"):  # a window lies in its container
+    if is_window(path):  # it lies in its container
         path = path.rpartition("[")[0]
         if path:
             yield path
@@ -51,9 +53,19 @@ def window_path(parent: str, start: int, stop: int) -> str:
     return f"{parent}[{start}:{stop}]"
 
 
-def region_path(parameter: str) -> str:
-    """The path of the region that begins with a parameter."""
-    return f"@{parameter}"
+def is_window(path: str) -> bool:
+    """Whether the path is that of a window."""
+    return path.endswith("]")
+
+
+def region_path(path: str) -> str:
+    """The path of the region that begins with a parameter, or that is a module; that of a region is one already."""
+    return f"@{bare_path(path)}"
+
+
+def bare_path(path: str) -> str:
+    """The path of the parameter with which a region begins, or of the module that it is; another path as it is."""
+    return path.removeprefix("@")
 
 
 def is_region(path: str) -> bool:

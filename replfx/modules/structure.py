@@ -8,11 +8,10 @@ decide, because nothing of theirs is fused: two ViT blocks that differ in their 
 import hashlib
 import operator
 from collections.abc import Hashable, Mapping
-from functools import cache, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from replfx.modules.copying import MODULE_HOOKS
 from replfx.modules.tree import attributes_of, inner_path
@@ -33,8 +32,6 @@ __all__ = [
     "stand_for",
     "stand_like",
     "trainable_parameters",
-    "unfit_to_replace",
-    "unfit_to_share",
 ]
 
 
@@ -191,58 +188,9 @@ def block_digest(module: nn.Module) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
-def unfit_to_share(block: nn.Module) -> str | None:
-    """Why the parameters of `block` cannot be read by a fusion, or None."""
-    for path, sub in block.named_modules():
-        where = f"its submodule `{path}`" if path else "it"
-        if isinstance(sub, torch.jit.ScriptModule):
-            return f"{where} is scripted (TorchScript): its parameters cannot be swapped"
-        if parametrize.is_parametrized(sub):
-            return f"{where} is parametrised (torch.nn.utils.parametrize); remove_parametrizations first"
-    for name, parameter in block.named_parameters():
-        if not (parameter.dtype.is_floating_point or parameter.dtype.is_complex):
-            return f"its parameter `{name}` is {parameter.dtype}: quantised weights are not fused"
-        if not _combines(parameter.dtype):
-            return f"its parameter `{name}` is {parameter.dtype}, which PyTorch stores but does not add"
-        if is_wrapped(parameter):
-            return f"its parameter `{name}` is of type {type(parameter.data).__name__}: quantised weights are not fused"
-    return None
-
-
-@cache
-def _combines(dtype: torch.dtype) -> bool:
-    """Whether there are linear combinations of such numbers; eight bits of floating point are for storage alone."""
-    try:
-        one = torch.ones(1, dtype=dtype)
-        return bool((0.5 * one + 0.5 * one).isfinite().all())
-    except (RuntimeError, NotImplementedError):
-        return False
-
-
 def is_wrapped(parameter: Tensor) -> bool:
     """A tensor subclass that stands for other data (torchao's quantised weights); DTensors are fine."""
     if type(parameter) in (Tensor, nn.Parameter):
         return False
     kind = type(parameter.data)
     return kind not in (Tensor, nn.Parameter) and kind.__module__.split(".")[0] != "torch"
-
-
-def unfit_to_replace(named: Mapping[str, Tensor], owners: Mapping[int, list[str]]) -> str | None:
-    """Why a block must stay although a neighbour may read it, or None.
-
-    Args:
-        named: the block's parameters by their names in the model, all names of a tied one.
-        owners: for each parameter (by id) all the names that it has in the model.
-    """
-    if not any(p.requires_grad for p in named.values()):
-        return "all its parameters are frozen: replacing it would save no training"
-    for name, parameter in named.items():
-        outside = [other for other in owners[id(parameter)] if other not in named]
-        if outside:
-            return f"its parameter `{name}` is shared with `{outside[0]}`"
-        one, *others = owners[id(parameter)]
-        if others and parameter.dim() >= 2:
-            return f"its `{one}` and `{others[0]}` are one parameter (tied): each would be made anew"
-        if not parameter.requires_grad:
-            return f"its parameter `{name}` is frozen and the others are not"
-    return None

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from replfx.operators.base import Site
 from replfx.operators.norms import Norm, first_norm, is_normalised, last_norm, nameless_norm, norm_behind
-from replfx.operators.probe import Unmeasured, module_at, name_of, rounding_of
+from replfx.operators.probe import Unmeasured, module_at, rounding_of
 from replfx.operators.residual import ACTIVATIONS, Branch, Residual
+from replfx.tracing import name_of
 
-__all__ = ["Anatomy", "MapPair", "activation_of", "dissect"]
+__all__ = ["Anatomy", "MapPair", "activation_of", "dissect", "fits_alone"]
 
 _Values: TypeAlias = dict[fx.Node, Tensor]
 

@@ -21,9 +21,9 @@ from replfx.fusion.pairing import synthesizable
 from replfx.modules.structure import set_submodule
 from replfx.operators.base import BlockOperator, Match, Site, is_in, operators
 from replfx.operators.folding import Fold, branch_silencers, silence
-from replfx.operators.probe import Unmeasured, modules_around, name_of
+from replfx.operators.probe import Unmeasured, modules_around
 from replfx.operators.residual import Branch, Residual, gives
-from replfx.tracing.info import info_of
+from replfx.tracing.info import info_of, name_of
 
 __all__ = ["MixerOperator"]
 

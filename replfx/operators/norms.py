@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from replfx.operators.probe import module_at, modules_around, number_of
 from replfx.operators.residual import Branch, Residual, is_passing
+from replfx.tracing import name_of
 
 __all__ = ["Norm", "first_norm", "is_entry", "is_norm", "is_normalised", "last_norm", "nameless_norm", "norm_behind"]
 
@@ -79,7 +80,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 def nameless_norm(residual: Residual) -> str | None:
     """A normalisation that is a function, or a module without parameters."""
     for node in residual.site.nodes:
-        name = getattr(node.target, "__name__", "")
+        name = name_of(node)
         if node.op == "call_function" and name in _FUNCTIONS:
             return name
         module = module_at(residual.site, node) if residual.site.inside(node) else None

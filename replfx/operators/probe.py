@@ -16,6 +16,7 @@ from replfx.errors import CaptureError
 from replfx.modules.copying import structural_copy
 from replfx.modules.structure import attribute_at, is_wrapped
 from replfx.operators.base import Site
+from replfx.tracing import is_flag, name_of
 
 __all__ = [
     "Probe",
@@ -23,10 +24,10 @@ __all__ = [
     "activations_of",
     "is_cast",
     "is_layout",
+    "is_vector",
     "makers_of",
     "module_at",
     "modules_around",
-    "name_of",
     "number_of",
     "rounding_of",
 ]
@@ -37,7 +38,6 @@ _FLOATS = ("float", "half", "bfloat16", "double")
 _CASTS = (*_FLOATS, "to", "type_as")
 _HANDLES = ("getattr", "detach", *_CASTS)  # which leave a weight what it is
 _MOVES = ("cpu", "cuda")
-_FLAG = "training_flag"
 _DEPTH = 32
 _ROUNDINGS = 2.0**10
 
@@ -191,7 +191,7 @@ class Probe:
         return self._given[node]
 
     def _made_up(self, node: fx.Node, depth: int) -> Any:
-        if node.op == "call_module" and str(node.target).endswith(_FLAG):
+        if is_flag(node):
             return False
         if node.op == "get_attr":
             value = _at(node.graph.owning_module, str(node.target))
@@ -298,7 +298,7 @@ class Probe:
         if not training and name_of(node) == "scaled_dot_product_attention":
             args, kwargs = _without_dropout(args, kwargs)
         if node.op == "call_module":
-            if target.endswith(_FLAG):
+            if is_flag(node):
                 return training
             if not self.site.holds(target):
                 return _at(node.graph.owning_module, target)(*args, **kwargs)
@@ -369,11 +369,6 @@ def rounding_of(dtype: torch.dtype) -> float:
     return _ROUNDINGS * torch.finfo(dtype).eps
 
 
-def name_of(node: fx.Node) -> str:
-    """What a node calls: the name of a function, a method or a module."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def is_layout(node: fx.Node) -> bool:
     """Whether it only reshapes."""
     return node.op in ("call_method", "call_function") and name_of(node) in _LAYOUT
@@ -395,9 +390,7 @@ def modules_around(site: Site, node: fx.Node) -> list[str]:
 
 def activations_of(node: fx.Node) -> list[fx.Node]:
     """What a node takes, but for flags that capturing put in."""
-    return [
-        term for term in node.all_input_nodes if not (term.op == "call_module" and str(term.target).endswith(_FLAG))
-    ]
+    return [term for term in node.all_input_nodes if not is_flag(term)]
 
 
 def is_cast(node: fx.Node) -> bool:

@@ -23,15 +23,17 @@ from replfx.operators.probe import (
     is_cast,
     is_layout,
     module_at,
-    name_of,
     number_of,
     rounding_of,
 )
+from replfx.tracing import name_of
 
 __all__ = [
     "ACTIVATIONS",
     "Branch",
     "Residual",
+    "gives",
+    "is_passing",
     "is_residual",
     "is_sum",
     "keeps_shape",

@@ -8,8 +8,8 @@ what may not be replaced is taken out. All of it is near-linear in the size of t
 
 from torch import fx
 
-from replfx.regions.pieces import SHORTEST, Layers, Piece, alike, layers_in
-from replfx.regions.region import Region, Regions
+from replfx.regions.pieces import SHORTEST, Layers, alike, layers_in
+from replfx.regions.region import Piece, Region, Regions
 from replfx.regions.repeats import Repeat, runs
 from replfx.regions.stream import Stream
 

@@ -9,31 +9,16 @@ from typing import TypeAlias
 
 from torch import Tensor, fx, nn
 
-from replfx.modules.structure import unfit_to_share
+from replfx.regions.obstacles import unfit_piece
+from replfx.regions.region import Piece
 from replfx.regions.stream import Stream
-from replfx.regions.tokens import is_stateless
-from replfx.regions.writes import written_outside
 
-__all__ = ["SHORTEST", "Layers", "Piece", "alike", "layers_in"]
+__all__ = ["SHORTEST", "Layers", "alike", "layers_in"]
 
 SHORTEST = 3  # blocks of a chain: a replaced one and a kept one on each side
 PHASES = 8  # how many places where a layer could begin are tried
 
 Slot: TypeAlias = tuple[str, int]  # ("inside", offset), or ("parameter" | "buffer" | "outside", which of them)
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """The nodes `[start, stop)` of a stream, with what they read and give; see `replfx.regions.region.Region`."""
-
-    start: int
-    stop: int
-    input: fx.Node
-    output: fx.Node
-    extras: tuple[fx.Node, ...]
-    parameters: dict[str, str]
-    buffers: dict[str, str]
-    modules: dict[str, str]
 
 
 @dataclass(eq=False)
@@ -194,7 +179,7 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
     chain: list[Piece] = []
     for start in starts:
         piece = template.fit(start)
-        reason = None if piece is None else _unfit(stream, piece)
+        reason = None if piece is None else unfit_piece(stream, piece)
         back = None if piece is None or reason is not None else _reads_back(stream, chain, piece)
         if piece is not None and piece.parameters and (reason or back):
             found.refused[next(iter(piece.parameters.values()))] = reason or str(back)
@@ -216,52 +201,6 @@ def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
     for extra in piece.extras:
         if chain and stream.position.get(extra, -1) >= chain[0].start:
             return f"it reads `{extra.name}` of an earlier piece, besides the output of the one before"
-    return None
-
-
-def _unfit(stream: Stream, piece: Piece) -> str | None:
-    """Why a piece may be in no chain, or None."""
-    for position in range(piece.start, piece.stop):
-        node = stream.nodes[position]
-        if node is not piece.output and stream.last[position] >= piece.stop:
-            return f"an intermediate result of it (`{node.name}`) is used outside of it"
-    changes = written_outside(stream, piece.start, piece.stop, piece.input)
-    if changes is not None:
-        return f"it changes a value in place that is not its own (`{changes.name}`)"
-    return _unfit_modules(stream, piece) or _unfit_parameters(stream, piece)
-
-
-def _unfit_modules(stream: Stream, piece: Piece) -> str | None:
-    for path in piece.modules.values():
-        module = stream.root.get_submodule(path)
-        if is_stateless(module):
-            continue
-        if stream.calls[id(module)] > 1:
-            return f"`{path}` is called {stream.calls[id(module)]} times in one forward pass"
-        for buffer in module.buffers():
-            if not stream.reads_only_in(buffer, piece.start, piece.stop):
-                return f"a buffer of `{path}` is read outside of it"
-        reason = unfit_to_share(module)
-        if reason is not None:
-            return f"`{path}` cannot be shared: {reason}"
-    return None
-
-
-def _unfit_parameters(stream: Stream, piece: Piece) -> str | None:
-    seen: set[int] = set()
-    for path in piece.parameters.values():
-        parameter = stream.root.get_parameter(path)
-        names = stream.names[id(parameter)]
-        if id(parameter) in seen or len(names) > 1:
-            twin = next((name for name in names if name != path), "a module that it calls")
-            return f"its parameter `{path}` is shared with `{twin}`"
-        if not stream.reads_only_in(parameter, piece.start, piece.stop):
-            return f"its parameter `{path}` is read outside of it too"
-        if not parameter.requires_grad:
-            return f"its parameter `{path}` is frozen"
-        if not parameter.dtype.is_floating_point:
-            return f"its parameter `{path}` is {parameter.dtype}: quantised weights are not fused"
-        seen.add(id(parameter))
     return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from replfx.modules.structure import attribute_at, stand_like
 from replfx.tracing import CaptureInfo
 
-__all__ = ["Region", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
+__all__ = ["Piece", "Region", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,20 @@ class Region:
     def name(self) -> str:
         """The path of its module, or of the first parameter that it reads."""
         return self.module or next(iter(self.parameters.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The nodes `[start, stop)` of a stream that may be a region, with what they read and give as a `Region` has it."""
+
+    start: int
+    stop: int
+    input: fx.Node
+    output: fx.Node
+    extras: tuple[fx.Node, ...]
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    modules: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from replfx.tracing import name_of
+
 __all__ = ["Tokens", "is_stateless"]
 
 # Functions and methods whose integers are sizes or follow from them; those of all others say which computation it is.
@@ -45,8 +47,7 @@ class Tokens:
         what: Hashable = node.target
         if node.op == "call_module":
             what = self._module(self.root.get_submodule(str(node.target)))
-        name = getattr(node.target, "__name__", str(node.target))
-        sizes = _TAKES_SIZES.fullmatch(name) is not None
+        sizes = _TAKES_SIZES.fullmatch(name_of(node)) is not None
         args = node.args[:1] if what is torch._assert else node.args  # a traced message may name nodes
         return node.op, what, self._argument(args, sizes), self._argument(node.kwargs, sizes)
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from replfx.regions.stream import Stream
 from replfx.torch_internals import Dropout
+from replfx.tracing import name_of
 
 __all__ = ["written_outside"]
 
@@ -62,7 +63,7 @@ def _written(stream: Stream, node: fx.Node) -> Iterator[fx.Node]:
 def _changes_first(stream: Stream, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(stream.module(node), "inplace", False))
-    name = _name(node)
+    name = name_of(node)
     if _WRITES.fullmatch(name):
         return True
     if getattr(node.target, "__module__", "") == "_operator":
@@ -87,14 +88,10 @@ def _place_of_inplace(function: types.FunctionType) -> int | None:
 def _viewed(stream: Stream, node: fx.Node) -> fx.Node | None:
     """The value whose memory the node's result may be."""
     called = node.op == "call_module"
-    view = isinstance(stream.module(node), _VIEW_MODULES) if called else _VIEWS.fullmatch(_name(node))
+    view = isinstance(stream.module(node), _VIEW_MODULES) if called else _VIEWS.fullmatch(name_of(node))
     return _first(node) if view or _changes_first(stream, node) else None
 
 
 def _first(node: fx.Node) -> fx.Node | None:
     value = node.args[0] if node.args else node.kwargs.get("input")
     return value if isinstance(value, fx.Node) else None
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))

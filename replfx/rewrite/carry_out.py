@@ -50,16 +50,6 @@ class Prepared:
 
 def prepare(model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, policy: Policy) -> Prepared:
     """Capture a model, find its chains, and choose the blocks; raises as `replfx.transform` does."""
-    prepared, nodes = _prepared(model, target, example_inputs, policy)
-    if nodes > _MANY:
-        gc.collect()  # they refer to each other, so that only the collector frees them; of few it is not worth its time
-    return prepared
-
-
-def _prepared(
-    model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, policy: Policy
-) -> tuple[Prepared, int]:
-    """The same, and how many nodes the graph has that is let go."""
     graph = capture_lazily(target, example_inputs, model)
     found = find_chains(graph)
     selection = select(found, policy)
@@ -75,7 +65,11 @@ def _prepared(
         unsound=None if regions else reads_of_freed(graph, found, selection.plan),
         graph=(graph, found) if regions else None,
     )
-    return prepared, 0 if regions else len(found.capture.nodes)
+    let_go = 0 if regions else len(found.capture.nodes)
+    del graph, found, selection
+    if let_go > _MANY:
+        gc.collect()  # they refer to each other, so that only the collector frees them; of few it is not worth its time
+    return prepared
 
 
 def prepare_plan(model: nn.Module, target: nn.Module, example_inputs: ExampleInputs | None, plan: Plan) -> Prepared:

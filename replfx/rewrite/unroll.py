@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ from replfx.rewrite.optimizers import Optimizers, checked, hand_over, in_order
 from replfx.rewrite.state import Placement, forget, placed_blocks
 from replfx.rewrite.wrappers import gather_nothing, tell_of_change
 from replfx.torch_internals import PRESERVED_ATTRIBUTES
-from replfx.tracing import ExampleInputs, Inputs
+from replfx.tracing import ExampleInputs, Inputs, calls_of
 
 __all__ = ["Start", "check_unrolls", "materialize", "unroll"]
 
@@ -139,7 +139,7 @@ def unroll(
     return model
 
 
-def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None = None, start: Start = "outputs") -> None:
+def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None, start: Start) -> None:
     """Make sure that `unroll` would give all blocks back; changes nothing, and raises as `unroll` does."""
     _, placed = placed_blocks(model)
     copies = _is_copies(start)
@@ -214,16 +214,12 @@ def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
     """What each replaced block gets as its main activation, in a run of a copy of the model."""
     inputs = Inputs.of(example_inputs, model)
     assert inputs is not None
-    twin, seen = faithful_copy(model), {}
-    for path, placement in placed_blocks(twin)[1].items():
-
-        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path, at: Placement = placement) -> None:
-            seen[path] = at.synthesis.operator.interface.activation(args, kwargs).detach()
-
-        placement.block.register_forward_pre_hook(note, with_kwargs=True)
+    twin = faithful_copy(model)
+    placed = placed_blocks(twin)[1]
     with torch.no_grad():
-        twin(*inputs.args, **inputs.kwargs)
-    return seen
+        calls = calls_of(twin, inputs, {path: placement.block for path, placement in placed.items()})
+    activations = {path: placed[path].synthesis.operator.interface.activation for path in calls}
+    return {path: activations[path](call.args, call.kwargs).detach() for path, call in calls.items()}
 
 
 def _give_weights(root: nn.Module, path: str, placement: Placement, theta: Mapping[str, Tensor]) -> None:

@@ -70,6 +70,7 @@ _INDENT = 62  # of reasons, behind the role
 _NAME = 10  # characters of a block's name
 _TEXT = 150  # characters of a line of text
 _REASONS = 16  # reasons that are written out
+_PATHS = 60  # characters of the paths that go with one
 
 _SANS = "font-family:system-ui,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif"
 _INK, _QUIET, _FLOW = "#1f2933", "#5f6b76", "#9aa5b1"
@@ -265,9 +266,9 @@ def _totals(report: Report) -> Iterator[str]:
         yield f"for {report.example or 'the example inputs'}: forward FLOPs {flops}; saved for backward {saved}"
 
 
-def _some(paths: Iterable[str], most: int = 60) -> str:
+def _some(paths: Iterable[str]) -> str:
     text = listed(paths)
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= _PATHS else f"{text[:_PATHS]}…"
 
 
 def _head(height: float, alternative: str) -> str:

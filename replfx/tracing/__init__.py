@@ -4,8 +4,8 @@ from replfx.tracing.capturing import capture, capture_lazily, ghost_of, real_twi
 from replfx.tracing.chance import Draws, restart, steered
 from replfx.tracing.costs import Meter
 from replfx.tracing.held import Held, HeldElsewhereError
-from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, nodes_in
-from replfx.tracing.inputs import ExampleInputs, Inputs, check_has_weights, check_is_whole
+from replfx.tracing.info import CaptureInfo, Cost, Look, ModuleCall, Place, info_of, is_flag, name_of, nodes_in
+from replfx.tracing.inputs import ExampleInputs, Inputs, calls_of, check_has_weights, check_is_whole
 from replfx.tracing.leaks import Traces
 from replfx.tracing.limits import Limits, limits_of
 from replfx.tracing.totals import costs_of
@@ -25,6 +25,7 @@ __all__ = [
     "ModuleCall",
     "Place",
     "Traces",
+    "calls_of",
     "capture",
     "capture_lazily",
     "check_has_weights",
@@ -32,7 +33,9 @@ __all__ = [
     "costs_of",
     "ghost_of",
     "info_of",
+    "is_flag",
     "limits_of",
+    "name_of",
     "nodes_in",
     "real_twin",
     "restart",

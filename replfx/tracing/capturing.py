@@ -249,9 +249,7 @@ def _recorded(model: nn.Module, inputs: Inputs, held: Held, traces: Traces) -> f
         ) from error
 
 
-def record_on_fakes(
-    model: nn.Module, inputs: Inputs, traces: Traces | None = None, held: Held | None = None
-) -> fx.GraphModule:
+def record_on_fakes(model: nn.Module, inputs: Inputs, traces: Traces, held: Held) -> fx.GraphModule:
     """Recording on fake tensors: no compute, no memory."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
@@ -259,18 +257,18 @@ def record_on_fakes(
         root = structural_copy(model, plain=_same)
         restart()
         with mode:
-            return record(root, ghost, fakes, held or Held(model, None), opened=opened, real=False)
+            return record(root, ghost, fakes, held, opened=opened, real=False)
 
     return _opening(attempt)
 
 
-def record_on_values(model: nn.Module, inputs: Inputs, held: Held | None = None) -> fx.GraphModule:
+def record_on_values(model: nn.Module, inputs: Inputs, held: Held) -> fx.GraphModule:
     """Recording a real run, on copies of the buffers and of the inputs."""
 
     def attempt(opened: frozenset[type[nn.Module]]) -> fx.GraphModule:
         ghost, given = real_twin(model, inputs)
         restart()
-        return record(structural_copy(model), ghost, given, held or Held(model, None), opened=opened, real=True)
+        return record(structural_copy(model), ghost, given, held, opened=opened, real=True)
 
     return _opening(attempt)
 

@@ -9,7 +9,23 @@ from torch import fx, nn
 from replfx.modules.tree import parts_of
 from replfx.tracing.chance import Draws
 
-__all__ = ["CaptureInfo", "Cost", "Frozen", "Look", "ModuleCall", "OfClass", "Place", "info_of", "nodes_in"]
+__all__ = [
+    "FLAG",
+    "CaptureInfo",
+    "Cost",
+    "Frozen",
+    "Look",
+    "ModuleCall",
+    "OfClass",
+    "Place",
+    "info_of",
+    "is_flag",
+    "name_of",
+    "nodes_in",
+]
+
+FLAG = "training_flag"
+"""The name of the submodules that a graph calls to know whether the model is in training mode."""
 
 Place: TypeAlias = tuple[object, ...]
 
@@ -134,6 +150,16 @@ class OfClass(dict[str, Any]):
         if isinstance(value, type | dict) or not is_dataclass(value):
             return None
         return cls(type(value), {str(name): convert(part) for name, part in parts_of(value)})
+
+
+def is_flag(node: fx.Node) -> bool:
+    """Whether it says if a module is in training mode."""
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == FLAG
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node calls or reads: the name of a function, or the target."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def nodes_in(tree: object) -> list[fx.Node]:

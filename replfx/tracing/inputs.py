@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from replfx.dtensors import is_dtensor
 from replfx.errors import CaptureError
-from replfx.modules.tree import tensors_in, with_tensors
+from replfx.modules.tree import leaf_copy, tensors_in, with_tensors
 from replfx.torch_internals import what_was_compiled
 
-__all__ = ["ExampleInputs", "Inputs", "check_has_weights", "check_is_whole"]
+__all__ = ["ExampleInputs", "Inputs", "calls_of", "check_has_weights", "check_is_whole"]
 
 ExampleInputs: TypeAlias = Tensor | tuple[object, ...] | Mapping[str, object]
 
@@ -95,3 +95,25 @@ def check_is_whole(model: nn.Module) -> None:
                 f"the model's parameter `{name}` is a DTensor, a part of which is here: transform the model first, and "
                 "call fully_shard, replfx.parallelize_module or distribute_module after it"
             )
+
+
+def calls_of(model: nn.Module, inputs: Inputs, blocks: Mapping[str, nn.Module]) -> dict[str, Inputs]:
+    """What each of these parts of `model` is called with, the first time that it is, in one forward pass.
+
+    A block that is not called is not in the result.
+    """
+    calls: dict[str, Inputs] = {}
+    handles = []
+    for path, block in blocks.items():
+
+        def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], path: str = path) -> None:
+            if path not in calls:
+                calls[path] = Inputs(args, kwargs).map(leaf_copy)
+
+        handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        model(*inputs.args, **inputs.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

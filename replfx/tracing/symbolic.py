@@ -20,9 +20,9 @@ from torch.fx.proxy import ParameterProxy, Proxy
 from torch.overrides import TorchFunctionMode
 
 from replfx.modules.structure import class_of
-from replfx.modules.tree import arguments_hold, named_tensors
+from replfx.modules.tree import arguments_hold, inner_path, named_tensors
 from replfx.torch_internals import SET_GRAD_ENABLED, LazyGraphModule, pytree
-from replfx.tracing.info import CaptureInfo, ModuleCall, OfClass, Place
+from replfx.tracing.info import FLAG, CaptureInfo, ModuleCall, OfClass, Place, is_flag
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
 from replfx.tracing.undisturbed import having
@@ -46,7 +46,7 @@ def training_flag(training: bool) -> nn.Module:
 
 def flag_path(path: str) -> str:
     """Where the flag of the module at `path` is."""
-    return f"{path}.training_flag" if path else "training_flag"
+    return inner_path(path, FLAG)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -262,14 +262,14 @@ class SymbolicTracer(fx.Tracer):
         flag = self._flags.get(path)
         if flag is None:
             flag = self._flags[path] = training_flag(module.__dict__["training"])
-            module._modules["training_flag"] = flag
+            module._modules[FLAG] = flag
             assert self.submodule_paths is not None
             self.submodule_paths[flag] = flag_path(path)
         return self.create_proxy("call_module", flag_path(path), (), {})
 
     def to_bool(self, obj: Proxy) -> bool:
-        path, _, name = str(obj.node.target).rpartition(".")
-        if obj.node.op == "call_module" and name == "training_flag":
+        if is_flag(obj.node):
+            path = str(obj.node.target).rpartition(".")[0]
             self.branched.add(path)
             return self._flags[path].training
         return super().to_bool(obj)
@@ -393,7 +393,7 @@ def trace_symbolically(root: nn.Module, inputs: Inputs | None, traces: Traces | 
     state.restore(only_proxies=True)
     state.empty_caches()
     for node in reversed(graph.nodes):
-        if node.op == "call_module" and str(node.target).endswith("training_flag") and not node.users:
+        if is_flag(node) and not node.users:
             graph.erase_node(node)
     graph_module = LazyGraphModule(root, graph, type(root).__name__)
     notes = [

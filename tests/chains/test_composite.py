@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from tests.live.blocks import by_hand
+from tests.support.blocks import by_hand
 from tests.support.models import Row
 
 WIDTH, MASK = 16, nn.Transformer.generate_square_subsequent_mask(6)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import replfx
 from replfx.live.classes import live_class
-from tests.live.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, gradients, inputs
+from tests.support.blocks import BLOCKS, WIDTH, Listed, Owner, by_hand, chain, gradients, inputs
 from tests.support.copies import copied
 from tests.support.models import Mlp, Tower, tower
 

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import replfx
-from tests.live.blocks import chain, gradients, inputs
+from tests.support.blocks import chain, gradients, inputs
 from tests.support.models import Mlp, Tower, tower
 
 X = torch.linspace(-1, 1, 8).view(2, 4)

@@ -207,6 +207,18 @@ def test_a_frozen_layer_divides_the_chain() -> None:
     assert refusals(model) == {"w.3": "its parameter `w.3` is frozen"}
 
 
+def test_complex_weights_are_not_taken_for_quantised_ones() -> None:
+    class Waves(Products):
+        def forward(self, x: Tensor) -> Tensor:
+            for w in self.w:
+                x = x + torch.tanh(x @ w)
+            return x
+
+    model = Waves(5)
+    model.w = nn.ParameterList(nn.Parameter(w.detach().to(torch.complex64)) for w in model.w)
+    assert found_in(model, X.to(torch.complex64)) == [ws(*range(5))]
+
+
 def test_a_leak_ends_the_chain_and_an_output_that_is_read_does_not() -> None:
     class Leaking(Products):
         def forward(self, x: Tensor) -> Tensor:

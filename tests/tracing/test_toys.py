@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import replfx
 from replfx.modules.copying import structural_copy
 from replfx.modules.tree import tensors_in
-from replfx.tracing import info_of
+from replfx.tracing import Held, info_of
 from replfx.tracing.capturing import record_on_fakes, record_on_values
 from replfx.tracing.inputs import Inputs
 from replfx.tracing.leaks import Traces
@@ -82,10 +82,10 @@ def capture_by(rung: str, model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     if rung == "symbolic":
         return trace_symbolically(structural_copy(model), inputs)
     if rung == "values":
-        return record_on_values(model, inputs)
+        return record_on_values(model, inputs, Held(model, None))
     traces = Traces(model)
     try:
-        graph = record_on_fakes(model, inputs, traces)
+        graph = record_on_fakes(model, inputs, traces, Held(model, None))
         assert traces.clear()
         return graph
     finally:
