@@ -13,7 +13,7 @@ from replfx.fusion.interface import Interface
 from replfx.fusion.registry import Choice
 from replfx.modules.paths import is_region
 
-__all__ = ["Plan", "Replacement", "has_regions", "keeping"]
+__all__ = ["Plan", "Replacement", "check_gradient", "has_regions", "keeping"]
 
 _FORMAT, _VERSION = "replfx-plan", 2
 _LARGEST = 64 * 1024 * 1024  # characters; a plan of 100,000 blocks is about half of it
@@ -44,6 +44,9 @@ class Replacement:
     previous_kind: str | None = None
     next_kind: str | None = None
     neighbour_gradient: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_gradient(self.neighbour_gradient)
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
@@ -98,6 +101,12 @@ class Plan:
         if len(set(paths)) != len(paths):
             raise PlanError("the plan replaces a block twice")
         return cls(top.take("model", str), replacements)
+
+
+def check_gradient(factor: object) -> None:
+    """Raise a PlanError if it is no factor on the gradient into neighbours."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
+        raise PlanError(f"neighbour_gradient must be a number between 0 and 1, not {factor!r:.24}")
 
 
 def has_regions(plan: Plan) -> bool:

@@ -7,7 +7,7 @@ from replfx.operators import Site
 from replfx.regions.region import Region
 from replfx.tracing import CaptureInfo, ModuleCall
 
-__all__ = ["Block", "Chain", "Chains", "some"]
+__all__ = ["Block", "Chain", "Chains"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +139,6 @@ def _rows(positions: Sequence[int]) -> list[list[int]]:
             rows.append([])
         rows[-1].append(position)
     return rows
-
-
-def some(paths: Sequence[str], most: int = 12) -> str:
-    """The first of these paths, for a message."""
-    more = f", … ({len(paths) - most} more)" if len(paths) > most else ""
-    return ", ".join(paths[:most]) + more
 
 
 @dataclass(frozen=True, eq=False)

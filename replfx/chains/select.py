@@ -2,16 +2,15 @@
 
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
-from replfx.chains.chain import Block, Chain, Chains, some
+from replfx.chains.chain import Block, Chain, Chains
 from replfx.chains.policy import RULES, Policy
 from replfx.chains.stages import cut_chains
 from replfx.errors import FusionError, PlanError
 from replfx.fusion import Choice, fusions
 from replfx.fusion.fusions import LinearFusion
 from replfx.fusion.pairing import too_unlike
-from replfx.modules.paths import is_named
+from replfx.modules.paths import is_named, named, some
 from replfx.modules.structure import block_digest
 from replfx.operators import Match, Site
 from replfx.operators.base import operators
@@ -20,10 +19,7 @@ from replfx.operators.twins import twin_key
 from replfx.plans import Plan, Replacement
 from replfx.regions.pieces import SHORTEST
 
-__all__ = ["NOT_SELECTED", "Selection", "reads", "select"]
-
-NOT_SELECTED = "select does not name it"
-"""Why a block stays where others were selected."""
+__all__ = ["Selection", "reads", "select"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +43,7 @@ def select(found: Chains, policy: Policy) -> Selection:
     model = type(found.capture.root).__name__
     if not found.chains:
         return Selection(Plan(model, ()), {}, found.refused, _no_chain(found))
-    wanted = None if policy.select is None else _matches(policy.select, found)
+    wanted = None if policy.select is None else _wanted(policy.select, found)
     chooser, kept, replacements = _Chooser(policy, dict(found.refused)), dict[str, str](), list[Replacement]()
     chains = cut_chains(found, policy.split_at)
     for chain in chains:
@@ -129,7 +125,7 @@ class _Chooser:
         if end is not None and (self.policy.select is None or self.operator.needs_neighbours):
             return end
         if self.policy.select is not None:
-            return NOT_SELECTED
+            return "the budget leaves it" if self.policy.budgeted else "select does not name it"
         if block.changing:
             return block.changing
         if self.policy.fraction is not None:
@@ -210,30 +206,22 @@ def _not_kept(block: Block, site: Site) -> str | None:
 # ---- select=
 
 
-def _matches(globs: Sequence[str], found: Chains) -> set[str]:
-    """The blocks of chains that the globs name; each glob must name at least one."""
-    if not globs or isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
-        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {globs!r}")
+def _wanted(globs: Sequence[str], found: Chains) -> Set[str]:
+    """The blocks of chains that the globs name."""
     in_chain = [path for chain in found.chains for path in chain.paths]
-    chosen: set[str] = set()
-    for glob in globs:
-        matched = [path for path in in_chain if is_named(path, glob)]
-        if not matched:
-            raise PlanError(_no_match(glob, in_chain, found))
-        chosen.update(matched)
-    return chosen
+
+    def no_match(glob: str) -> str:
+        if glob in found.refused:
+            return f"`{glob}` cannot be replaced: {found.refused[glob]}"
+        modules = [path for path, _ in found.capture.root.named_modules() if path and is_named(path, glob)]
+        if modules:
+            return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {some(in_chain)}"
+        return f"select={glob!r} matches nothing; blocks that are in a chain: {some(in_chain)}"
+
+    return set(named(globs, in_chain, "select", no_match))
 
 
-def _no_match(glob: str, in_chain: list[str], found: Chains) -> str:
-    if glob in found.refused:
-        return f"`{glob}` cannot be replaced: {found.refused[glob]}"
-    modules = [p for p, _ in found.capture.root.named_modules() if p and fnmatchcase(p, glob)]
-    if modules:
-        return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {some(in_chain)}"
-    return f"select={glob!r} matches nothing; blocks that are in a chain: {some(in_chain)}"
-
-
-def _selected(wanted: set[str], chain: Chain) -> list[int]:
+def _selected(wanted: Set[str], chain: Chain) -> list[int]:
     positions = [i for i, path in enumerate(chain.paths) if path in wanted]
     for i in positions:
         if chain.blocks[i].obstacle is not None:
