@@ -159,7 +159,7 @@ def inspect(
         try:
             return state_of(carry_out(prepared)).report
         except NoChainError as error:
-            return prepared.with_note(str(error).partition(":")[0])
+            return prepared.with_note(error.note)
         except (VerifyError, FusionError, PlanError) as error:
             refused = prepared.with_note(f"nothing can be replaced: {error}")
     except HeldElsewhereError as error:
@@ -222,7 +222,7 @@ def plan(
         return Plan(type(model).__name__)  # the model is within its budget as it is
     selection = select_blocks(find_chains(capture_lazily(model, example_inputs)), policy)
     if selection.nothing is not None:
-        raise NoChainError(selection.nothing)
+        raise NoChainError(*selection.nothing)
     return selection.plan
 
 

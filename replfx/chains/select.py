@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from replfx.chains.chain import Block, Chain, Chains
 from replfx.chains.policy import RULES, Policy
@@ -19,7 +20,15 @@ from replfx.operators.twins import twin_key
 from replfx.plans import Plan, Replacement
 from replfx.regions.pieces import SHORTEST
 
-__all__ = ["Selection", "reads", "select"]
+__all__ = ["Nothing", "Selection", "reads", "select"]
+
+
+class Nothing(NamedTuple):
+    """Why nothing is replaced, as `NoChainError` takes it."""
+
+    message: str
+    note: str
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +39,7 @@ class Selection:
     kept: Mapping[str, str]  # blocks of a chain that are not replaced, with the reason
     # Blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does not fit.
     refused: Mapping[str, str]
-    nothing: str | None = None  # why nothing is replaced; None if something is
+    nothing: Nothing | None = None  # why nothing is replaced; None if something is
 
 
 def select(found: Chains, policy: Policy) -> Selection:
@@ -152,7 +161,7 @@ class _Chooser:
             kind=block_digest(site.block),
             previous_kind=previous_kind,
             next_kind=next_kind,
-            neighbour_gradient=float(self.policy.neighbour_gradient),
+            neighbour_gradient=self.policy.neighbour_gradient,
         )
 
 
@@ -244,23 +253,25 @@ def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
 # ---- messages
 
 
-def _no_chain(found: Chains) -> str:
+def _no_chain(found: Chains) -> Nothing:
     reasons = "; ".join(f"`{path}`: {why}" for path, why in list(found.refused.items())[:4])
     more = f" ({len(found.refused) - 4} more in replfx.inspect)" if len(found.refused) > 4 else ""
-    return (
-        f"no chain of {SHORTEST} blocks of one kind was found, so nothing can be replaced"
-        f"{': ' + reasons if reasons else '; the model has no repeated blocks'}{more}"
-    )
+    note = f"no chain of {SHORTEST} blocks of one kind was found, so nothing can be replaced"
+    if not reasons:
+        note += "; the model has no repeated blocks"
+    return Nothing(f"{note}: {reasons}{more}" if reasons else note, note)
 
 
-def _nothing_left(policy: Policy, chains: Sequence[Chain], found: Chains, refused: Mapping[str, str]) -> str:
+def _nothing_left(policy: Policy, chains: Sequence[Chain], found: Chains, refused: Mapping[str, str]) -> Nothing:
     """Why nothing is left to replace: what the operator lacks in the blocks that were chosen, then what was known."""
     longest = max(len(chain.blocks) for chain in chains)
     declined = [(path, why) for path, why in refused.items() if path not in found.refused]
     obstacles = [(b.path, b.obstacle) for chain in found.chains for b in chain.blocks if b.obstacle]
-    reasons = [f"`{path}`: {why}" for path, why in (*declined, *obstacles, *found.refused.items())]
+    reasons = tuple(f"`{path}`: {why}" for path, why in (*declined, *obstacles, *found.refused.items()))[:4]
     if reasons:
-        return f"nothing can be replaced: {'; '.join(reasons[:4])}"
+        note = "nothing can be replaced"
+        return Nothing(f"{note}: {'; '.join(reasons)}", note, reasons)
     asked = next(f"{name}={getattr(policy, name)}" for name in RULES if getattr(policy, name) is not None)
     part = " part of a chain in one pipeline stage" if any(c.before or c.after for c in chains) else " chain"
-    return f"{asked} replaces nothing: the longest{part} has {longest} blocks; every=2 replaces at least one of three"
+    note, least = f"{asked} replaces nothing", "every=2 replaces at least one of three"
+    return Nothing(f"{note}: the longest{part} has {longest} blocks; {least}", note)
