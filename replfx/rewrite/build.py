@@ -201,7 +201,7 @@ class _Builder:
         choice = self.replacement.operator
         try:
             return operators[choice.name](block, self.replacement.interface, **choice.options)
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, PlanError) as error:
             raise FusionError(
                 f"`{self.path}`: operator {choice.name!r} does not take the options {dict(choice.options)}: "
                 f"{of_options(error)}"
