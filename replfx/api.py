@@ -2,27 +2,24 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from replfx.calibration import calibrate as fit
 from replfx.chains.find import find_chains
-from replfx.chains.policy import Choosable, Rules, policy_of
+from replfx.chains.policy import RULES, Choosable, Options, Policy, policy_of
 from replfx.chains.select import select as select_blocks
 from replfx.errors import CalibrationError, FusionError, NoChainError, PlanError, VerifyError
 from replfx.fusion.registry import AUTO
 from replfx.modules.copying import faithful_copy, structural_copy
 from replfx.plans import Plan, has_regions
 from replfx.reports.describe import describe_chains, describe_plan, with_costs, with_layers
-from replfx.reports.report import Report, expecting
+from replfx.reports.expectation import Expectation
+from replfx.reports.report import Report
 from replfx.rewrite.build import build, install, refuse_transformed
 from replfx.rewrite.carry_out import carry_out, prepare, prepare_plan
 from replfx.rewrite.state import mark, state_of
 from replfx.tracing import ExampleInputs, HeldElsewhereError, Inputs, capture_lazily, check_is_whole
-
-if TYPE_CHECKING:
-    from replfx.budget import Chosen
 
 __all__ = ["apply", "inspect", "plan", "report", "transform"]
 
@@ -75,7 +72,7 @@ def transform(
             {"time": 0.75} (of the full model's step), {"parameters": 0.6} (of its trainable ones), or several. Steps
             and blocks are measured on `example_inputs`, the batch that you train with, where the model is; the report
             says what to expect (docs/budget.md). Instead of every=, fraction=, keep= and select=.
-        plan: a plan made before, instead of a policy.
+        plan: a plan made before, instead of all options above that say what is replaced and how.
         calibrate: batches for a pretrained model: each replaced block starts where it best imitates the block that it
             was, as `replfx.calibrate` has it.
         inplace: change `model` itself rather than a copy.
@@ -99,28 +96,31 @@ def transform(
         ['blocks.1', 'blocks.3', 'blocks.5', 'blocks.7', 'blocks.9']
         >>> optimizer = torch.optim.AdamW(model.parameters())
     """
-    given: Rules = {"every": every, "fraction": fraction, "keep": keep, "select": select}
     if calibrate is not None and inplace:
         raise CalibrationError(
             "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
         )
+    options: Options = {
+        "every": every,
+        "fraction": fraction,
+        "keep": keep,
+        "select": select,
+        "split_at": split_at,
+        "fusion": fusion,
+        "operator": operator,
+        "neighbour_gradient": neighbour_gradient,
+    }
     if plan is not None:
-        _refuse_both("plan", {**given, "split_at": split_at, "budget": budget})
-    expected = None
-    if budget is not None:
-        chosen = _within(model, example_inputs, budget, given, fusion, operator, split_at)
-        given, operator, expected = {"select": chosen.paths}, chosen.operator, chosen.expected
-        plan = None if chosen.paths else Plan(type(model).__name__)  # the model is within it as it is
-    if plan is not None:
-        made = apply(model, plan, example_inputs, inplace=inplace)
+        _refuse_both("plan", {**options, "budget": budget})
+        policy, expected = None, None
     else:
-        policy = policy_of(
-            **given, split_at=split_at, fusion=fusion, operator=operator, neighbour_gradient=neighbour_gradient
-        )
-        _refuse_transformed(model)
+        policy, expected = _resolve(model, example_inputs, options, budget)
+    if policy is None:
+        made = apply(model, Plan(type(model).__name__) if plan is None else plan, example_inputs, inplace=inplace)
+    else:
         made = carry_out(prepare(model, model if inplace else faithful_copy(model), example_inputs, policy))
     if expected is not None:
-        state_of(made).report = expecting(state_of(made).report, expected)
+        state_of(made).report = replace(state_of(made).report, expected=expected)
     if calibrate is not None:
         fit(made, model, calibrate)
     return made
@@ -159,7 +159,7 @@ def inspect(
         try:
             return state_of(carry_out(prepared)).report
         except NoChainError as error:
-            return prepared.with_note(str(error).partition(":")[0])
+            return prepared.with_note(error.note)
         except (VerifyError, FusionError, PlanError) as error:
             refused = prepared.with_note(f"nothing can be replaced: {error}")
     except HeldElsewhereError as error:
@@ -207,19 +207,22 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
-    given: Rules = {"every": every, "fraction": fraction, "keep": keep, "select": select}
-    if budget is not None:
-        chosen = _within(model, example_inputs, budget, given, fusion, operator, split_at)
-        given, operator = {"select": chosen.paths}, chosen.operator
-        if not chosen.paths:
-            return Plan(type(model).__name__)  # the model is within it as it is
-    policy = policy_of(
-        **given, split_at=split_at, fusion=fusion, operator=operator, neighbour_gradient=neighbour_gradient
-    )
-    _refuse_transformed(model)
+    options: Options = {
+        "every": every,
+        "fraction": fraction,
+        "keep": keep,
+        "select": select,
+        "split_at": split_at,
+        "fusion": fusion,
+        "operator": operator,
+        "neighbour_gradient": neighbour_gradient,
+    }
+    policy, _ = _resolve(model, example_inputs, options, budget)
+    if policy is None:
+        return Plan(type(model).__name__)  # the model is within its budget as it is
     selection = select_blocks(find_chains(capture_lazily(model, example_inputs)), policy)
     if selection.nothing is not None:
-        raise NoChainError(selection.nothing)
+        raise NoChainError(*selection.nothing)
     return selection.plan
 
 
@@ -260,26 +263,30 @@ def apply(
 
 
 def _refuse_both(one: str, others: Mapping[str, object]) -> None:
-    """Two ways of saying which blocks are replaced are one too many."""
-    if named := [name for name, value in others.items() if value is not None]:
+    """What is said already is not to be said by other options too."""
+    defaults = {"fusion": AUTO, "operator": AUTO, "neighbour_gradient": 1.0}
+    if named := [name for name, value in others.items() if value != defaults.get(name)]:
         raise PlanError(f"give {one}= or {named[0]}=, not both")
 
 
-def _within(
-    model: nn.Module,
-    example_inputs: ExampleInputs | None,
-    budget: Mapping[str, object],
-    others: Mapping[str, object],
-    fusion: Choosable,
-    operator: Choosable,
-    split_at: str | Sequence[str] | None,
-) -> "Chosen":
-    """What is within a budget, where none of the other ways of choosing blocks is taken too."""
-    _refuse_both("budget", others)
+def _resolve(
+    model: nn.Module, example_inputs: ExampleInputs | None, options: Options, budget: Mapping[str, object] | None
+) -> tuple[Policy | None, Expectation | None]:
+    """The policy that a user's options ask for, None where the model is within its budget as it is; what it costs."""
+    if budget is None:
+        policy = policy_of(**options)
+        _refuse_transformed(model)
+        return policy, None
+    _refuse_both("budget", {name: value for name, value in options.items() if name in RULES})
     from replfx.budget import choose  # which transforms models itself, and is slow to import
 
     _refuse_transformed(model)
-    return choose(model, example_inputs, budget, fusion=fusion, operator=operator, split_at=split_at)
+    split_at, fusion, operator = options["split_at"], options["fusion"], options["operator"]
+    chosen = choose(model, example_inputs, budget, fusion=fusion, operator=operator, split_at=split_at)
+    if not chosen.paths:
+        return None, chosen.expected
+    options = {**options, "select": chosen.paths, "operator": chosen.operator}
+    return replace(policy_of(**options), budgeted=True), chosen.expected
 
 
 def _not_copied(model: nn.Module, example_inputs: ExampleInputs | None, error: Exception) -> Report:

@@ -38,7 +38,16 @@ class CompileError(ReplfxError):
 
 
 class NoChainError(ReplfxError):
-    """Nothing in the model can be replaced; the message gives the reason for the nearest candidates."""
+    """Nothing in the model can be replaced; the message gives the reason for the nearest candidates.
+
+    Attributes:
+        note: that nothing can be, in a few words.
+        reasons: why, of the nearest candidates first.
+    """
+
+    def __init__(self, message: str, note: str | None = None, reasons: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.note, self.reasons = note or message, tuple(reasons) or (message,)
 
 
 class PlanError(ReplfxError):

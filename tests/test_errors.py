@@ -69,6 +69,22 @@ def test_a_plan_of_the_wrong_type() -> None:
     refuse(replfx.PlanError, "plan= or every=, not both", replfx.transform, model, plan=replfx.plan(model), every=2)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("fusion", "channel"),
+        ("operator", {"name": "light"}),
+        ("neighbour_gradient", 0.0),
+        ("split_at", ["blocks.2"]),
+        ("budget", {"parameters": 0.9}),
+    ],
+)
+def test_a_plan_says_how_blocks_are_replaced_too(option: str, value: object) -> None:
+    model, message = tower(5), f"give plan= or {option}=, not both"
+    plan = replfx.plan(model, operator="identity")
+    refuse(replfx.PlanError, message, replfx.transform, model, plan=plan, **{option: value})
+
+
 @inplace
 @pytest.mark.parametrize(
     ("inputs", "message"),

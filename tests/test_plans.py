@@ -151,7 +151,11 @@ def hostile() -> list[tuple[str, Any, str]]:
             changed(put(*FIRST, "interface", "inputs", value=[])),
             "'inputs' must be a list of slot names",
         ),
-        ("inputs numbers", changed(put(*FIRST, "interface", "inputs", value=[0])), "list of slot names"),
+        (
+            "inputs numbers",
+            changed(put(*FIRST, "interface", "inputs", value=[0])),
+            "'inputs', item 0 must be str",
+        ),
         ("output list", changed(put(*FIRST, "interface", "output", value=[])), "its output holds a list"),
         ("output key", changed(put(*FIRST, "interface", "output", value={"call": "os"})), "its output has 'call'"),
         ("output keys", changed(put(*FIRST, "interface", "output", value={"input": "0", "tuple": []})), "one key"),
@@ -206,7 +210,7 @@ WELL_FORMED = [
     ("no options", put(*FIRST, "operator", "options", value={}), "malformed|options"),
     ("no such map", put(*FIRST, "operator", "options", "maps", value=["x", "y"]), "does not take the options"),
     ("private map", put(*FIRST, "operator", "options", "maps", value=["__class__", "fc2.weight"]), "lack"),
-    ("maps number", put(*FIRST, "operator", "options", "maps", value=3), "malformed"),
+    ("maps number", put(*FIRST, "operator", "options", "maps", value=3), "'maps' must be list, not int"),
     ("maps numbers", put(*FIRST, "operator", "options", "maps", value=[1, 2]), "options|malformed"),
     ("kind of light", put(*FIRST, "operator", "options", "kind", value="magic"), "no kind 'magic'"),
     ("kind list", put(*FIRST, "operator", "options", "kind", value=[]), "kind|malformed"),
@@ -236,7 +240,7 @@ def test_well_formed_but_hostile(change: Callable[[Any], object], message: str, 
 
 @pytest.mark.parametrize("slot", ["", ".", "-1", "0.", "x y", "__import__('os')", "0.-1"])
 def test_slots_that_no_call_can_have(slot: str) -> None:
-    with pytest.raises(replfx.PlanError, match="replacement 0: 'inputs' must be a list of slot names"):
+    with pytest.raises(replfx.PlanError, match="replacement 0, 'interface', 'inputs' must be a list of slot names"):
         Plan.from_json(changed(put(*FIRST, "interface", "inputs", value=[slot])))
     with pytest.raises(replfx.PlanError, match="which is no slot"):
         Plan.from_json(changed(put(*FIRST, "interface", "output", value={"input": slot})))

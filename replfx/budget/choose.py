@@ -126,7 +126,7 @@ class _Found:
                 made, paths = self._replaced(everywhere), tuple(r.path for r in everywhere.replacements)
                 first = {r.path for r in self._plan(chosen, every=2).replacements}
             except (NoChainError, FusionError) as error:
-                refused[name] = str(error).removeprefix("nothing can be replaced: ").partition(";")[0]
+                refused[name] = error.reasons[0] if isinstance(error, NoChainError) else str(error)
                 continue
             twins.append(Twin(name, made, paths, first & set(paths)))
         if not twins:
@@ -141,7 +141,7 @@ class _Found:
         )
         selection = select(self._chains, policy)
         if selection.nothing is not None:
-            raise NoChainError(selection.nothing)
+            raise NoChainError(*selection.nothing)
         return selection.plan
 
     def planned(self, chosen: Chosen) -> nn.Module:

@@ -7,9 +7,7 @@ from replfx.operators import Site
 from replfx.regions.region import Region
 from replfx.tracing import CaptureInfo, ModuleCall
 
-__all__ = ["Block", "Chain", "Chains", "some"]
-
-_MOST = 12  # paths in a message
+__all__ = ["Block", "Chain", "Chains"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,12 +139,6 @@ def _rows(positions: Sequence[int]) -> list[list[int]]:
             rows.append([])
         rows[-1].append(position)
     return rows
-
-
-def some(paths: Sequence[str]) -> str:
-    """The first of these paths, for a message."""
-    more = f", … ({len(paths) - _MOST} more)" if len(paths) > _MOST else ""
-    return ", ".join(paths[:_MOST]) + more
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,20 +1,23 @@
 """Policies: which blocks are replaced, and by what, as the options of `transform` say."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias, TypedDict, Unpack
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from replfx.errors import PlanError
-from replfx.fusion import Choice, fusions
+from replfx.fusion import Choice
 from replfx.fusion.registry import AUTO
+from replfx.modules.paths import as_paths
 from replfx.operators.auto import resolve_auto
-from replfx.operators.base import operators
+from replfx.plans import check_gradient
 
 __all__ = ["RULES", "Choosable", "Options", "Policy", "Rules", "policy_of"]
 
 Choosable: TypeAlias = str | Mapping[str, object] | Choice
 
 RULES = ("every", "fraction", "select", "keep")
+
+_AUTO = Choice(AUTO)
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,11 @@ class Policy:
     fraction: float | None = None
     select: tuple[str, ...] | None = None
     keep: int | float | None = None
-    fusion: Choice = field(default_factory=lambda: Choice("scalar"))
-    operator: Choice = field(default_factory=lambda: Choice("block"))
+    fusion: Choice = _AUTO
+    operator: Choice = _AUTO
     neighbour_gradient: float = 1.0
     split_at: tuple[str, ...] = ()
+    budgeted: bool = False  # `select` is not the user's, but what a budget leaves
 
     def __post_init__(self) -> None:
         given = [name for name in RULES if getattr(self, name) is not None]
@@ -42,10 +46,9 @@ class Policy:
             raise PlanError(f"every must be a whole number, not {self.every!r}")
         if self.every is not None and self.every < 2:
             raise PlanError(f"every={self.every}: a replaced block needs a kept one on each side, so at least 2")
-        for name in ("fraction", "keep", "neighbour_gradient"):
+        for name in ("fraction", "keep"):
             value = getattr(self, name)
-            said = value is not None or name == "neighbour_gradient"
-            if said and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise PlanError(f"{name} must be a number, not {value!r}")
         if self.fraction is not None and not 0 < self.fraction <= 0.5:
             raise PlanError(f"fraction={self.fraction}: must be over 0 and at most 0.5, half of a chain's blocks")
@@ -53,11 +56,9 @@ class Policy:
             raise PlanError(f"keep={self.keep}: the first and the last block of a chain always stay, so at least 2")
         if isinstance(self.keep, float) and not 0 < self.keep < 1:
             raise PlanError(f"keep={self.keep}: a share of the blocks is between 0 and 1; a number of them is an int")
-        if not 0 <= self.neighbour_gradient <= 1:
-            raise PlanError(f"neighbour_gradient={self.neighbour_gradient}: must be between 0 and 1")
-        if not all(isinstance(path, str) for path in self.split_at):
-            raise PlanError(f"split_at must be a module path or a sequence of them, not {self.split_at!r}")
-        fusions[self.fusion.name], operators[self.operator.name]  # an unknown name raises here
+        check_gradient(self.neighbour_gradient)
+        for name, choice in zip(("operator", "fusion"), resolve_auto(self.operator, self.fusion), strict=True):
+            object.__setattr__(self, name, choice)
 
 
 class Rules(TypedDict, total=False):
@@ -85,26 +86,15 @@ def policy_of(**options: Unpack[Options]) -> Policy:
         PlanError: an impossible selection.
         FusionError: an unknown fusion or operator.
     """
-    select, split_at = options.get("select"), options.get("split_at")
-    rules = {name: options.get(name) for name in RULES}
-    chosen, fused = resolve_auto(
-        Choice.of(options.get("operator", AUTO), "operator"), Choice.of(options.get("fusion", AUTO), "fusion")
-    )
+    given: dict[str, Any] = {**options}
+    if all(given.get(name) is None for name in RULES):
+        given["every"] = 2
+    for name in ("operator", "fusion"):
+        if name in given:
+            given[name] = Choice.of(given[name], name)
+    if given.get("select") is not None:
+        given["select"] = as_paths(given["select"], "select", "a path or a glob,")
+    split_at = given.pop("split_at", None)
     return Policy(
-        every=2 if all(value is None for value in rules.values()) else options.get("every"),
-        fraction=options.get("fraction"),
-        keep=options.get("keep"),
-        select=None if select is None else _paths(select, "select must be a path or a glob, or"),
-        fusion=fused,
-        operator=chosen,
-        neighbour_gradient=options.get("neighbour_gradient", 1.0),
-        split_at=() if split_at is None else _paths(split_at, "split_at must be a module path or"),
+        **given, split_at=as_paths(split_at, "split_at", "a module path") if split_at not in (None, (), []) else ()
     )
-
-
-def _paths(given: str | Sequence[str], must: str) -> tuple[str, ...]:
-    if isinstance(given, str):
-        return (given,)
-    if not isinstance(given, Iterable):
-        raise PlanError(f"{must} a sequence of them, not {given!r}")
-    return tuple(given)

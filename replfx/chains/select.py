@@ -2,15 +2,15 @@
 
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-from replfx.chains.chain import Block, Chain, Chains, some
+from replfx.chains.chain import Block, Chain, Chains
 from replfx.chains.policy import RULES, Policy
 from replfx.chains.stages import cut_chains
 from replfx.errors import FusionError, PlanError
 from replfx.fusion import Choice, fusions
 from replfx.fusion.fusions import LinearFusion
-from replfx.modules.paths import is_named
+from replfx.modules.paths import is_named, named, some
 from replfx.modules.structure import block_digest
 from replfx.operators import Match, Site
 from replfx.operators.base import operators
@@ -20,10 +20,15 @@ from replfx.plans import Plan, Replacement
 from replfx.regions.obstacles import too_unlike
 from replfx.regions.pieces import SHORTEST
 
-__all__ = ["NOT_SELECTED", "Selection", "reads", "select"]
+__all__ = ["Nothing", "Selection", "reads", "select"]
 
-NOT_SELECTED = "select does not name it"
-"""Why a block stays where others were selected."""
+
+class Nothing(NamedTuple):
+    """Why nothing is replaced, as `NoChainError` takes it."""
+
+    message: str
+    note: str
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +39,7 @@ class Selection:
     kept: Mapping[str, str]  # blocks of a chain that are not replaced, with the reason
     # Blocks that cannot be replaced, with the reason: those in no chain, and those that the operator does not fit.
     refused: Mapping[str, str]
-    nothing: str | None = None  # why nothing is replaced; None if something is
+    nothing: Nothing | None = None  # why nothing is replaced; None if something is
 
 
 def select(found: Chains, policy: Policy) -> Selection:
@@ -47,7 +52,7 @@ def select(found: Chains, policy: Policy) -> Selection:
     model = type(found.capture.root).__name__
     if not found.chains:
         return Selection(Plan(model, ()), {}, found.refused, _no_chain(found))
-    wanted = None if policy.select is None else _matches(policy.select, found)
+    wanted = None if policy.select is None else _wanted(policy.select, found)
     chooser, kept, replacements = _Chooser(policy, dict(found.refused)), dict[str, str](), list[Replacement]()
     chains = cut_chains(found, policy.split_at)
     for chain in chains:
@@ -129,7 +134,7 @@ class _Chooser:
         if end is not None and (self.policy.select is None or self.operator.needs_neighbours):
             return end
         if self.policy.select is not None:
-            return NOT_SELECTED
+            return "the budget leaves it" if self.policy.budgeted else "select does not name it"
         if block.changing:
             return block.changing
         if self.policy.fraction is not None:
@@ -156,7 +161,7 @@ class _Chooser:
             kind=block_digest(site.block),
             previous_kind=previous_kind,
             next_kind=next_kind,
-            neighbour_gradient=float(self.policy.neighbour_gradient),
+            neighbour_gradient=self.policy.neighbour_gradient,
         )
 
 
@@ -210,30 +215,22 @@ def _not_kept(block: Block, site: Site) -> str | None:
 # ---- select=
 
 
-def _matches(globs: Sequence[str], found: Chains) -> set[str]:
-    """The blocks of chains that the globs name; each glob must name at least one."""
-    if not globs or isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
-        raise PlanError(f"select must be a path or a glob, or a sequence of them, not {globs!r}")
+def _wanted(globs: Sequence[str], found: Chains) -> Set[str]:
+    """The blocks of chains that the globs name."""
     in_chain = [path for chain in found.chains for path in chain.paths]
-    chosen: set[str] = set()
-    for glob in globs:
-        matched = [path for path in in_chain if is_named(path, glob)]
-        if not matched:
-            raise PlanError(_no_match(glob, in_chain, found))
-        chosen.update(matched)
-    return chosen
+
+    def no_match(glob: str) -> str:
+        if glob in found.refused:
+            return f"`{glob}` cannot be replaced: {found.refused[glob]}"
+        modules = [path for path, _ in found.capture.root.named_modules() if path and is_named(path, glob)]
+        if modules:
+            return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {some(in_chain)}"
+        return f"select={glob!r} matches nothing; blocks that are in a chain: {some(in_chain)}"
+
+    return set(named(globs, in_chain, "select", no_match))
 
 
-def _no_match(glob: str, in_chain: list[str], found: Chains) -> str:
-    if glob in found.refused:
-        return f"`{glob}` cannot be replaced: {found.refused[glob]}"
-    modules = [p for p, _ in found.capture.root.named_modules() if p and fnmatchcase(p, glob)]
-    if modules:
-        return f"select={glob!r} matches `{modules[0]}`, which is no block of a chain; blocks are: {some(in_chain)}"
-    return f"select={glob!r} matches nothing; blocks that are in a chain: {some(in_chain)}"
-
-
-def _selected(wanted: set[str], chain: Chain) -> list[int]:
+def _selected(wanted: Set[str], chain: Chain) -> list[int]:
     positions = [i for i, path in enumerate(chain.paths) if path in wanted]
     for i in positions:
         if chain.blocks[i].obstacle is not None:
@@ -256,23 +253,25 @@ def _check_neighbours(chain: Chain, position: int, positions: Set[int]) -> None:
 # ---- messages
 
 
-def _no_chain(found: Chains) -> str:
+def _no_chain(found: Chains) -> Nothing:
     reasons = "; ".join(f"`{path}`: {why}" for path, why in list(found.refused.items())[:4])
     more = f" ({len(found.refused) - 4} more in replfx.inspect)" if len(found.refused) > 4 else ""
-    return (
-        f"no chain of {SHORTEST} blocks of one kind was found, so nothing can be replaced"
-        f"{': ' + reasons if reasons else '; the model has no repeated blocks'}{more}"
-    )
+    note = f"no chain of {SHORTEST} blocks of one kind was found, so nothing can be replaced"
+    if not reasons:
+        note += "; the model has no repeated blocks"
+    return Nothing(f"{note}: {reasons}{more}" if reasons else note, note)
 
 
-def _nothing_left(policy: Policy, chains: Sequence[Chain], found: Chains, refused: Mapping[str, str]) -> str:
+def _nothing_left(policy: Policy, chains: Sequence[Chain], found: Chains, refused: Mapping[str, str]) -> Nothing:
     """Why nothing is left to replace: what the operator lacks in the blocks that were chosen, then what was known."""
     longest = max(len(chain.blocks) for chain in chains)
     declined = [(path, why) for path, why in refused.items() if path not in found.refused]
     obstacles = [(b.path, b.obstacle) for chain in found.chains for b in chain.blocks if b.obstacle]
-    reasons = [f"`{path}`: {why}" for path, why in (*declined, *obstacles, *found.refused.items())]
+    reasons = tuple(f"`{path}`: {why}" for path, why in (*declined, *obstacles, *found.refused.items()))[:4]
     if reasons:
-        return f"nothing can be replaced: {'; '.join(reasons[:4])}"
+        note = "nothing can be replaced"
+        return Nothing(f"{note}: {'; '.join(reasons)}", note, reasons)
     asked = next(f"{name}={getattr(policy, name)}" for name in RULES if getattr(policy, name) is not None)
     part = " part of a chain in one pipeline stage" if any(c.before or c.after for c in chains) else " chain"
-    return f"{asked} replaces nothing: the longest{part} has {longest} blocks; every=2 replaces at least one of three"
+    note, least = f"{asked} replaces nothing", "every=2 replaces at least one of three"
+    return Nothing(f"{note}: the longest{part} has {longest} blocks; {least}", note)

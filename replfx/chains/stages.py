@@ -4,8 +4,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import groupby
 
-from replfx.chains.chain import Chain, Chains, some
+from replfx.chains.chain import Chain, Chains
 from replfx.errors import PlanError
+from replfx.modules.paths import some
 
 __all__ = ["cut_chains"]
 

@@ -238,7 +238,7 @@ class ReplacingBackend:
         if selection.nothing is not None:
             regions = [block.region for block in found.blocks.values()]
             hint = _FILLED if any(region is not None and region.aside for region in regions) else ""
-            self._note(f"in a graph of {len(found.capture.nodes)} nodes, {selection.nothing}{hint}")
+            self._note(f"in a graph of {len(found.capture.nodes)} nodes, {selection.nothing.message}{hint}")
         return selection.plan.replacements
 
     def _remember(self, found: Chains, replacements: Sequence[Replacement], real: Set[int]) -> None:

@@ -5,18 +5,20 @@ number, and the model asks some of them how many tokens they have: positions and
 attention runs, zeros of the same shape are appended, which nobody attends to: every layer counts the same tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor, fx
 
+from replfx.fusion.templates import is_slot
 from replfx.modules.tree import is_cache
+from replfx.plain_data import Rule
 
 __all__ = ["Filled"]
+
+_Number: TypeAlias = Annotated[int, Rule("at least 0", lambda number: number >= 0)]
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Filled:
         keys, values: heads and width of what is appended, between which is the number of tokens.
     """
 
-    slot: str
-    at: tuple[str, ...]
-    layer: int
-    keys: tuple[int, int]
-    values: tuple[int, int]
+    slot: Annotated[str, Rule("a position or a name", lambda slot: is_slot(slot) and "." not in slot)]
+    at: tuple[Annotated[str, Rule("an attribute", lambda name: name.isidentifier() and name[0] != "_")], ...]
+    layer: _Number
+    keys: tuple[_Number, _Number]
+    values: tuple[_Number, _Number]
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from replfx.errors import PlanError
 from replfx.fusion.caches import Filled
-from replfx.fusion.templates import Field, fill, leaves
+from replfx.fusion.templates import Field, fill, is_slot, leaves
+from replfx.plain_data import Rule
 
 __all__ = ["Interface", "read_slot"]
 
@@ -29,7 +30,7 @@ class Interface:
         effects: it puts something else into an object that it is given, or what it fills is read by others.
     """
 
-    inputs: tuple[str, ...]
+    inputs: Annotated[tuple[str, ...], Rule("a list of slot names", lambda slots: slots and all(map(is_slot, slots)))]
     output: object
     fills: tuple[Filled, ...] = ()
     effects: bool = False

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 from replfx.errors import FusionError
+from replfx.plain_data import Rule
 
 __all__ = ["AUTO", "Choice", "Registry"]
 
@@ -20,7 +21,9 @@ class Choice:
     """A name out of a registry with its options: `Choice("channel", {"initial": 0.7})`."""
 
     name: str
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Annotated[Mapping[str, object], Rule("without a 'name'", lambda options: "name" not in options)] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         # As JSON gives them back, so that a plan equals the one that comes out of its own text.

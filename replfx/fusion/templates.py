@@ -8,10 +8,11 @@ from typing import Any
 
 from replfx.errors import PlanError
 
-__all__ = ["Field", "fill", "leaves", "name_of_class"]
+__all__ = ["Field", "check", "fill", "is_slot", "leaves", "name_of_class"]
 
-_CONTAINERS = ("tuple", "list", "dict", "object")
-_OPEN = ("input", "computed", "unread")
+_CONTAINERS = {"tuple": list, "list": list, "dict": dict, "object": dict}
+_KINDS = {**_CONTAINERS, "input": str, "computed": bool, "unread": bool}
+_DEEPEST = 32
 
 
 class Field(str):
@@ -27,6 +28,8 @@ def leaves(template: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
         >>> list(leaves({"tuple": [{"input": "0"}, {"unread": True}, 3]}))
         [((0,), 'input', '0'), ((1,), 'unread', True), ((2,), 'constant', 3)]
     """
+    if len(at) > _DEEPEST:
+        raise PlanError(f"its output is nested deeper than {_DEEPEST}")
     kind, inner = _opened(template)
     if kind not in _CONTAINERS:
         yield at, kind, inner
@@ -76,10 +79,29 @@ def _class_named(name: str) -> Any:
         raise PlanError(f"a block gives a {name}, and there is no such class: import what defines it first") from error
 
 
+def check(template: object) -> None:
+    """Raise a PlanError if it is no template, as JSON may have it."""
+    for _, kind, value in leaves(template):
+        if kind == "input" and not is_slot(value):
+            raise PlanError(f"its output names the input {value!r}, which is no slot")
+        if kind == "constant" and value is not None and not isinstance(value, bool | int | float | str):
+            raise PlanError(f"its output holds a {type(value).__name__}")
+
+
+def is_slot(value: object) -> bool:
+    """Whether a string, or anything else, names an input of a call."""
+    return isinstance(value, str) and all(part.isdecimal() or part.isidentifier() for part in value.split("."))
+
+
 def _opened(template: object) -> tuple[str, Any]:
     if not isinstance(template, Mapping):
         return "constant", template
+    if len(template) != 1:
+        raise PlanError("each part of its output must have one key")
     ((kind, inner),) = template.items()
-    if kind not in (*_CONTAINERS, *_OPEN):
-        raise PlanError(f"the plan's output template has {template!r}, which no operator can give")
+    held = type(inner)
+    if held is not _KINDS.get(kind):
+        raise PlanError(f"its output has {kind!r}: {held.__name__}")
+    if kind == "object" and (len(inner) != 2 or [type(inner.get(name)) for name in ("class", "fields")] != [str, dict]):
+        raise PlanError(f"an object of its output must have a class and fields, not {inner!r:.60}")
     return kind, inner

@@ -10,16 +10,18 @@ module until it is replaced: in the rewritten graph it is `replaced_weights_3`.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from replfx.errors import PlanError
 from replfx.modules.structure import redirect, set_submodule
 from replfx.modules.tree import inner_path
 
 __all__ = [
     "ancestors",
+    "as_paths",
     "bare_path",
     "block_at",
     "head_of",
@@ -27,14 +29,17 @@ __all__ = [
     "is_region",
     "is_window",
     "members_of",
+    "named",
     "parameters_of",
     "parent_of",
     "put_blocks",
     "region_path",
+    "some",
     "window_path",
 ]
 
 _WINDOW = re.compile(r"(?P<parent>.*)\[(?P<start>\d+):(?P<stop>\d+)\]")
+_MOST = 12  # paths in a message
 
 
 def ancestors(path: str) -> Iterator[str]:
@@ -76,6 +81,41 @@ def is_region(path: str) -> bool:
 def is_named(path: str, glob: str) -> bool:
     """Whether a path or a glob names a block; a window's own path ("[3:5]") would be a glob of other names."""
     return path == glob or fnmatchcase(path, glob)
+
+
+def named(
+    globs: object, paths: Iterable[str], option: str, no_match: Callable[[str], str | None] = lambda glob: None
+) -> list[str]:
+    """Those of some blocks' paths that a user's paths and globs name, in the order of the blocks.
+
+    Args:
+        globs: one, or a sequence of them; each must name at least one block.
+        paths: of the blocks that may be named, the replaced ones as a rule.
+        option: what the user calls it, for messages.
+        no_match: what more is known of a glob that names none.
+
+    Raises:
+        PlanError: what is given are no paths or globs, or one of them names nothing.
+    """
+    wanted, known = as_paths(globs, option, "a path or a glob,"), list(paths)
+    for glob in wanted:
+        if not any(is_named(path, glob) for path in known):
+            raise PlanError(no_match(glob) or f"{option}={glob!r} matches no replaced block; they are: {some(known)}")
+    return [path for path in known if any(is_named(path, glob) for glob in wanted)]
+
+
+def as_paths(given: object, option: str, what: str) -> tuple[str, ...]:
+    """A user's path, or several of them; a PlanError that says what is wanted if it is anything else."""
+    paths = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else ()
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise PlanError(f"{option} must be {what} or a sequence of them, not {given!r}")
+    return paths
+
+
+def some(paths: Sequence[str]) -> str:
+    """The first of these paths, for a message."""
+    more = f", … ({len(paths) - _MOST} more)" if len(paths) > _MOST else ""
+    return ", ".join(paths[:_MOST]) + more
 
 
 def parent_of(path: str) -> str | None:

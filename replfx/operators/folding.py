@@ -22,7 +22,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,9 +35,7 @@ from replfx.operators.residual import Branch, Residual, gives, is_passing, is_re
 
 __all__ = ["Fold", "branch_silencers", "fold_of", "identity_fold", "set_linear", "silence"]
 
-_PATHS = ("norm", "first", "inner", "last", "entry")
 _NEAR = 1e-10  # a branch that gives anything gives something of the size of its weights
-_LISTS = ("silenced", "scales", "columns")
 
 _Run: TypeAlias = Callable[..., Mapping[fx.Node, Tensor]]
 """Gives values of nodes, for keyword arguments `weights` and `training`."""
@@ -66,23 +64,6 @@ class Fold:
     entry: str | None = None
     scales: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, options: Mapping[str, Any]) -> "Fold":
-        """From a plan's JSON.
-
-        Raises:
-            FusionError: it is not a fold.
-        """
-        try:
-            lists = {name: tuple(options.get(name, ())) for name in _LISTS}
-            fold = cls(**{**options, **lists})
-        except TypeError as error:
-            raise FusionError(f"the fold is malformed: {error!r}") from error
-        paths = [path for name in _PATHS if (path := getattr(fold, name)) is not None]
-        if not all(isinstance(path, str) for path in (*fold.silenced, *fold.scales, *fold.columns, *paths)):
-            raise FusionError(f"the fold is malformed: {fold}")
-        return fold
 
 
 # ---- what can be silenced

@@ -13,6 +13,7 @@ from replfx.operators.base import Match, Operator, Site, operators
 from replfx.operators.folding import Fold, identity_fold, silence
 from replfx.operators.outer_sum import is_branch
 from replfx.operators.plain import plain_module
+from replfx.plain_data import read_dataclass
 
 __all__ = ["IdentityOperator"]
 
@@ -43,7 +44,7 @@ class IdentityOperator(Operator):
     ) -> None:
         super().__init__(block, interface)
         self.branch = branch
-        self.fold = fold if isinstance(fold, str) else Fold.read(fold)
+        self.fold = fold if isinstance(fold, str) else read_dataclass(Fold, fold, "fold")
 
     @classmethod
     def match(cls, site: Site) -> Match:

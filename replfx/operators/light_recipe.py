@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,12 @@ from torch import Tensor, nn
 from replfx.errors import FusionError
 from replfx.operators.anatomy import Anatomy, fits_alone
 from replfx.operators.folding import Fold
+from replfx.plain_data import Rule, read_dataclass
 
 __all__ = ["LightRecipe"]
 
 _KINDS = ("depthwise", "conv", "product")
-_FIELDS = {
-    "kind": str,
-    "norm": str | None,
-    "norm_first": bool,
-    "norm_last_dim": bool,
-    "activation": str | None,
-    "dims": int | None,
-}
+_Range: TypeAlias = Annotated[tuple[int, int], Rule("a range of rows", lambda rows: 0 <= rows[0] < rows[1])]
 
 
 @dataclass(frozen=True)
@@ -45,12 +39,12 @@ class LightRecipe:
 
     kind: str
     maps: tuple[str, ...]
-    rows: tuple[int, int] | None
-    norm: str | None
+    rows: _Range | None
+    norm: Annotated[str | None, Rule("a path in the block", lambda path: path != "")]
     norm_first: bool
     norm_last_dim: bool
     activation: str | None
-    taken: tuple[tuple[int, int], ...] | None = None
+    taken: tuple[_Range, ...] | None = None
     columns: tuple[str, ...] = ()
     dims: int | None = None
     fold: Fold | str = "its plan was made before light operators could be unrolled"
@@ -60,28 +54,10 @@ class LightRecipe:
         """From a plan's JSON.
 
         Raises:
-            FusionError: it is not a recipe.
+            PlanError: it is not a recipe.
+            FusionError: there is no such operator.
         """
-        try:
-            rows, taken = options["rows"], options.get("taken")
-            fold = options.get("fold", cls.fold)
-            read = {
-                "maps": tuple(options["maps"]),
-                "rows": None if rows is None else tuple(rows),
-                "taken": None if taken is None else tuple((start, stop) for start, stop in taken),
-                "columns": tuple(options.get("columns", ())),
-                "fold": fold if isinstance(fold, str) else Fold.read(fold),
-            }
-            recipe = cls(**{**options, **read})
-        except (KeyError, TypeError, ValueError) as error:
-            raise FusionError(f"the light operator's options are malformed: {error!r}") from error
-        fits = {name: isinstance(getattr(recipe, name), wanted) for name, wanted in _FIELDS.items()}
-        fits["norm"] = fits["norm"] and recipe.norm != ""
-        fits["maps"] = all(isinstance(item, str) for item in recipe.maps)
-        fits["rows"] = not recipe.rows or _is_range(recipe.rows)
-        fits["taken"] = all(map(_is_range, recipe.taken or ()))
-        if wrong := [name for name, fit in fits.items() if not fit]:
-            raise FusionError(f"the light operator's options are malformed: {wrong[0]}={getattr(recipe, wrong[0])!r}")
+        recipe = read_dataclass(cls, options, "what it is made of")
         if recipe.kind not in _KINDS or len(recipe.maps) != 1 + (recipe.kind == "product"):
             raise FusionError(f"the light operator has no kind {recipe.kind!r} with {len(recipe.maps)} maps")
         return recipe
@@ -113,8 +89,3 @@ class LightRecipe:
         if self.taken is None or name != self.maps[0]:
             return rows
         return torch.cat([rows[start:stop] for start, stop in self.taken])
-
-
-def _is_range(value: Any) -> bool:
-    start, stop = value if len(value) == 2 else (0, 0)
-    return type(start) is int and type(stop) is int and 0 <= start < stop

@@ -23,6 +23,7 @@ from replfx.operators.base import BlockOperator, Match, Site, is_in, operators
 from replfx.operators.folding import Fold, branch_silencers, silence
 from replfx.operators.probe import Unmeasured, modules_around
 from replfx.operators.residual import Branch, Residual, gives
+from replfx.plain_data import read_dataclass
 from replfx.tracing.info import info_of, name_of
 
 __all__ = ["MixerOperator"]
@@ -82,7 +83,7 @@ class MixerOperator(BlockOperator):
             raise FusionError(f"the mixer operator's options are malformed: dropped={list(dropped)!r}")
         self.dropped, self.scales = tuple(dropped), tuple(scales)
         self.items, self.spread = dict(items or {}), spread
-        self.fold = fold if isinstance(fold, str) else Fold.read(fold)
+        self.fold = fold if isinstance(fold, str) else read_dataclass(Fold, fold, "fold")
         super().__init__(block, interface, keep=keep)
 
     def wanted(self, block: nn.Module) -> list[str]:

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from replfx.chains.select import NOT_SELECTED
 from replfx.reports.expectation import Expectation
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["BlockReport", "Report", "Role", "Totals", "expecting", "without"]
+__all__ = ["BlockReport", "Report", "Role", "Totals", "without"]
 
 Role: TypeAlias = Literal["replaced", "neighbour", "kept", "refused"]
 
@@ -151,12 +150,6 @@ class Report:
         from replfx.reports.text import ReportText
 
         return ReportText(self).__rich_console__(console, options)
-
-
-def expecting(report: Report, expected: Expectation) -> Report:
-    """The report of a model whose blocks were chosen for a budget."""
-    blocks = [replace(b, kept="the budget leaves it") if b.kept == NOT_SELECTED else b for b in report.blocks]
-    return replace(report, blocks=blocks, expected=expected)
 
 
 def without(report: Report, paths: Collection[str], parameters: int) -> Report:

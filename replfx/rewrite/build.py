@@ -171,8 +171,6 @@ class _Builder:
             raise PlanError(f"`{path}`: operator {replacement.operator.name!r} needs two neighbours, the plan has none")
         previous, next = neighbours
         _check_finite(((replacement.previous, previous), (path, block), (replacement.next, next)))
-        if not 0 <= replacement.neighbour_gradient <= 1:
-            raise PlanError(f"`{path}`: neighbour_gradient={replacement.neighbour_gradient} is not between 0 and 1")
         readings = self._readings(made, block, previous, next)
         fusion = self._fusion(made, block, readings)
         return Synthesis(
@@ -203,7 +201,7 @@ class _Builder:
         choice = self.replacement.operator
         try:
             return operators[choice.name](block, self.replacement.interface, **choice.options)
-        except (TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, PlanError) as error:
             raise FusionError(
                 f"`{self.path}`: operator {choice.name!r} does not take the options {dict(choice.options)}: "
                 f"{of_options(error)}"

@@ -8,7 +8,7 @@ from torch import fx, nn
 from replfx.chains.chain import Chains
 from replfx.chains.find import find_chains
 from replfx.chains.policy import Policy
-from replfx.chains.select import select
+from replfx.chains.select import Nothing, select
 from replfx.errors import FusionError, NoChainError, PlanError, WrittenWeightsError
 from replfx.modules.copying import structural_copy
 from replfx.modules.paths import head_of
@@ -37,7 +37,7 @@ class Prepared:
     plan: Plan
     draft: Report  # the report of what was found, before anything is replaced
     seen: CaptureInfo  # what the capture knows
-    nothing: str | None = None  # why nothing is replaced, if nothing is
+    nothing: Nothing | None = None  # why nothing is replaced, if nothing is
     unsound: str | None = None  # why the plan cannot be carried out, if it cannot
     # The captured graph with its chains, if blocks are regions of it; else it is not kept, as the graph of a deep model
     # takes more memory than verifying the model does.
@@ -89,7 +89,7 @@ def carry_out(prepared: Prepared) -> nn.Module:
         The target is as it was, then.
     """
     if prepared.nothing is not None:
-        raise NoChainError(prepared.nothing)
+        raise NoChainError(*prepared.nothing)
     target, inputs = prepared.target, prepared.inputs
     original = structural_copy(prepared.model) if target is prepared.model else prepared.model
     if prepared.graph is not None:

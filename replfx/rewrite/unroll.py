@@ -12,7 +12,7 @@ from replfx.live import SUBMODULE, Synthesis
 from replfx.live.blocks import settle_block
 from replfx.live.classes import settle_down
 from replfx.modules.copying import faithful_copy
-from replfx.modules.paths import head_of, is_named, is_region
+from replfx.modules.paths import head_of, is_region, named
 from replfx.modules.structure import move_hooks, redirect, set_submodule
 from replfx.operators.mixer import MixerOperator
 from replfx.regions.graph_module import Rewritten, restore_region
@@ -120,7 +120,8 @@ def unroll(
     """
     root, placed = placed_blocks(model)
     optimizers = checked(optimizer)
-    placed = _asked_for(placed, blocks)
+    if blocks is not None:
+        placed = {path: placed[path] for path in named(blocks, placed, "blocks")}
     copies = _is_copies(start)
     gather_nothing(root)
     seen = {} if example_inputs is None else _main_inputs(model, example_inputs)
@@ -152,17 +153,6 @@ def check_unrolls(model: nn.Module, example_inputs: ExampleInputs | None, start:
             else:
                 theta, like = _theta(path, synthesis), next(model.parameters())
                 _full_block(path, synthesis, theta, like, seen.get(path), copies=copies)
-
-
-def _asked_for(placed: dict[str, Placement], blocks: str | Sequence[str] | None) -> dict[str, Placement]:
-    """The replaced blocks that globs name; all if there are none."""
-    if blocks is None:
-        return placed
-    globs = [blocks] if isinstance(blocks, str) else list(blocks)
-    for glob in globs:
-        if not any(is_named(path, glob) for path in placed):
-            raise PlanError(f"blocks={glob!r} matches no replaced block; they are: {', '.join(placed)}")
-    return {path: at for path, at in placed.items() if any(is_named(path, glob) for glob in globs)}
 
 
 def _is_copies(start: Start) -> bool:

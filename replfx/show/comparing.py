@@ -78,8 +78,7 @@ class Comparison:
         yield Text(f"step: forward, backward and SGD on {self.device}; median of repeats in turn")
         for row in self.rows:
             if row.reason is not None:
-                why = row.reason.removeprefix("nothing can be replaced: ")
-                yield hanging(f"{row.operator} replaces nothing: {why}")
+                yield hanging(f"{row.operator} replaces nothing: {row.reason}")
 
 
 def compare(
@@ -127,7 +126,8 @@ def compare(
             options["operator"] = name
             made = transform(model, example_inputs, **options)
         except (NoChainError, FusionError, VerifyError) as error:
-            rows[name] = Compared(name, reason=str(error))
+            why = "; ".join(error.reasons) if isinstance(error, NoChainError) else str(error)
+            rows[name] = Compared(name, reason=why)
             continue
         found = report(made)
         models[name], example = made, found.example or example

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from replfx.errors import ReplfxError
 from replfx.live import fusion_layers
+from replfx.modules.paths import is_named
 from replfx.modules.tree import inner_path
 from replfx.torch_internals import Norm
 from replfx.tracing import check_has_weights
@@ -88,7 +88,7 @@ def _exempt(model: nn.Module) -> Iterator[nn.Parameter]:
                 parameter.dim() < 2
                 or isinstance(module, _NORMS)
                 or _is_bias(leaf)
-                or any(fnmatchcase(name, pattern) for pattern in patterns)
+                or any(is_named(name, pattern) for pattern in patterns)
             ):
                 yield parameter
 

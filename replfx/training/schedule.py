@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from replfx.errors import PlanError, StateDictError
-from replfx.modules.paths import is_named
+from replfx.modules.paths import named, some
 from replfx.rewrite.optimizers import Optimizers
 from replfx.rewrite.state import placed_blocks, state_of
 from replfx.rewrite.unroll import Start, check_unrolls, unroll
@@ -162,26 +162,18 @@ class Schedule:
 def _parts(unroll_at: UnrollAt, total: int | None, paths: Sequence[str]) -> list[tuple[int, list[str]]]:
     """After how many steps which blocks are unrolled, the first first."""
     if isinstance(unroll_at, Mapping):
-        found = [(_step(at, total), _named(globs, paths)) for at, globs in unroll_at.items()]
+        found = [(_step(at, total), named(globs, paths, "unroll_at")) for at, globs in unroll_at.items()]
         twice = [path for path in paths if sum(path in part for _, part in found) > 1]
         left = [path for path in paths if not any(path in part for _, part in found)]
         if twice or left:
             what = f"unrolls `{twice[0]}` twice" if twice else f"never unrolls `{left[0]}`"
-            raise PlanError(f"unroll_at {what}: name each replaced block once, of {', '.join(paths)}")
+            raise PlanError(f"unroll_at {what}: name each replaced block once, of {some(paths)}")
         return sorted(found, key=lambda part: part[0])
     times = [unroll_at] if isinstance(unroll_at, int | float | str) else list(unroll_at)
     if not times or len(times) > len(paths):
         raise PlanError(f"unroll_at has {len(times)} times for {len(paths)} replaced blocks: give one to as many")
     steps = sorted(_step(at, total) for at in times)
     return [(at, list(paths[index :: len(steps)])) for index, at in enumerate(steps)]
-
-
-def _named(globs: str | Sequence[str], paths: Sequence[str]) -> list[str]:
-    wanted = [globs] if isinstance(globs, str) else list(globs)
-    for glob in wanted:
-        if not any(is_named(path, glob) for path in paths):
-            raise PlanError(f"unroll_at names {glob!r}, which is no replaced block; these are: {', '.join(paths)}")
-    return [path for path in paths if any(is_named(path, glob) for glob in wanted)]
 
 
 def _step(at: When, total: int | None) -> int:

@@ -153,9 +153,9 @@ BAD = [
     ({"fraction": float("nan")}, "fraction=nan"),
     ({"fraction": "half"}, "fraction must be a number, not 'half'"),
     ({"fraction": True}, "fraction must be a number, not True"),
-    ({"every": 2, "neighbour_gradient": "all"}, "neighbour_gradient must be a number, not 'all'"),
-    ({"every": 2, "neighbour_gradient": 1.5}, "neighbour_gradient=1.5: must be between 0 and 1"),
-    ({"every": 2, "neighbour_gradient": float("nan")}, "neighbour_gradient=nan"),
+    ({"every": 2, "neighbour_gradient": "all"}, "neighbour_gradient must be a number between 0 and 1, not 'all'"),
+    ({"every": 2, "neighbour_gradient": 1.5}, r"neighbour_gradient must be a number between 0 and 1, not 1\.5"),
+    ({"every": 2, "neighbour_gradient": float("nan")}, "between 0 and 1, not nan"),
     ({"every": 2, "neighbour_gradient": -0.1}, "between 0 and 1"),
 ]
 

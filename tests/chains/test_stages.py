@@ -114,7 +114,7 @@ def test_the_report_says_what_a_cut_keeps() -> None:
         ("blocks.2.fc2", r"begins a pipeline stage inside of the block `blocks\.2`, .* at `blocks\.2`"),
         (["blocks.2", "layer3"], "split_at='layer3'"),
         (4, "split_at must be a module path or a sequence of them, not 4"),
-        ([4], r"split_at must be a module path or a sequence of them, not \(4,\)"),
+        ([4], r"split_at must be a module path or a sequence of them, not \[4\]"),
     ],
 )
 def test_impossible_splits(split_at: object, message: str) -> None:

@@ -132,6 +132,9 @@ def test_what_keeps_its_parameters_elsewhere_is_refused() -> None:
         replfx.unroll(model, wrong)
     with pytest.raises(replfx.PlanError, match=r"blocks='blocks\.2' matches no replaced block; they are: blocks\.1"):
         replfx.unroll(model, blocks="blocks.2")
+    for nothing in ([], 3, ["blocks.1", 3]):
+        with pytest.raises(replfx.PlanError, match="blocks must be a path or a glob, or a sequence of them, not"):
+            replfx.unroll(model, blocks=nothing)
     assert_unchanged(model, before)
 
 
@@ -267,7 +270,7 @@ def test_averages_are_unrolled_too() -> None:
         ({"unroll_at": [1, 2, 3]}, "3 times for 2 replaced blocks"),
         ({"unroll_at": {1: "blocks.1"}}, r"never unrolls `blocks\.3`"),
         ({"unroll_at": {1: "blocks.*", 2: "blocks.3"}}, r"unrolls `blocks\.3` twice"),
-        ({"unroll_at": {1: "layers.*"}}, r"names 'layers\.\*', which is no replaced block"),
+        ({"unroll_at": {1: "layers.*"}}, r"unroll_at='layers\.\*' matches no replaced block"),
     ],
 )
 def test_impossible_schedules_are_refused_before_training(options: dict[str, Any], message: str) -> None:
