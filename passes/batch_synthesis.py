@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from replfx.dynamo.matching import SynthesisNode, syntheses_in, synthesis_at
 from replfx.dynamo.nodes import epochs, is_pure, is_untouched, value_of
-from replfx.dynamo.syntheses import SynthesisNode, syntheses_in, synthesis_at
 from replfx.passes import Rewrite
 
 __all__ = ["BatchSynthesis"]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from replfx.dynamo.nodes import are_settled, epochs, made_beside, made_of_parameters, value_of
+from replfx.dynamo.nodes import are_plain_and_unwritten, epochs, made_beside, made_of_parameters, value_of
 from replfx.passes import Rewrite
 
 __all__ = ["FoldAffines"]
@@ -57,7 +57,7 @@ class FoldAffines(Rewrite[_Fold]):
                     for node in (norm, linear, matrix, given["weight"], given.get("bias"), bias)
                     if node is not None
                 ]
-                if all(isinstance(node, fx.Node) for node in nodes) and are_settled(nodes):
+                if all(isinstance(node, fx.Node) for node in nodes) and are_plain_and_unwritten(nodes):
                     yield _Fold(norm, linear, given, matrix, bias)
 
     def is_worth_it(self, candidate: _Fold) -> bool:

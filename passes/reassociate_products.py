@@ -8,7 +8,14 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from replfx.dynamo.nodes import are_settled, epochs, has_known_sizes, made_beside, made_of_parameters, value_of
+from replfx.dynamo.nodes import (
+    are_plain_and_unwritten,
+    epochs,
+    has_known_sizes,
+    made_beside,
+    made_of_parameters,
+    value_of,
+)
 from replfx.passes import Rewrite
 
 __all__ = ["ReassociateProducts"]
@@ -35,7 +42,7 @@ class ReassociateProducts(Rewrite[fx.Node]):
     def is_worth_it(self, product: fx.Node) -> bool:
         """Whether two thin products are cheaper, of matrices whose order of operations does not show."""
         nodes = (product, *product.all_input_nodes)
-        if len(nodes) != 3 or product.kwargs or not are_settled(nodes):
+        if len(nodes) != 3 or product.kwargs or not are_plain_and_unwritten(nodes):
             return False
         made, outward, inward = map(value_of, nodes)
         given = [value_of(user.all_input_nodes[0]) for user in product.users]

@@ -25,7 +25,7 @@ from replfx.errors import (
 )
 from replfx.fusion import Choice, Fusion, Interface, register_fusion
 from replfx.integrations.pretrained import from_pretrained
-from replfx.live.stages import check_stage
+from replfx.live.check_stage import check_stage
 from replfx.operators import Match, Operator, Site, Source, register_operator
 from replfx.plans import Plan, Replacement
 from replfx.reports.report import BlockReport, Report, Totals

@@ -7,7 +7,7 @@ from torch import nn
 
 from replfx.calibration import calibrate as fit
 from replfx.chains.find import find_chains
-from replfx.chains.policy import RULES, Choosable, Options, Policy, policy_of
+from replfx.chains.policy import RULES, ChoiceLike, Options, Policy, policy_of
 from replfx.chains.select import select as select_blocks
 from replfx.errors import CalibrationError, FusionError, NoChainError, PlanError, VerifyError
 from replfx.fusion.registry import AUTO
@@ -33,8 +33,8 @@ def transform(
     keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
-    fusion: Choosable = AUTO,
-    operator: Choosable = AUTO,
+    fusion: ChoiceLike = AUTO,
+    operator: ChoiceLike = AUTO,
     neighbour_gradient: float = 1.0,
     budget: Mapping[str, object] | None = None,
     plan: Plan | None = None,
@@ -135,8 +135,8 @@ def inspect(
     keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
-    fusion: Choosable = AUTO,
-    operator: Choosable = AUTO,
+    fusion: ChoiceLike = AUTO,
+    operator: ChoiceLike = AUTO,
 ) -> Report:
     """Say what `transform` with the same options would do, and why not where not. Changes nothing.
 
@@ -193,8 +193,8 @@ def plan(
     keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
     split_at: str | Sequence[str] | None = None,
-    fusion: Choosable = AUTO,
-    operator: Choosable = AUTO,
+    fusion: ChoiceLike = AUTO,
+    operator: ChoiceLike = AUTO,
     neighbour_gradient: float = 1.0,
     budget: Mapping[str, object] | None = None,
 ) -> Plan:

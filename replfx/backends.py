@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx
 
-from replfx.chains.policy import Choosable, Options, policy_of
+from replfx.chains.policy import ChoiceLike, Options, policy_of
 from replfx.errors import CompileError
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def backend(
     fraction: float | None = None,
     keep: int | float | None = None,
     select: str | Sequence[str] | None = None,
-    fusion: Choosable | None = None,
-    operator: Choosable | None = None,
+    fusion: ChoiceLike | None = None,
+    operator: ChoiceLike | None = None,
     neighbour_gradient: float | None = None,
     max_bytes: int = 32 * 2**20,
     cache: bool = False,

@@ -18,7 +18,7 @@ from benchmarks.accuracy.resnet import BasicBlock
 from replfx import Interface, Match, Operator, Site, Source
 from replfx.demo.model import CausalBlock
 from replfx.fusion.interface import read_slot
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 
 __all__ = ["FUSION_TRIALS", "TRIALS", "connect_trials", "register_trial"]
 
@@ -242,7 +242,7 @@ def register_trial(name: str) -> None:
 
 def connect_trials(model: nn.Module) -> nn.Module:
     """Let trials hear what the blocks before them compute, where they use that; the model is given on."""
-    for layer in fusion_layers(model).values():
+    for layer in syntheses_of(model).values():
         if isinstance(layer.operator, _Reused):
             layer.operator.listen(layer.neighbours[0])
     return model

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from replfx import ReplfxError
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 
 Schedule = Literal["one-cycle", "decay", "plateau"]
 
@@ -51,7 +51,7 @@ class Recipe:
     def optimizer_for(self, model: nn.Module, decay: float = 1.0) -> Optimizer:
         """Make the optimizer of the trainable parameters; `decay` scales what the fusion coefficients have of it."""
         trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
-        mixers = {p for layer in fusion_layers(model).values() if layer.fusion for p in layer.fusion.parameters()}
+        mixers = {p for layer in syntheses_of(model).values() if layer.fusion for p in layer.fusion.parameters()}
         if decay != 1.0 and mixers:
             trained = [
                 {"params": [p for p in trained if p not in mixers]},

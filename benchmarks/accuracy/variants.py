@@ -27,7 +27,7 @@ from benchmarks.accuracy.recipes import Recipe
 from benchmarks.accuracy.resnet import skipped
 from replfx import ReplfxError
 from replfx.fusion.fusions import LinearFusion, along_first
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.tracing import ExampleInputs
 
 Options = Mapping[str, str]
@@ -274,7 +274,7 @@ def mixed_moments(model: nn.Module, optimizer: Optimizer, blocks: list[str]) -> 
     """
     found = {}
     for path in blocks:
-        synthesis = fusion_layers(model)[path]
+        synthesis = syntheses_of(model)[path]
         assert isinstance(synthesis.fusion, LinearFusion)
         a, b = (synthesis.fusion.parts(v.detach()) for v in (synthesis.fusion.previous, synthesis.fusion.next))
         for name in a:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from replfx.budget.asked import Budget
-from replfx.budget.costs import Costs, Twin, counted, measured, measured_whole
+from replfx.budget.cost_model import Costs, Twin, counted, measured, measured_whole
 from replfx.chains.find import find_chains
-from replfx.chains.policy import Choosable, policy_of
+from replfx.chains.policy import ChoiceLike, policy_of
 from replfx.chains.select import select
 from replfx.errors import CaptureError, FusionError, NoChainError, PlanError
 from replfx.fusion import Choice
@@ -47,8 +47,8 @@ def choose(
     example_inputs: ExampleInputs | None,
     budget: Mapping[str, object],
     *,
-    fusion: Choosable = AUTO,
-    operator: Choosable = AUTO,
+    fusion: ChoiceLike = AUTO,
+    operator: ChoiceLike = AUTO,
     split_at: str | Sequence[str] | None = None,
 ) -> Chosen:
     """Find the mildest plan that is expected to be within a budget; `model` is left as it is.
@@ -107,14 +107,14 @@ class _Found:
         base: nn.Module,
         example_inputs: ExampleInputs | None,
         model: nn.Module,
-        fusion: Choosable,
+        fusion: ChoiceLike,
         split_at: str | Sequence[str] | None,
     ) -> None:
         self._base, self._example_inputs, self._fusion, self._split_at = base, example_inputs, fusion, split_at
         self._chains = find_chains(capture_lazily(base, example_inputs, model))
         self.report = describe_chains(self._chains, base)
 
-    def twins(self, operator: Choosable) -> tuple[list[Twin], dict[str, str]]:
+    def twins(self, operator: ChoiceLike) -> tuple[list[Twin], dict[str, str]]:
         """The model with each operator in as many places as can be; and why others fit nowhere."""
         asked = Choice.of(operator, "operator")
         names = [name for name in _ORDER if name in operators] if asked.name == AUTO else [asked.name]

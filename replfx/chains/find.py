@@ -22,10 +22,10 @@ from replfx.modules.tree import inner_path
 from replfx.operators import Site
 from replfx.operators.outer_sum import is_branch
 from replfx.operators.residual import is_residual, keeps_shape
-from replfx.regions.find import find_regions
 from replfx.regions.obstacles import too_unlike, unfit_to_replace
 from replfx.regions.pieces import SHORTEST
 from replfx.regions.region import Region, region_module
+from replfx.regions.search import find_regions
 from replfx.tracing import ModuleCall, info_of
 
 __all__ = ["find_chains"]
@@ -38,7 +38,7 @@ def find_chains(graph_module: fx.GraphModule) -> Chains:
     one's input descends from the earlier one's output and at least half of its weights have a counterpart
     there (`replfx.fusion.pairing`). Of nested chains (blocks in stages) the search keeps the level that lets most
     parameters be replaced. It tries windows of siblings ([Conv, BN, ReLU] × n) where no module is a block, and regions
-    of the graph that repeat (`replfx.regions.find`) where there are no windows either.
+    of the graph that repeat (`replfx.regions.search`) where there are no windows either.
     """
     return _Search(graph_module).run()
 

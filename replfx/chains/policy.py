@@ -11,9 +11,9 @@ from replfx.modules.paths import as_paths
 from replfx.operators.auto import resolve_auto
 from replfx.plans import check_gradient
 
-__all__ = ["RULES", "Choosable", "Options", "Policy", "Rules", "policy_of"]
+__all__ = ["RULES", "ChoiceLike", "Options", "Policy", "Rules", "policy_of"]
 
-Choosable: TypeAlias = str | Mapping[str, object] | Choice
+ChoiceLike: TypeAlias = str | Mapping[str, object] | Choice
 
 RULES = ("every", "fraction", "select", "keep")
 
@@ -74,8 +74,8 @@ class Options(Rules, total=False):
     """The options of `replfx.transform` that make a policy, as a user gives them."""
 
     split_at: str | Sequence[str] | None
-    fusion: Choosable
-    operator: Choosable
+    fusion: ChoiceLike
+    operator: ChoiceLike
     neighbour_gradient: float
 
 

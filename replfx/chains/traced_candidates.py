@@ -12,27 +12,27 @@ from torch import fx, nn
 from replfx.chains.candidates import Candidates
 from replfx.chains.chain import Block
 from replfx.modules.paths import region_path
+from replfx.regions.flat_graph import FlatGraph
 from replfx.regions.obstacles import unfit_to_cut
 from replfx.regions.region import Region, region_module
-from replfx.regions.stream import Stream
 from replfx.tracing import CaptureInfo, ModuleCall, nodes_in
 
 __all__ = ["TracedCandidates"]
 
 
 class TracedCandidates(Candidates):
-    """Looks for candidates among the stand-ins of one graph by Dynamo."""
+    """Looks for candidates among the placeholder modules of one graph by Dynamo."""
 
     def __init__(self, info: CaptureInfo, graph_module: fx.GraphModule) -> None:
         super().__init__(info)
-        self._stream = Stream(graph_module)
+        self._stream = FlatGraph(graph_module)
 
     def path(self, of: str) -> str:
         """That of a region."""
         return region_path(of)
 
     def placed(self, block: Block) -> Block:
-        """A block of stand-ins as a region of the graph."""
+        """A block of placeholder modules as a region of the graph."""
         if block.region is not None:
             return block
         region = self._region(block.call, block.site.output, block.site.names)

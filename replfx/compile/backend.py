@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
+from replfx.compile.batched import SYNTHESIZE, kernel_operation
 from replfx.compile.caching import Cached, with_cached
 from replfx.compile.hoisting import hoist_syntheses
-from replfx.compile.synthesis import SYNTHESIZE, kernel_operation
 from replfx.dynamo.nodes import made_of_parameters, value_of
 from replfx.errors import CompileError
 from replfx.passes import run_passes

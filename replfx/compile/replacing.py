@@ -21,9 +21,9 @@ from replfx.compile.coefficients import Coefficients
 from replfx.compile.watching import CompiledCalls, Watch, module_named, root_named
 from replfx.dtensors import is_distributed
 from replfx.dynamo.own_parameters import Owned, own_parameters
-from replfx.dynamo.stand_ins import stack_of
+from replfx.dynamo.placeholder_modules import stack_of
 from replfx.errors import CompileError, ReplfxError
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.modules.paths import head_of, is_named, is_region, region_path
 from replfx.modules.structure import attribute_at, block_digest
 from replfx.modules.tree import named_tensors
@@ -146,7 +146,7 @@ class ReplacingBackend:
         one_graph = self._calls.note()
         sources = [source_of(node) for node in graph_module.graph.find_nodes(op="placeholder")]
         roots = {id(root): root for root in map(root_named, sources) if root is not None}
-        if any(plans_in(root) or fusion_layers(root) for root in roots.values()):
+        if any(plans_in(root) or syntheses_of(root) for root in roots.values()):
             raise CompileError(
                 "the model is transformed already: compile it with backend='replfx', which replaces nothing"
             )

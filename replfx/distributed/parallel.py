@@ -9,7 +9,7 @@ from torch import nn
 
 from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
-from replfx.live import SUBMODULE, Synthesis, fusion_layers, synthesis_of
+from replfx.live import SUBMODULE, Synthesis, syntheses_of, synthesis_of
 from replfx.live.blocks import owners_of
 from replfx.live.classes import computed_by, links_of
 from replfx.live.tensor_parallel import TensorParallel
@@ -69,7 +69,7 @@ def parallelize_module(
             f"device_mesh has {device_mesh.ndim} dimensions {device_mesh.mesh_dim_names}: give one of them, "
             'as mesh["tp"]'
         )
-    layers = fusion_layers(module)
+    layers = syntheses_of(module)
     inside: dict[Synthesis, list[tuple[nn.Module, str, ParallelStyle]]] = {layer: [] for layer in layers.values()}
     outside: list[tuple[nn.Module, ParallelStyle]] = []
     for path, style in parallelize_plan.items():

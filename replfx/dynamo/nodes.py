@@ -18,7 +18,7 @@ from replfx.torch_internals import FakeTensor, memory_id
 from replfx.torch_internals.dynamo import GET_DATA, source_of
 
 __all__ = [
-    "are_settled",
+    "are_plain_and_unwritten",
     "epochs",
     "handed_out",
     "has_known_sizes",
@@ -153,7 +153,7 @@ def is_plain(value: object) -> bool:
     return type(value) is FakeTensor or isinstance(value, nn.Parameter)
 
 
-def are_settled(nodes: Iterable[fx.Node]) -> bool:
+def are_plain_and_unwritten(nodes: Iterable[fx.Node]) -> bool:
     """Whether the nodes give plain tensors of one dtype and device that nothing writes into, of sizes that are known.
 
     Of several dtypes, as under autocast, each result is rounded, and another order of operations would show.

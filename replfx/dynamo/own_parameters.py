@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from replfx.dynamo.nodes import path_in_model, value_of
-from replfx.dynamo.stand_ins import modules_of
+from replfx.dynamo.placeholder_modules import modules_of
 from replfx.regions.region import put_value
 from replfx.torch_internals.dynamo import source_of
 from replfx.tracing import CaptureInfo

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError
-from replfx.live.classes import SUBMODULE, come_alive, computed_by, links_of, settle_down
-from replfx.live.graphs import bring_to_life, settle_graph
+from replfx.live.classes import SUBMODULE, computed_by, links_of, make_computed, make_plain
+from replfx.live.graphs import make_graph_computed, make_graph_plain
 from replfx.live.synthesis import Synthesis
 from replfx.modules.tree import REGISTRIES, attributes_of, inner_path, tensors_in
 from replfx.torch_internals import FLAT_WEIGHTS
 
-__all__ = ["Snapshot", "owners_of", "replace_block", "settle_block", "strip_block"]
+__all__ = ["Snapshot", "make_block_plain", "owners_of", "replace_block", "strip_block"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def replace_block(block: nn.Module, synthesis: Synthesis, holder: nn.Module | No
         leaves.setdefault(holder, {})
     for owner, names in leaves.items():
         role = ("block" if holder is block else "member") if owner is holder else None
-        come_alive(owner, synthesis, names, role)
+        make_computed(owner, synthesis, names, role)
     holder._modules[SUBMODULE] = synthesis
     if isinstance(block, fx.GraphModule):
-        bring_to_life(block, of_graph)
+        make_graph_computed(block, of_graph)
 
 
 def strip_block(block: nn.Module, synthesis: Synthesis) -> None:
@@ -75,21 +75,21 @@ def strip_block(block: nn.Module, synthesis: Synthesis) -> None:
     for registry in (block._modules, block._parameters, block._buffers):
         registry.clear()
     block._modules[SUBMODULE] = synthesis
-    come_alive(block, synthesis, {}, "operator")
+    make_computed(block, synthesis, {}, "operator")
 
 
-def settle_block(holder: nn.Module, synthesis: Synthesis, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
+def make_block_plain(holder: nn.Module, synthesis: Synthesis, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
     """Give a replaced block the weights `theta` as its own, and take away what replacing added; in place."""
     values = {name: nn.Parameter(tensor) for name, tensor in theta.items()}
     for name, value in values.items():
         vars(value).update(synthesis.marks.get(name, {}))
     for owner in list(owners_of(model, synthesis)):
-        settle_down(owner, {leaf: values[name] for leaf, name in links_of(owner).items()})
+        make_plain(owner, {leaf: values[name] for leaf, name in links_of(owner).items()})
     del holder._modules[SUBMODULE]
     if isinstance(holder, fx.GraphModule):
-        settle_graph(holder, values)
+        make_graph_plain(holder, values)
     else:
-        settle_down(holder, {})
+        make_plain(holder, {})
 
 
 def owners_of(model: nn.Module, synthesis: Synthesis) -> Iterator[nn.Module]:

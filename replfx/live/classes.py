@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from replfx.errors import FusionError
 from replfx.torch_internals import FLAT_WEIGHTS, is_fx_symbolic_tracing, renew_flat_weights
 
-__all__ = ["LINK", "SUBMODULE", "come_alive", "computed_by", "links_of", "settle_down"]
+__all__ = ["LINK", "SUBMODULE", "computed_by", "links_of", "make_computed", "make_plain"]
 
 SUBMODULE = "replfx"
 """The name of the submodule that a replaced block has more than before."""
@@ -44,7 +44,7 @@ class Traits:
     role: str | None
 
 
-def come_alive(module: nn.Module, synthesis: nn.Module, names: Mapping[str, str], role: str | None) -> None:
+def make_computed(module: nn.Module, synthesis: nn.Module, names: Mapping[str, str], role: str | None) -> None:
     """Give a module its dynamic subclass.
 
     Args:
@@ -70,7 +70,7 @@ def come_alive(module: nn.Module, synthesis: nn.Module, names: Mapping[str, str]
         ) from error
 
 
-def settle_down(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
+def make_plain(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
     """Take the dynamic subclass off again; `values` are own parameters by name, for those that were computed."""
     *_, order = module.__dict__.pop(LINK, ((),))
     module.__class__ = _without(type(module))

@@ -6,10 +6,10 @@ from torch import fx, nn
 
 from replfx.live.classes import SUBMODULE
 
-__all__ = ["bring_to_life", "settle_graph"]
+__all__ = ["make_graph_computed", "make_graph_plain"]
 
 
-def bring_to_life(graph_module: fx.GraphModule, names: Collection[str]) -> None:
+def make_graph_computed(graph_module: fx.GraphModule, names: Collection[str]) -> None:
     """Let the graph ask its submodule `replfx` for these parameters, which are none of its own any more."""
     graph = graph_module.graph
     for node in [node for node in graph.find_nodes(op="get_attr") if node.target in names]:
@@ -23,8 +23,8 @@ def bring_to_life(graph_module: fx.GraphModule, names: Collection[str]) -> None:
     graph_module.recompile()
 
 
-def settle_graph(graph_module: fx.GraphModule, values: Mapping[str, nn.Parameter]) -> None:
-    """Undo `bring_to_life`, with these values for the parameters by name."""
+def make_graph_plain(graph_module: fx.GraphModule, values: Mapping[str, nn.Parameter]) -> None:
+    """Undo `make_graph_computed`, with these values for the parameters by name."""
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_module", target=SUBMODULE):
         name = str(node.args[0])

@@ -39,7 +39,7 @@ __all__ = [
     "Readings",
     "SharedWeights",
     "Synthesis",
-    "fusion_layers",
+    "syntheses_of",
     "synthesis_of",
     "written_weights",
 ]
@@ -302,7 +302,7 @@ class Synthesis(nn.Module):
     # ---- where it runs
 
     @staticmethod
-    def parted(path: str, neighbour: str, why: str) -> str:
+    def neighbour_missing(path: str, neighbour: str, why: str) -> str:
         """What to say of a replaced block at `path` that is parted from its neighbour."""
         return (
             f"`{path}` is a replaced block, and it reads the weights of its neighbour `{neighbour}`: {why}, so it "
@@ -448,6 +448,6 @@ def synthesis_of(module: nn.Module) -> Synthesis | None:
     return found if isinstance(found, Synthesis) else None
 
 
-def fusion_layers(model: nn.Module) -> dict[str, Synthesis]:
+def syntheses_of(model: nn.Module) -> dict[str, Synthesis]:
     """The syntheses of a model, by the paths of the replaced blocks."""
     return {path: found for path, module in model.named_modules() if (found := synthesis_of(module)) is not None}

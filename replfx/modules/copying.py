@@ -222,7 +222,7 @@ def _plain_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _marked(tensor: Tensor, like: Tensor) -> Tensor:
-    """A stand-in for `like`, with the attributes that its user gave it: a model may ask for them as it runs."""
+    """A placeholder for `like`, with the attributes that its user gave it: a model may ask for them as it runs."""
     if tensor is not like:
         for name, value in vars(like).items():
             vars(tensor).setdefault(name, value)

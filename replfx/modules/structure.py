@@ -22,15 +22,15 @@ __all__ = [
     "class_of",
     "family",
     "is_container",
+    "is_placeholder_module",
     "is_setting",
-    "is_stand_in",
     "is_wrapped",
     "move_hooks",
+    "pass_for",
+    "pass_for_like",
     "redirect",
     "set_submodule",
     "signature",
-    "stand_for",
-    "stand_like",
     "trainable_parameters",
 ]
 
@@ -126,14 +126,14 @@ def signature(module: nn.Module) -> dict[str, object]:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as its author wrote it: every GraphModule has one of its own, and a stand-in says whose."""
+    """The class of a module as its author wrote it: a GraphModule has one of its own, a placeholder says whose."""
     kind: type[nn.Module] | None = vars(module).get(_CLASS)
     if kind is not None:
         return kind
     return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
 
 
-def stand_for(module: nn.Module, kind: type[nn.Module], settings: Mapping[str, object] | None = None) -> None:
+def pass_for(module: nn.Module, kind: type[nn.Module], settings: Mapping[str, object] | None = None) -> None:
     """Let a module that only holds parameters pass for one of class `kind`, with its `settings` as attributes.
 
     Where there is a graph and no model, as in Dynamo's, such modules answer what is asked of a model's.
@@ -143,15 +143,15 @@ def stand_for(module: nn.Module, kind: type[nn.Module], settings: Mapping[str, o
         vars(module).update(settings, __constants__=tuple(settings))  # as torch.nn's layers declare them
 
 
-def stand_like(module: nn.Module, other: nn.Module) -> None:
+def pass_for_like(module: nn.Module, other: nn.Module) -> None:
     """Let `module`, and what is in it, pass for what is of the same names in `other`."""
     for path, inner in list(module.named_modules()):
         like = other.get_submodule(path)
-        known = getattr(like, "__constants__", ()) if is_stand_in(like) else ()
-        stand_for(inner, class_of(like), {name: getattr(like, name) for name in known})
+        known = getattr(like, "__constants__", ()) if is_placeholder_module(like) else ()
+        pass_for(inner, class_of(like), {name: getattr(like, name) for name in known})
 
 
-def is_stand_in(module: nn.Module) -> bool:
+def is_placeholder_module(module: nn.Module) -> bool:
     """Whether it only passes for a module of its class: it has parameters, and nothing to call."""
     return _CLASS in vars(module)
 

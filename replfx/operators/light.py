@@ -11,7 +11,7 @@ Which map is read off the block's structure, not its class:
   takes if all tokens are alike; in a bottleneck the two 1×1 convolutions; in an MLP W_1 and W_2. An attention's
   pair is taken before an MLP's, else that with the smallest h. Where the block's normalisation follows its maps,
   y = φ(x + N(W_out W_in x)); where it comes first, y = φ(x + g ⊙ (W_out W_in N(x)) + c). Where several heads share a
-  value, W_in has its rows as often as they do; `replfx.operators.anatomy` says how value and output map are found.
+  value, W_in has its rows as often as they do; `replfx.operators.light_maps` says how value and output map are found.
 
 N is the block's own normalisation, φ its own activation after the sum (nothing where it has none), g and c
 are own vectors of length d, and D, K, W are synthesised from both neighbours. Where 2h > d, W_out W_in is
@@ -32,9 +32,9 @@ from replfx.fusion.interface import Interface
 from replfx.fusion.pairing import pair
 from replfx.fusion.sharded import linear
 from replfx.modules.copying import structural_copy
-from replfx.operators.anatomy import activation_of, dissect
 from replfx.operators.base import Match, Operator, Site, Source, operators
 from replfx.operators.light_fold import light_fold, restore_light
+from replfx.operators.light_maps import activation_of, find_maps
 from replfx.operators.light_recipe import LightRecipe
 from replfx.operators.plain import plain_module
 from replfx.tracing.symbolic import is_leaf
@@ -84,12 +84,12 @@ class LightOperator(Operator):
 
     @classmethod
     def match(cls, site: Site) -> Match:
-        anatomy = dissect(site)
-        if isinstance(anatomy, str):
-            return Match(reason=anatomy)
+        maps = find_maps(site)
+        if isinstance(maps, str):
+            return Match(reason=maps)
         if site.interface.computed() or len(site.interface.inputs) != 1:
             return Match(reason="it gives more than one activation")
-        recipe = LightRecipe.choose(anatomy, site.block)
+        recipe = LightRecipe.choose(maps, site.block)
         if isinstance(recipe, str):
             return Match(reason=recipe)
         lacking = sorted(set(recipe.maps) & set(site.without_counterpart()))
@@ -97,7 +97,7 @@ class LightOperator(Operator):
             return Match(reason=f"neither neighbour has its like of `{lacking[0]}`")
         if unlike := _unlike_parts(site, recipe):
             return Match(reason=unlike)
-        return Match(asdict(replace(recipe, fold=light_fold(anatomy.residual, recipe))))
+        return Match(asdict(replace(recipe, fold=light_fold(maps.residual, recipe))))
 
     def forward(self, theta: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = self.interface.activation(args, kwargs)

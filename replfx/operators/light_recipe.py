@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from replfx.errors import FusionError
-from replfx.operators.anatomy import Anatomy, fits_alone
 from replfx.operators.folding import Fold
+from replfx.operators.light_maps import LightMaps, fits_alone
 from replfx.plain_data import Rule, read_dataclass
 
 __all__ = ["LightRecipe"]
@@ -33,7 +33,7 @@ class LightRecipe:
         norm: path of the normalisation N in the block, or None.
         norm_first: N comes before the map.
         norm_last_dim: N wants channels last although the activation has them second.
-        activation: φ, as `Anatomy.activation` names it.
+        activation: φ, as `LightMaps.activation` names it.
         fold: where the map goes when the full block is given back, or why it has no place there.
     """
 
@@ -63,14 +63,14 @@ class LightRecipe:
         return recipe
 
     @classmethod
-    def choose(cls, anatomy: Anatomy, block: nn.Module) -> "LightRecipe | str":
+    def choose(cls, maps: LightMaps, block: nn.Module) -> "LightRecipe | str":
         """The formula for a block, or why there is none."""
-        norm, pair, residual = anatomy.norm, anatomy.pair, anatomy.residual
+        norm, pair, residual = maps.norm, maps.pair, maps.residual
         path, first, last_dim = (norm.path, norm.first, norm.last_dim) if norm else (None, False, False)
-        rest = path, first, last_dim, anatomy.activation
-        if anatomy.depthwise is not None:
-            return cls("depthwise", (anatomy.depthwise,), None, *rest)
-        assert pair is not None  # dissect gives one or the other
+        rest = path, first, last_dim, maps.activation
+        if maps.depthwise is not None:
+            return cls("depthwise", (maps.depthwise,), None, *rest)
+        assert pair is not None  # find_maps gives one or the other
         taps = block.get_parameter(pair.last)[0, 0].numel()
         if residual.axis != 1 and (taps > 1 or not residual.linear):
             return f"`{pair.last}` takes channels elsewhere than in dimension {residual.axis}, where the block has them"

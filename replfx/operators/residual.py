@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from replfx.modules.structure import is_stand_in
+from replfx.modules.structure import is_placeholder_module
 from replfx.operators.base import Site
 from replfx.operators.probe import (
     Probe,
@@ -241,7 +241,7 @@ class Residual:
     @classmethod
     def of(cls, site: Site) -> "Residual | str":
         """Read the block, or say why it can't be read."""
-        if is_stand_in(site.block):
+        if is_placeholder_module(site.block):
             return "its layers are functions in Dynamo's graph, and this operator takes over modules"
         if not is_residual(site):
             return not_residual(site)

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from replfx.fusion.pairing import LEAST_SHARE, first_unpaired, pair, share_paired
 from replfx.modules.structure import is_wrapped
+from replfx.regions.flat_graph import FlatGraph
 from replfx.regions.region import Piece
-from replfx.regions.stream import Stream
 from replfx.regions.tokens import is_stateless
 from replfx.regions.writes import written_outside
 from replfx.tracing import ModuleCall, is_flag, nodes_in
@@ -122,7 +122,7 @@ def _read_outside(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> str
     return None if found is None else f"an intermediate result of it (`{found.name}`) is used outside of it"
 
 
-def unfit_to_cut(stream: Stream, call: ModuleCall, nodes: Sequence[fx.Node], module: nn.Module) -> str | None:
+def unfit_to_cut(stream: FlatGraph, call: ModuleCall, nodes: Sequence[fx.Node], module: nn.Module) -> str | None:
     """Why the nodes of a call cannot be cut out of a graph without modules."""
     inside = set(nodes)
     read = [n for n in nodes_in(call.output) if any(u not in inside and u.op != "output" for u in n.users)]
@@ -139,7 +139,7 @@ def unfit_to_cut(stream: Stream, call: ModuleCall, nodes: Sequence[fx.Node], mod
     return _read_elsewhere(stream, start, stop, module.named_parameters())
 
 
-def unfit_piece(stream: Stream, piece: Piece) -> str | None:
+def unfit_piece(stream: FlatGraph, piece: Piece) -> str | None:
     """Why a piece of a graph may be in no chain."""
     start, stop = piece.start, piece.stop
     return (
@@ -150,18 +150,18 @@ def unfit_piece(stream: Stream, piece: Piece) -> str | None:
     )
 
 
-def _changes_others(stream: Stream, start: int, stop: int, mains: Sequence[fx.Node]) -> str | None:
+def _changes_others(stream: FlatGraph, start: int, stop: int, mains: Sequence[fx.Node]) -> str | None:
     """That nodes change a value of others, whichever of `mains` is the main activation, which they may change."""
     changes = [written_outside(stream, start, stop, main) for main in mains]
     return f"it changes a value in place that is not its own (`{changes[0]}`)" if all(changes) else None
 
 
-def _read_elsewhere(stream: Stream, start: int, stop: int, named: Iterable[tuple[str, Tensor]]) -> str | None:
+def _read_elsewhere(stream: FlatGraph, start: int, stop: int, named: Iterable[tuple[str, Tensor]]) -> str | None:
     name = next((name for name, tensor in named if not stream.reads_only_in(tensor, start, stop)), None)
     return None if name is None else f"its parameter `{name}` is read outside of it too"
 
 
-def _unfit_modules(stream: Stream, piece: Piece) -> str | None:
+def _unfit_modules(stream: FlatGraph, piece: Piece) -> str | None:
     for path in piece.modules.values():
         module = stream.root.get_submodule(path)
         if is_stateless(module):
@@ -175,7 +175,7 @@ def _unfit_modules(stream: Stream, piece: Piece) -> str | None:
     return None
 
 
-def _unfit_parameters(stream: Stream, piece: Piece) -> str | None:
+def _unfit_parameters(stream: FlatGraph, piece: Piece) -> str | None:
     paths = list(piece.parameters.values())
     named = {path: stream.root.get_parameter(path) for path in paths}
     for path, parameter in named.items():

@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from torch import Tensor, fx, nn
 
+from replfx.regions.flat_graph import FlatGraph
 from replfx.regions.obstacles import unfit_piece
 from replfx.regions.region import Piece
-from replfx.regions.stream import Stream
 
 __all__ = ["SHORTEST", "Layers", "alike", "layers_in"]
 
@@ -36,7 +36,7 @@ class Layers:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def layers_in(stream: Stream, start: int, stop: int, period: int) -> Layers:
+def layers_in(stream: FlatGraph, start: int, stop: int, period: int) -> Layers:
     """Cut the run `[start, stop)` into layers of `period` nodes.
 
     Where a layer begins is often open: of `linear relu linear relu …` every cut is right. The cut is taken that
@@ -55,7 +55,7 @@ def layers_in(stream: Stream, start: int, stop: int, period: int) -> Layers:
 # ---- where a layer can begin
 
 
-def _phases(stream: Stream, start: int, stop: int, period: int) -> list[int]:
+def _phases(stream: FlatGraph, start: int, stop: int, period: int) -> list[int]:
     """The first places in the run where a layer could begin, the most promising ones first."""
     crossing = _crossing(stream, start, stop, period)
     ranked = []
@@ -67,7 +67,7 @@ def _phases(stream: Stream, start: int, stop: int, period: int) -> list[int]:
     return [phase for _, _, phase in sorted(ranked)[:PHASES]]
 
 
-def _crossing(stream: Stream, start: int, stop: int, period: int) -> list[int]:
+def _crossing(stream: FlatGraph, start: int, stop: int, period: int) -> list[int]:
     """How many values of the run are read on both sides of each place in it; what is read far away does not count."""
     change = [0] * (stop - start + 2)
     for position in range(start, stop):
@@ -92,7 +92,7 @@ class _Template:
         period: its length.
     """
 
-    def __init__(self, stream: Stream, start: int, period: int) -> None:
+    def __init__(self, stream: FlatGraph, start: int, period: int) -> None:
         self.stream = stream
         self.period = period
         self.slots: list[Slot] = []
@@ -153,7 +153,7 @@ class _Template:
         )
 
 
-def _read(stream: Stream, start: int, stop: int) -> Iterator[tuple[str, Hashable, fx.Node]]:
+def _read(stream: FlatGraph, start: int, stop: int) -> Iterator[tuple[str, Hashable, fx.Node]]:
     """Every argument of every node in `[start, stop)`: its kind, what it is, and its node."""
     for arguments in stream.arguments[start:stop]:
         for node in arguments:
@@ -169,7 +169,7 @@ def _read(stream: Stream, start: int, stop: int) -> Iterator[tuple[str, Hashable
             yield kind, str(node.target), node
 
 
-def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
+def _cut(stream: FlatGraph, phase: int, stop: int, period: int) -> Layers:
     """The layers of a run if the first begins at `phase`."""
     found = Layers(period)
     starts = range(phase, stop - period + 1, period)
@@ -196,7 +196,7 @@ def _cut(stream: Stream, phase: int, stop: int, period: int) -> Layers:
 # ---- what a piece must be
 
 
-def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
+def _reads_back(stream: FlatGraph, chain: list[Piece], piece: Piece) -> str | None:
     """Why a piece cannot follow a chain although it takes its output, or None: then a new chain begins with it."""
     for extra in piece.extras:
         if chain and stream.position.get(extra, -1) >= chain[0].start:
@@ -209,7 +209,7 @@ def _reads_back(stream: Stream, chain: list[Piece], piece: Piece) -> str | None:
 _NO_SCORE: tuple[int, ...] = (0,)
 
 
-def _score(stream: Stream, found: Layers, phase: int) -> tuple[int, ...]:
+def _score(stream: FlatGraph, found: Layers, phase: int) -> tuple[int, ...]:
     pieces = [piece for chain in found.chains for piece in chain]
     if not pieces:
         return _NO_SCORE
@@ -219,7 +219,7 @@ def _score(stream: Stream, found: Layers, phase: int) -> tuple[int, ...]:
     return len(pieces), sum(names) + of_one_number, like_shapes, stream.has_parameters[phase], -phase
 
 
-def _shapes(stream: Stream, piece: Piece) -> list[tuple[int, ...]]:
+def _shapes(stream: FlatGraph, piece: Piece) -> list[tuple[int, ...]]:
     return [tuple(stream.root.get_parameter(path).shape) for path in piece.parameters.values()]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from replfx.modules.structure import attribute_at, stand_like
+from replfx.modules.structure import attribute_at, pass_for_like
 from replfx.tracing import CaptureInfo
 
 __all__ = ["Piece", "Region", "Regions", "put_value", "region_module", "replace_regions", "root_of"]
@@ -95,7 +95,7 @@ def region_module(region: Region, root: nn.Module, like: nn.Module | None = None
     Args:
         region: as `find_regions` gave it; the graph must not have been rewritten since.
         root: what the region's paths refer to (`root_of` of its graph).
-        like: the module that it was, or its stand-in, whose names for them its parameters have; it passes for it.
+        like: the module that it was, or its placeholder, whose names for them its parameters have; it passes for it.
 
     Raises:
         AttributeError: `root` lacks something that the region reads.
@@ -121,7 +121,7 @@ def region_module(region: Region, root: nn.Module, like: nn.Module | None = None
     if like is None:
         return fx.GraphModule(holder, graph, "Region")
     module = fx.GraphModule(like, graph, "Region").train(root.training)
-    stand_like(module, like)
+    pass_for_like(module, like)
     return module
 
 

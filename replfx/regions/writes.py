@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import Tensor, fx, nn
 
-from replfx.regions.stream import Stream
+from replfx.regions.flat_graph import FlatGraph
 from replfx.torch_internals import Dropout
 from replfx.tracing import name_of
 
@@ -24,7 +24,7 @@ _WRITES = re.compile("_*(setitem|i(add|and|floordiv|lshift|matmul|mod|mul|or|pow
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, Dropout)
 
 
-def written_outside(stream: Stream, start: int, stop: int, source: fx.Node) -> fx.Node | None:
+def written_outside(stream: FlatGraph, start: int, stop: int, source: fx.Node) -> fx.Node | None:
     """The node in `[start, stop)` that changes a value from outside, if there is one.
 
     `source`, the main activation, may be changed if nothing outside reads it (`x += f(x)` in a layer), unless it
@@ -43,14 +43,14 @@ def written_outside(stream: Stream, start: int, stop: int, source: fx.Node) -> f
     return None
 
 
-def _is_own_buffer(stream: Stream, node: fx.Node, start: int, stop: int) -> bool:
+def _is_own_buffer(stream: FlatGraph, node: fx.Node, start: int, stop: int) -> bool:
     value = stream.values.get(node)
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
         return False
     return stream.reads_only_in(value, start, stop)
 
 
-def _written(stream: Stream, node: fx.Node) -> Iterator[fx.Node]:
+def _written(stream: FlatGraph, node: fx.Node) -> Iterator[fx.Node]:
     """The values that the node itself changes."""
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
@@ -60,7 +60,7 @@ def _written(stream: Stream, node: fx.Node) -> Iterator[fx.Node]:
         yield first
 
 
-def _changes_first(stream: Stream, node: fx.Node) -> bool:
+def _changes_first(stream: FlatGraph, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(stream.module(node), "inplace", False))
     name = name_of(node)
@@ -85,7 +85,7 @@ def _place_of_inplace(function: types.FunctionType) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _viewed(stream: Stream, node: fx.Node) -> fx.Node | None:
+def _viewed(stream: FlatGraph, node: fx.Node) -> fx.Node | None:
     """The value whose memory the node's result may be."""
     called = node.op == "call_module"
     view = isinstance(stream.module(node), _VIEW_MODULES) if called else _VIEWS.fullmatch(name_of(node))

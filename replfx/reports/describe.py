@@ -8,7 +8,7 @@ from torch import fx, nn
 from replfx.chains.chain import Chains
 from replfx.chains.select import Selection, reads
 from replfx.errors import CaptureError
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.modules.paths import head_of, is_region, parameters_of
 from replfx.modules.tree import tensors_in
 from replfx.operators import Operator
@@ -110,7 +110,7 @@ def _described(inputs: Inputs) -> str:
 
 def with_layers(report: Report, plan: Plan, model: nn.Module) -> Report:
     """The report with what takes the replaced blocks' places, and the parameters that are left."""
-    planned, syntheses = {replacement.path: replacement for replacement in plan.replacements}, fusion_layers(model)
+    planned, syntheses = {replacement.path: replacement for replacement in plan.replacements}, syntheses_of(model)
     blocks = []
     for block in report.blocks:
         if block.path in planned:

@@ -15,7 +15,7 @@ from replfx.fusion.magnitude import is_finite
 from replfx.fusion.pairing import Counterparts, counterparts, pair
 from replfx.live.blocks import Snapshot, replace_block, strip_block
 from replfx.live.skeletons import Skeleton
-from replfx.live.synthesis import Reading, Readings, Synthesis, fusion_layers
+from replfx.live.synthesis import Reading, Readings, Synthesis, syntheses_of
 from replfx.modules.copying import structural_copy
 from replfx.modules.paths import block_at, head_of, is_region, members_of, parent_of, put_blocks
 from replfx.modules.structure import block_digest
@@ -55,7 +55,7 @@ def build(model: nn.Module, plan: Plan, blocks: Mapping[str, nn.Module] | None =
 
 def refuse_transformed(model: nn.Module) -> None:
     """Raise a PlanError if the model has replaced blocks."""
-    for path in fusion_layers(model):
+    for path in syntheses_of(model):
         raise PlanError(
             f"the model is transformed already: `{path}` is a replaced block; "
             "transform the original model, or call replfx.materialize or replfx.unroll first"

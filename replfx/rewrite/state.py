@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from replfx.errors import FusionError, PlanError, StateDictError
-from replfx.live import SUBMODULE, Synthesis, fusion_layers, synthesis_of
-from replfx.live.stages import check_stage, refuse_split_points
+from replfx.live import SUBMODULE, Synthesis, syntheses_of, synthesis_of
+from replfx.live.check_stage import check_stage, refuse_split_points
 from replfx.modules.paths import head_of
 from replfx.modules.structure import trainable_parameters
 from replfx.modules.tree import inner_path
@@ -99,7 +99,7 @@ def marked(model: nn.Module) -> nn.Module:
 
 def mark(model: nn.Module, plan: Plan, report: Report) -> None:
     """Let a model that was just transformed remember how."""
-    syntheses = fusion_layers(model)
+    syntheses = syntheses_of(model)
     _memory(model)[_ATTRIBUTE] = Transformed(
         plan,
         report,
@@ -227,12 +227,12 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
     PyTorch tells it nothing of `strict`. So a block that one of the two has replaced and the other not is refused, as
     its weights would be nobody's; of blocks that the model has not, a pipeline stage, PyTorch says what it always says.
     """
-    syntheses = fusion_layers(module)
+    syntheses = syntheses_of(module)
     full = _full_in(module, syntheses, state_dict, prefix)
     known = _memory(module).get(_ATTRIBUTE)
     if full and isinstance(known, Transformed) and known.follow is not None:
         known.follow([path for path in known.syntheses if head_of(module, path) in full])
-        syntheses, full = fusion_layers(module), {}
+        syntheses, full = syntheses_of(module), {}
     for path, gone in full.items():
         raise StateDictError(
             f"`{path}` is a replaced block, and the state_dict has its own `{gone}`: it is of the untransformed model, "

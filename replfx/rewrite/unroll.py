@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from replfx.errors import FusionError, PlanError
 from replfx.live import SUBMODULE, Synthesis
-from replfx.live.blocks import settle_block
-from replfx.live.classes import settle_down
+from replfx.live.blocks import make_block_plain
+from replfx.live.classes import make_plain
 from replfx.modules.copying import faithful_copy
 from replfx.modules.paths import head_of, is_region, named
 from replfx.modules.structure import move_hooks, redirect, set_submodule
@@ -214,7 +214,7 @@ def _main_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
 
 def _give_weights(root: nn.Module, path: str, placement: Placement, theta: Mapping[str, Tensor]) -> None:
     """Give a block that runs its own computation the weights; a region becomes a part of the graph again."""
-    settle_block(placement.block, placement.synthesis, root, theta)
+    make_block_plain(placement.block, placement.synthesis, root, theta)
     if is_region(path):
         assert isinstance(root, fx.GraphModule)
         assert isinstance(placement.block, fx.GraphModule)
@@ -259,7 +259,7 @@ def _complete(placement: Placement, full: nn.Module) -> None:
             block.get_submodule(owner)._parameters[leaf] = full.get_parameter(name)
         return
     del block._modules[SUBMODULE]
-    settle_down(block, {})
+    make_plain(block, {})
     for name in ("_modules", "_parameters", "_buffers"):
         getattr(block, name).update(getattr(full, name))
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from replfx.chains.chain import Chains
 from replfx.errors import VerifyError, WrittenWeightsError
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.live.synthesis import written_weights
 from replfx.modules.paths import ancestors, head_of, is_region, parameters_of
 from replfx.modules.tree import shapes_in, tensors_in
@@ -192,7 +192,7 @@ class _Run:
 
 def _check_synthesis(model: nn.Module) -> None:
     with torch.no_grad():
-        for path, layer in fusion_layers(model).items():
+        for path, layer in syntheses_of(model).items():
             if name := layer.not_finite():
                 raise VerifyError(f"`{path}`: the synthesised `{name}` is not finite; check the fusion's options")
 
@@ -229,7 +229,7 @@ class _Rehearsal:
         except Exception as error:
             return _Failure.of(error, ghost)
         if names := written():
-            paths = {synthesis: path for path, synthesis in fusion_layers(ghost).items()}
+            paths = {synthesis: path for path, synthesis in syntheses_of(ghost).items()}
             found = {paths[synthesis]: of_block for synthesis, of_block in names.items()}
             path, (name, *_) = next(iter(found.items()))
             text = f"the model writes to the `{name}` of `{path}`, which is synthesised"

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from replfx.dtensors import is_distributed
 from replfx.errors import FusionError
-from replfx.live import Synthesis, fusion_layers
+from replfx.live import Synthesis, syntheses_of
 from replfx.live.synthesis import SharedWeights
 
 __all__ = ["synthesize_once"]
@@ -44,7 +44,7 @@ def synthesize_once(model: nn.Module) -> Iterator[None]:
         ...     optimizer.step()
         ...     optimizer.zero_grad()
     """
-    layers = fusion_layers(model)
+    layers = syntheses_of(model)
     held = next((path for path, layer in layers.items() if layer.shared is not None), None)
     if held is not None:
         raise FusionError(f"`{held}` is within a synthesize_once already: use one for all micro-batches of a step")

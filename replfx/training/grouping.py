@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from replfx.errors import ReplfxError
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.modules.paths import is_named
 from replfx.modules.tree import inner_path
 from replfx.torch_internals import Norm
@@ -75,7 +75,7 @@ def parameter_groups(
 
 def _exempt(model: nn.Module) -> Iterator[nn.Parameter]:
     """What is to have no weight decay. A tied parameter has none if it has a reason under one of its names."""
-    for layer in fusion_layers(model).values():
+    for layer in syntheses_of(model).values():
         if layer.fusion is not None:
             yield from layer.fusion.parameters()  # of any shape: a registered fusion may have matrices of them
     patterns = list(_named_by_the_model(model))

@@ -279,14 +279,14 @@ def test_a_pretrained_model_survives_better() -> None:
 
 
 def test_a_loader_without_a_length_and_a_wrapped_model() -> None:
-    class Stream(torch.utils.data.IterableDataset[Tensor]):
+    class FlatGraph(torch.utils.data.IterableDataset[Tensor]):
         def __iter__(self) -> Iterator[Tensor]:
             yield from torch.randn(8, 4)
 
     model = tower()
     made = replfx.transform(model, operator="light")
     start = copy.deepcopy(made.state_dict())
-    replfx.calibrate(nn.DataParallel(made), model, torch.utils.data.DataLoader(Stream(), 4), progress=False)
+    replfx.calibrate(nn.DataParallel(made), model, torch.utils.data.DataLoader(FlatGraph(), 4), progress=False)
     assert any(not torch.equal(value, start[name]) for name, value in made.state_dict().items())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from replfx.dynamo.syntheses import syntheses_in
+from replfx.dynamo.matching import syntheses_in
 from replfx.passes.merge_syntheses import MergeSyntheses
 from tests.support.compiled import Compiled, as_in_eager_mode, graph_of
 from tests.support.computed import compute

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
-from replfx.dynamo.syntheses import syntheses_in
+from replfx.dynamo.matching import syntheses_in
 from replfx.live.synthesis import Reading
 from tests.support.compiled import Compiled, X, graph_of, noting, small
 from tests.support.models import Mlp, Tower, tower

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import replfx
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from tests.distributed.layouts import MODES, MORE_MODES, Mode
 from tests.reference import Stack
 from tests.support.compare import Gradients, assert_close
@@ -65,11 +65,11 @@ def _check(model: Stack, single: Stack, history: list[Gradients], mode: Mode, jo
     assert _names(model) == _names(single)
     layers = {
         path.replace("_checkpoint_wrapped_module", "").replace("..", ".").strip("."): layer
-        for path, layer in fusion_layers(model).items()
+        for path, layer in syntheses_of(model).items()
     }
-    assert layers.keys() == fusion_layers(single).keys()
+    assert layers.keys() == syntheses_of(single).keys()
     for path, layer in layers.items():  # also from outside of a forward pass, where all is sharded
-        one, other = layer.synthesized(), fusion_layers(single)[path].synthesized()
+        one, other = layer.synthesized(), syntheses_of(single)[path].synthesized()
         for name, tensor in other.items():
             _compare(whole_tensor(one[name]), tensor, f"synthesised {name}")
 

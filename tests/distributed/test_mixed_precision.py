@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from replfx.live import Synthesis, fusion_layers
+from replfx.live import Synthesis, syntheses_of
 from tests.distributed.layouts import by_block
 from tests.distributed.ranks import BATCH, STEPS, whole_tensor
 from tests.reference import Stack
@@ -114,7 +114,7 @@ def _by_hand(single: Stack, parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor
     sizes: dict[str, float] = {}
     for x in parts:
         single.zero_grad()
-        layers = fusion_layers(single)
+        layers = syntheses_of(single)
         made = {path: _rounded(layer) for path, layer in layers.items()}
         for path, layer in layers.items():
             layer._synthesize = lambda *_, made=made[path], **__: made

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from replfx.compile.synthesis import SYNTHESIZE
-from replfx.dynamo.syntheses import syntheses_in
+from replfx.compile.batched import SYNTHESIZE
+from replfx.dynamo.matching import syntheses_in
 from replfx.passes.batch_synthesis import BatchSynthesis
 from tests.support.compiled import X, batches, forward_and_backward, graph_of, products, small
 

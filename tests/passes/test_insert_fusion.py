@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import replfx
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.rewrite.build import build, install
 from tests.support.models import GPT, ConvNet, Products, Stop, WithExtras, tower
 
@@ -36,7 +36,7 @@ def test_exactly_the_planned_blocks_are_replaced(name: str, make: type[nn.Module
     original, blocks = model(x), {r.path: model.get_submodule(r.path) for r in plan.replacements}
     assert len(blocks) >= 2
     install(model, build(model, plan))
-    assert list(fusion_layers(model)) == list(blocks)
+    assert list(syntheses_of(model)) == list(blocks)
     assert all(model.get_submodule(path) is block for path, block in blocks.items())
     assert not torch.equal(model(x), original)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import replfx
-from replfx.dynamo.syntheses import syntheses_in
+from replfx.dynamo.matching import syntheses_in
 from replfx.passes.merge_syntheses import MergeSyntheses
 from tests.support.compiled import X, as_in_eager_mode, graph_of, small
 from tests.support.models import tower

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import replfx.tracing.capturing
-from replfx.regions.find import find_regions
 from replfx.regions.graph_module import without_regions
 from replfx.regions.region import Region, Regions, region_module, replace_regions, root_of
+from replfx.regions.search import find_regions
 from replfx.tracing import capture, info_of
 from tests.support.copies import copied
 from tests.support.functional import Functional, Spec, specs, values_of

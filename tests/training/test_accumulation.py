@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import replfx
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from tests.support.compare import Gradients, assert_same_gradients, loss_of, outputs
 from tests.support.compiled import Compiled, small
 from tests.support.models import tower
@@ -59,14 +59,14 @@ def test_gradients_are_those_of_a_synthesis_a_micro_batch(case: Case, count: int
 
 def test_each_layer_synthesises_once() -> None:
     model, calls = small(), [0]
-    for layer in fusion_layers(model).values():
+    for layer in syntheses_of(model).values():
         layer.fusion.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     with replfx.synthesize_once(model):
         for _ in range(4):
             model(torch.randn(2, 4)).sum().backward()
         with torch.no_grad():
             model(torch.randn(2, 4))
-    assert calls[0] == len(fusion_layers(model)) == 3
+    assert calls[0] == len(syntheses_of(model)) == 3
     model(torch.randn(2, 4))
     assert calls[0] == 6, "after it a forward synthesises again"
 
@@ -131,7 +131,7 @@ def test_what_would_spoil_the_gradients_is_refused(deed: Callable[[nn.Module], N
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(replfx.FusionError, match=message), replfx.synthesize_once(model):
         deed(model)
-    assert all(layer.shared is None for layer in fusion_layers(model).values())
+    assert all(layer.shared is None for layer in syntheses_of(model).values())
     assert all(p.grad is None for name, p in model.named_parameters() if ".fusion." in name)
     if deed is step:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -157,7 +157,7 @@ def test_after_an_error_of_the_users_nothing_flows() -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert all(p.grad is None for name, p in model.named_parameters() if ".fusion." in name)
-    assert all(layer.shared is None for layer in fusion_layers(model).values())
+    assert all(layer.shared is None for layer in syntheses_of(model).values())
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

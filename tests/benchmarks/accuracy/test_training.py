@@ -19,7 +19,7 @@ from benchmarks.accuracy.training import Run, prepared
 from benchmarks.accuracy.variants import variant_of
 from replfx import ReplfxError
 from replfx.fusion.fusions import LinearFusion
-from replfx.live import fusion_layers
+from replfx.live import syntheses_of
 from replfx.measure import trainable_parameters
 from tests.benchmarks.accuracy import toys
 from tests.benchmarks.accuracy.toys import CPU
@@ -194,7 +194,7 @@ def test_trials_of_other_blocks_are_refused() -> None:
 
 def test_the_attention_map_of_the_block_before_is_used_again() -> None:
     model = prepared(toys.gpt(), variant_of("attention-reused+scalar"), 0, CPU).eval()
-    layer = fusion_layers(model)["blocks.1"]
+    layer = syntheses_of(model)["blocks.1"]
     before, after = model.get_submodule("blocks.0"), model.get_submodule("blocks.2")
     operator, x = layer.operator, torch.randn(2, 5, 8)
     queries, keys, _ = before.qkv(before.norm1(x)).chunk(3, dim=-1)
@@ -291,7 +291,7 @@ def test_moments_are_mixed_as_weights_are_and_coefficients_have_a_decay_of_their
     run = run_of(toys.gpt(weight_decay=0.1), "block+scalar:unroll=0.5:moments=mixed:decay=0.5")
     assert [g["weight_decay"] / run.recipe.weight_decay for g in run.optimizer.param_groups] == [1, 0.5]
     run.train(lambda step: step >= 3)
-    fusion, (left, _, right) = fusion_layers(run.model)["blocks.1"].fusion, list(run.model.get_submodule("blocks"))[:3]
+    fusion, (left, _, right) = syntheses_of(run.model)["blocks.1"].fusion, list(run.model.get_submodule("blocks"))[:3]
     assert isinstance(fusion, LinearFusion)
     assert set(run.optimizer.param_groups[1]["params"]) >= {fusion.previous, fusion.next}
     (name, a), b = next(iter(fusion.parts(fusion.previous).items())), next(iter(fusion.parts(fusion.next).values()))

@@ -8,10 +8,10 @@ what may not be replaced is taken out. All of it is near-linear in the size of t
 
 from torch import fx
 
+from replfx.regions.flat_graph import FlatGraph
 from replfx.regions.pieces import SHORTEST, Layers, alike, layers_in
 from replfx.regions.region import Piece, Region, Regions
 from replfx.regions.repeats import Repeat, runs
-from replfx.regions.stream import Stream
 
 __all__ = ["find_regions"]
 
@@ -30,7 +30,7 @@ def find_regions(graph_module: fx.GraphModule) -> Regions:
         a parameter of two dimensions or more; its parameters are trainable and read by it alone; nothing but
         its output is read outside of it.
     """
-    stream = Stream(graph_module)
+    stream = FlatGraph(graph_module)
     found = [layers for run in runs(stream.tokens) if (layers := _layers(stream, run)) is not None]
     chains = _without_overlaps(stream, [(chain, layers.period) for layers in found for chain in layers.chains])
     taken = {path for chain in chains for piece in chain for path in piece.parameters.values()}
@@ -38,7 +38,7 @@ def find_regions(graph_module: fx.GraphModule) -> Regions:
     return Regions([tuple(_region_of(stream, piece) for piece in chain) for chain in chains], refused)
 
 
-def _layers(stream: Stream, run: Repeat) -> Layers | None:
+def _layers(stream: FlatGraph, run: Repeat) -> Layers | None:
     """The layers of a run; None if it reads no parameter of two dimensions or more."""
     if stream.matrices[run.start] == stream.matrices[run.start + run.period]:
         return None
@@ -53,7 +53,7 @@ def _layers(stream: Stream, run: Repeat) -> Layers | None:
     return first
 
 
-def _region_of(stream: Stream, piece: Piece) -> Region:
+def _region_of(stream: FlatGraph, piece: Piece) -> Region:
     """A piece of a stream as a region of its graph."""
     nodes = stream.nodes[piece.start : piece.stop]
     own = {*piece.parameters.values(), *piece.buffers.values()}
@@ -73,7 +73,7 @@ def _region_of(stream: Stream, piece: Piece) -> Region:
 # ---- chains that overlap
 
 
-def _without_overlaps(stream: Stream, chains: list[tuple[list[Piece], int]]) -> list[list[Piece]]:
+def _without_overlaps(stream: FlatGraph, chains: list[tuple[list[Piece], int]]) -> list[list[Piece]]:
     """Chains that share no node: those with most parameters first, of equal ones that of the smaller pieces.
 
     Two neighbouring parts of a model often look alike for a piece or two. So first every chain takes only the
@@ -112,7 +112,7 @@ def _stretches(wanted: list[bool]) -> list[tuple[int, int]]:
     return found
 
 
-def _size(stream: Stream, chain: list[Piece]) -> int:
+def _size(stream: FlatGraph, chain: list[Piece]) -> int:
     paths = (path for piece in chain for path in piece.parameters.values())
     return sum(stream.root.get_parameter(path).numel() for path in paths)
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from replfx.errors import FusionError
-from replfx.live import Synthesis, fusion_layers
+from replfx.live import Synthesis, syntheses_of
 from replfx.torch_internals.distributed import split_points
 
 __all__ = ["check_stage", "refuse_split_points"]
@@ -33,12 +33,14 @@ def check_stage(stage: nn.Module) -> None:
         raise FusionError(f"a stage is a torch.nn.Module, not {type(stage).__name__}")
     # Parameters too: a batch norm that was converted is another module with the parameters of the one before.
     present = {id(part) for part in (*stage.modules(), *stage.parameters())}
-    for path, synthesis in fusion_layers(stage).items():
+    for path, synthesis in syntheses_of(stage).items():
         for reading in synthesis.readings():
             owner = reading.owner()
             if id(owner) not in present and id(reading.tensor()) not in present:
                 place = _place(synthesis, owner) or reading.leaf
-                raise FusionError(synthesis.parted(path, place, "that is not in the model or stage that runs"))
+                raise FusionError(
+                    synthesis.neighbour_missing(path, place, "that is not in the model or stage that runs")
+                )
 
 
 def _place(synthesis: Synthesis, owner: nn.Module) -> str | None:
@@ -60,7 +62,7 @@ def refuse_split_points(model: nn.Module) -> None:
         return
     modules = dict(model.named_modules())
     order = {path: number for number, path in enumerate(modules)}
-    for path, layer in fusion_layers(model).items():
+    for path, layer in syntheses_of(model).items():
         for place, side in zip(layer.places, layer.neighbours, strict=False):
             inner = {id(part) for part in side.modules()}
             within = [name for name, module in modules.items() if id(module) in inner]
@@ -71,4 +73,4 @@ def refuse_split_points(model: nn.Module) -> None:
                 after_one = order[marked] > order[one[0]] or (not begins and order[marked] >= order[one[0]])
                 before_other = order[marked] < order[other[0]] or (begins and order[marked] <= order[other[0]])
                 if after_one and before_other:
-                    raise FusionError(layer.parted(path, place, f"pipeline() would split at `{marked}`"))
+                    raise FusionError(layer.neighbour_missing(path, place, f"pipeline() would split at `{marked}`"))

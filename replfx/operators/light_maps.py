@@ -21,7 +21,7 @@ from replfx.operators.probe import Unmeasured, module_at, rounding_of
 from replfx.operators.residual import ACTIVATIONS, Branch, Residual
 from replfx.tracing import name_of
 
-__all__ = ["Anatomy", "MapPair", "activation_of", "dissect", "fits_alone"]
+__all__ = ["LightMaps", "MapPair", "activation_of", "find_maps", "fits_alone"]
 
 _Values: TypeAlias = dict[fx.Node, Tensor]
 
@@ -53,8 +53,8 @@ class MapPair:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """What `dissect` found.
+class LightMaps:
+    """What `find_maps` found.
 
     Attributes:
         residual: the block, which can be run.
@@ -71,8 +71,8 @@ class Anatomy:
     activation: str | None
 
 
-def dissect(site: Site) -> Anatomy | str:
-    """The anatomy of the block at `site`, or the reason why it has none that a light operator could use."""
+def find_maps(site: Site) -> LightMaps | str:
+    """The maps of the block at `site`, or the reason why it has none that a light operator could use."""
     residual = Residual.of(site)
     if isinstance(residual, str):
         return residual
@@ -99,8 +99,8 @@ def _larger(residual: Residual) -> tuple[int, ...]:
     return made
 
 
-def _dissected(residual: Residual) -> Anatomy:
-    """The anatomy of a residual block.
+def _dissected(residual: Residual) -> LightMaps:
+    """The maps of a residual block.
 
     Raises:
         Unmeasured: it has none.
@@ -110,10 +110,10 @@ def _dissected(residual: Residual) -> Anatomy:
     activation = _activation(residual.site)
     if depthwise is None:
         branch, pair = _narrowest(residual)
-        return Anatomy(residual, None, pair, norms[branch], activation)
+        return LightMaps(residual, None, pair, norms[branch], activation)
     name, node = depthwise
     branch = next(branch for branch in residual.branches if node in branch.nodes)
-    return Anatomy(residual, name, None, norm_behind(residual, node) or norms[branch], activation)
+    return LightMaps(residual, name, None, norm_behind(residual, node) or norms[branch], activation)
 
 
 def _norm_of(branch: Branch) -> Norm | None:
@@ -150,7 +150,7 @@ def _activation(site: Site) -> str | None:
 
 
 def activation_of(block: nn.Module, name: str | None) -> object:
-    """The callable that an `Anatomy.activation` names: a copy of a module, or a function."""
+    """The callable that an `LightMaps.activation` names: a copy of a module, or a function."""
     if name is None:
         return None
     kind, _, where = name.partition(":")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from replfx.dynamo.nodes import are_settled, made_of_parameters, value_of
+from replfx.dynamo.nodes import are_plain_and_unwritten, made_of_parameters, value_of
 
 __all__ = ["SynthesisNode", "syntheses_in", "synthesis_at"]
 
@@ -82,7 +82,7 @@ def _term(node: object) -> tuple[fx.Node, fx.Node] | None:
 
 def _is_sound(found: SynthesisNode) -> bool:
     nodes = (found.node, *found.inputs)
-    if not are_settled(nodes):
+    if not are_plain_and_unwritten(nodes):
         return False
     theta, previous, next, a, b = map(value_of, nodes)
     vectors = all(vector.dim() == 1 and vector.shape[0] in (1, theta.shape[0]) for vector in (a, b))

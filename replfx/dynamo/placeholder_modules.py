@@ -1,8 +1,8 @@
-"""stand_ins: modules and their calls for a graph that has none any more, but says what ran in which.
+"""placeholder_modules: modules and their calls for a graph that has none any more, but says what ran in which.
 
 That is Dynamo's graph. Its parameters are known by their paths in the model, and its nodes by the modules that they
 were traced in: so a tree of modules that only hold these parameters, each of which passes for one of the class that
-was there (`structure.stand_for`), and the calls as a capture has them. Candidates, links and pairing then need
+was there (`structure.pass_for`), and the calls as a capture has them. Candidates, links and pairing then need
 not know the difference. What the nodes don't tell is missing: modules that gave no node, unused parameters; and
 parameters stand in the order in which they are first read, and not in that of their registration.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from replfx.dynamo.nodes import path_in_model
-from replfx.modules.structure import attribute_at, class_of, is_container, is_setting, stand_for
+from replfx.modules.structure import attribute_at, class_of, is_container, is_setting, pass_for
 from replfx.tracing import ModuleCall
 
 __all__ = ["modules_of", "stack_of"]
@@ -28,7 +28,7 @@ _CONVOLUTIONS = {f"conv{n}d": _CONVOLUTION for n in (1, 2, 3)} | {f"conv_transpo
 
 
 def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
-    """Make `root`, which holds the parameters by their paths, a tree of stand-ins; gives the calls of its modules.
+    """Make `root`, which holds the parameters by their paths, a tree of placeholder modules; gives their calls.
 
     A call's `args` are the values from outside that it reads, in the order of their reading, without its own
     parameters and the buffers that nothing else reads; its output is what is read outside of it, a tuple if that is
@@ -47,7 +47,7 @@ def modules_of(graph: fx.Graph, root: nn.Module) -> list[ModuleCall]:
         if module is None:
             del kinds[path]
             continue
-        stand_for(module, kind, _of_linear(module) if "in_features" in getattr(kind, "__constants__", ()) else None)
+        pass_for(module, kind, _of_linear(module) if "in_features" in getattr(kind, "__constants__", ()) else None)
     paths = {key: path for key, path in paths.items() if path in kinds}
     for node in spans.computing:
         _note_settings(node, root, paths)
@@ -100,7 +100,7 @@ def _note_settings(node: fx.Node, root: nn.Module, paths: dict[str, str]) -> Non
     settings = {key: values[key] for key in _CONVOLUTIONS[name] if key in values and is_setting(values[key])}
     module = root.get_submodule(owner)
     shape = {"kernel_size": weight.meta["shape"][2:]}
-    stand_for(module, class_of(module), {"groups": 1, **settings, **shape})
+    pass_for(module, class_of(module), {"groups": 1, **settings, **shape})
 
 
 # ---- the order of children
@@ -116,7 +116,7 @@ def _put_in_order(root: nn.Module, called: Set[str]) -> None:
         if not names or not all(name.isdecimal() for name in names):
             continue
         if path not in called:
-            stand_for(module, nn.ModuleList)
+            pass_for(module, nn.ModuleList)
         numbered = {int(name): child for name, child in module._modules.items()}
         if max(numbered) >= _MOST or not is_container(module):
             continue
@@ -127,7 +127,7 @@ def _put_in_order(root: nn.Module, called: Set[str]) -> None:
 
 def _identity() -> nn.Module:
     made = nn.Module()
-    stand_for(made, nn.Identity)
+    pass_for(made, nn.Identity)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from replfx.budget.blocks import BlockCost, Work
+from replfx.budget.block_costs import BlockCost, Work
 from replfx.errors import ReplfxError
 from replfx.measure import (
     Training,

@@ -1,4 +1,4 @@
-"""A graph as a stream: its nodes in order, without the reading of attributes, with what is asked of them often."""
+"""A flat graph: its nodes in order, without the reading of attributes, with what is asked of them often."""
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
@@ -13,10 +13,10 @@ from replfx.regions.tokens import Tokens
 from replfx.torch_internals import SET_GRAD_ENABLED
 from replfx.tracing import nodes_in
 
-__all__ = ["Stream"]
+__all__ = ["FlatGraph"]
 
 
-class Stream:
+class FlatGraph:
     """The nodes that compute, in order; positions are indices into `nodes`.
 
     `get_attr` nodes are left out: where they stand says when a tensor was first read, not what is computed.
