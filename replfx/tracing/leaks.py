@@ -30,6 +30,7 @@ _CONTAINERS = (tuple, list, dict, set)
 _CLOSED = (type, types.ModuleType, torch.Tensor, nn.Module, str, bytes, int, float, bool, type(None))
 _YOUNG, _NEVER = 50_000, 2**31 - 1  # objects: circles of a trace are as large as the model's graph, if they add up
 _DEPTH = 4  # containers between a cache and a tensor in it
+_WIDE, _MANY = 1_000, 20_000  # items of a container, and objects, that are remembered: a user may hold a data set
 _STANDARD = sysconfig.get_path("stdlib")
 
 _Known: TypeAlias = dict[int, tuple[object, Any]]
@@ -133,14 +134,16 @@ def _reaches(cache: object, left: set[int]) -> bool:
 
 
 def _is_the_users(module: types.ModuleType) -> bool:
-    """Whether a Python module comes from the user, and not with Python or from an installed package."""
+    """Whether a Python module comes from the user, and not with Python, from an installed package or from replfx."""
     file = getattr(module, "__file__", None) or _STANDARD
-    return not file.startswith(_STANDARD) and "-packages" not in file
+    return not file.startswith(_STANDARD) and "-packages" not in file and not module.__name__.startswith("replfx")
 
 
 def _remember(value: Any, known: _Known, depth: int = 0) -> None:
-    """Note what containers, closures and objects hold that `_purge` may look into."""
-    if depth > _DEPTH or id(value) in known or isinstance(value, _CLOSED):
+    """Note what containers, closures and objects hold that `_purge` may look into; of many or large ones only some."""
+    if depth > _DEPTH or id(value) in known or isinstance(value, _CLOSED) or len(known) > _MANY:
+        return
+    if depth and isinstance(value, _CONTAINERS) and len(value) > _WIDE:
         return
     named = not isinstance(value, tuple) and type(value) not in (list, set)
     held: Any = dict(_table(value)) if named else list(tuple.__iter__(value) if isinstance(value, tuple) else value)
