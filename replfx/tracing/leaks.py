@@ -70,13 +70,16 @@ class Traces:
     def __enter__(self) -> Traces:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.close(failed=kind is not None)
 
-    def close(self) -> None:
-        """Clear, and let the garbage collector run again."""
+    def close(self, failed: bool = False) -> None:
+        """Clear, and let the garbage collector run again, which frees nothing of what has `failed`."""
         try:
-            self.clear()
+            if failed:
+                self._clean()
+            else:
+                self.clear()
         finally:
             gc.set_threshold(*self._thresholds)
 
