@@ -11,20 +11,28 @@ import timm
 import torch
 import torchvision
 from hypothesis import given, settings
-from torch import nn
+from torch import fx, nn
 
 from replfx.chains.find import find_chains
 from replfx.modules.copying import structural_copy
-from replfx.tracing import info_of
+from replfx.tracing import Held, Traces, info_of
 from replfx.tracing.capturing import record_on_fakes, record_on_values, symbolic_on_fakes
 from replfx.tracing.inputs import Inputs
 from tests.support.strategies import Case, cases
 
-RUNGS = {"symbolic": symbolic_on_fakes, "fakes": record_on_fakes, "values": record_on_values}
+
+def capture_by(rung: str, model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    if rung == "symbolic":
+        return symbolic_on_fakes(model, inputs)
+    held = Held(model, None)
+    if rung == "values":
+        return record_on_values(model, inputs, held)
+    with Traces(model) as traces:
+        return record_on_fakes(model, inputs, traces, held)
 
 
 def findings(model: nn.Module, inputs: Inputs, rung: str) -> tuple[Any, ...]:
-    graph = RUNGS[rung](structural_copy(model), inputs)
+    graph = capture_by(rung, structural_copy(model), inputs)
     found = find_chains(graph)
     costs = [node.meta["replfx"] for node in graph.graph.nodes if "replfx" in node.meta]
     info = info_of(graph)
