@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
 
 __all__ = ["Optimizers", "checked", "hand_over", "in_order"]
@@ -64,8 +65,9 @@ def hand_over(
 ) -> None:
     """Let the parameters of a block at full depth take the place of those of `old` that are gone.
 
-    Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), or else to that
-    of what is gone, or else to the first with a parameter of as many dimensions. Its state starts as the mean of the
+    Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), and to none if
+    these are in none; where neighbours have no such parameter, to the group of what is gone, or else to the first with
+    a parameter of as many dimensions. Its state starts as the mean of the
     states of the neighbours' parameters of its name and shape (`_state_from`).
 
     Args:
@@ -87,7 +89,10 @@ def hand_over(
     for name, parameter in full.items():
         if parameter in old:
             continue
-        sides = [side[name] for side in like if side.get(name) in homes]
+        counterparts = [side[name] for side in like if name in side]
+        sides = [p for p in counterparts if p in homes]
+        if counterparts and not sides:  # nothing trains them, as in fine-tuning a head alone
+            continue
         alike = (home for p, home in homes.items() if p.dim() == parameter.dim())
         optimizer, group = homes[sides[0]] if sides else left or next(alike, first)
         group["params"].append(parameter)
@@ -118,21 +123,25 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
     return same and getattr(one, "placements", None) == getattr(other, "placements", None)
 
 
+def _is_plain(value: object) -> bool:
+    return type(value) in (Tensor, nn.Parameter) or is_dtensor(value)
+
+
 def _state_from(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of a parameter that goes on from its neighbours': means of their moments, and their count of steps.
 
     The parameter was a mixture of the neighbours' until now, and moved with them; a state from nothing would make its
     first steps as long as Adam's are, whatever the gradient. Nothing is carried where the neighbours' states are not
-    of one form.
+    of one form, or hold what cannot be averaged: lists of matrices, tensors in eight bits.
     """
     if not states or any(state.keys() != states[0].keys() for state in states):
         return {}
     mixed = {}
     for key, first in states[0].items():
         values = [state[key] for state in states]
-        if not isinstance(first, Tensor):
+        if first is None or isinstance(first, bool | int | float | str):
             mixed[key] = first
-        elif any(not isinstance(v, Tensor) or v.shape != first.shape for v in values):
+        elif any(not _is_plain(v) or v.shape != first.shape for v in values):
             return {}
         elif first.dim() == 0:
             mixed[key] = first.clone()

@@ -94,10 +94,10 @@ def unroll(
         model: a transformed model, or what wraps it. It is changed in place, so that an optimizer goes on holding the
             parameters of the kept blocks.
         optimizer: gets the new parameters, each in the group of a neighbour's parameter of its name, and forgets the
-            coefficients. Their moments start as the means of their neighbours', or as copies too; the state of all
-            other parameters stays, and so does what a learning-rate scheduler knows. Its state_dict then fits an
-            optimizer that was made for the full model. Several train one model, as Muon does its matrices and AdamW
-            the rest: give them in a list.
+            coefficients. Where both neighbours' are in no group, or are frozen, the new ones are so too. Their moments
+            start as the means of their neighbours', or as copies too; the state of all other parameters stays, and so
+            does what a learning-rate scheduler knows. Its state_dict then fits an optimizer that was made for the full
+            model. Several train one model, as Muon does its matrices and AdamW the rest: give them in a list.
         example_inputs: a training batch, as for `transform`. Needed for `light` residual convolution blocks alone,
             whose outputs stay: their inner batch normalisation is set to the statistics of what it gets.
         blocks: paths or globs of replaced blocks, for some of them alone; the others stay replaced.
@@ -131,6 +131,8 @@ def unroll(
     known = set(root.parameters())
     with torch.no_grad():
         _unroll(root, placed, seen, next(model.parameters()), copies=copies)
+        for path in placed:
+            _freeze_as(_parameters(root, placed[path]), like[path], known)
         tell_of_change(root, _new_parameters(root, placed, like, known))
         if optimizers:
             for path, placement in placed.items():
@@ -273,6 +275,16 @@ def _parameters(root: nn.Module, placement: Placement) -> dict[str, nn.Parameter
         with suppress(AttributeError):  # it is synthesised, or a part that the operator has freed
             found[name] = root.get_parameter(home)
     return found
+
+
+def _freeze_as(
+    parameters: Mapping[str, nn.Parameter], like: Sequence[Mapping[str, Tensor]], known: set[nn.Parameter]
+) -> None:
+    """Freeze new parameters whose counterparts in the neighbours are frozen, all of them."""
+    for name, parameter in parameters.items():
+        sides = [side[name] for side in like if name in side]
+        if parameter not in known and sides and not any(side.requires_grad for side in sides):
+            parameter.requires_grad_(False)
 
 
 def _new_parameters(

@@ -8,7 +8,7 @@ from torch import nn
 
 from replfx.errors import PlanError, StateDictError
 from replfx.modules.paths import named, some
-from replfx.rewrite.optimizers import Optimizers
+from replfx.rewrite.optimizers import Optimizers, checked
 from replfx.rewrite.state import placed_blocks, state_of
 from replfx.rewrite.unroll import Start, check_unrolls, unroll
 from replfx.tracing import ExampleInputs
@@ -44,7 +44,8 @@ class Schedule:
 
     Raises:
         PlanError: the model is not transformed, or `unroll_at` cannot be met.
-        FusionError: a block that could not be unrolled, now rather than in the middle of the training.
+        FusionError: a block that could not be unrolled, or an optimizer whose parameters cannot be exchanged, now
+            rather than in the middle of the training.
 
     Example:
         >>> model = replfx.transform(model, x, operator="identity")
@@ -71,7 +72,7 @@ class Schedule:
     ) -> None:
         self._paths = list(placed_blocks(model)[1])
         check_unrolls(model, example_inputs, start)
-        self._model, self._averages = model, list(averages)
+        self._model, self._averages = model, self._checked_averages(model, averages)
         self._example_inputs, self._start = example_inputs, start
         self.optimizer = optimizer
         self._unroll_at, self._total = unroll_at, total_steps
@@ -80,6 +81,29 @@ class Schedule:
         self._done: list[list[str]] = []
         if follow:
             state_of(model).follow = self._unroll
+
+    @property
+    def optimizer(self) -> Optimizers:
+        """What gets the new parameters."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, given: Optimizers) -> None:
+        checked(given)
+        self._optimizer = given
+
+    def _checked_averages(self, model: nn.Module, averages: Iterable[nn.Module]) -> list[nn.Module]:
+        if isinstance(averages, nn.Module) or not isinstance(averages, Iterable):
+            raise PlanError(f"averages must be a list of copies of the model, not {type(averages).__name__}")
+        given = list(averages)
+        for index, average in enumerate(given):
+            copied = isinstance(average, nn.Module) and list(placed_blocks(average)[1]) == self._paths
+            if not copied or any(average is other for other in (model, *given[:index])):
+                raise PlanError(
+                    f"averages[{index}] is a {type(average).__name__} that has not the model's replaced blocks, or is "
+                    "there twice: give copies of the transformed model"
+                )
+        return given
 
     @property
     def steps(self) -> int:
@@ -169,7 +193,8 @@ def _parts(unroll_at: UnrollAt, total: int | None, paths: Sequence[str]) -> list
             what = f"unrolls `{twice[0]}` twice" if twice else f"never unrolls `{left[0]}`"
             raise PlanError(f"unroll_at {what}: name each replaced block once, of {some(paths)}")
         return sorted(found, key=lambda part: part[0])
-    times = [unroll_at] if isinstance(unroll_at, int | float | str) else list(unroll_at)
+    several = isinstance(unroll_at, Sequence) and not isinstance(unroll_at, str | bytes)
+    times: list[Any] = list(unroll_at) if several else [unroll_at]  # type: ignore[arg-type]
     if not times or len(times) > len(paths):
         raise PlanError(f"unroll_at has {len(times)} times for {len(paths)} replaced blocks: give one to as many")
     steps = sorted(_step(at, total) for at in times)
@@ -187,4 +212,6 @@ def _step(at: When, total: int | None) -> int:
         raise PlanError(f"unroll_at={at}: a share of the steps is between 0 and 1; a number of steps is an int")
     if total is None:
         raise PlanError(f"unroll_at={at} is a share of the steps: say how many there are with total_steps=")
+    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+        raise PlanError(f"total_steps must be a number of steps from 1 up, not {total!r}")
     return max(1, round(at * total))

@@ -281,6 +281,27 @@ def test_transformers_trainer_unrolls_and_goes_on(tmp_path: Path, at: float) -> 
     assert_ended_plain(bert(0), whole, resumed)
 
 
+def test_transformers_trainer_that_makes_its_model_itself(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from replfx.integrations.transformers import Unroll
+
+    plan = replfx.plan(bert(0), {key: value[None] for key, value in Pixels()[0].items()})
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(
+        model_init=lambda: replfx.apply(bert(0), plan),
+        args=arguments,
+        train_dataset=Pixels(),
+        callbacks=[Unroll(unroll_at=2)],
+    )
+    trainer.train()
+    assert trainer.model is not None
+    assert trainer.model.state_dict().keys() == bert(0).state_dict().keys()
+    assert trainer.optimizer is not None
+    held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == set(trainer.model.parameters())
+
+
 def test_transformers_trainer_where_transformers_renames_weights(tmp_path: Path) -> None:
     """A transformed model is saved under the names that it has. Of a plain one the Trainer loads none (5.24)."""
     plan = replfx.plan(vit(0), {key: value[None] for key, value in Pictures()[0].items()})

@@ -97,3 +97,47 @@ def test_one_that_cannot_exchange_its_parameters_is_refused_beside_one_that_can(
     with pytest.raises(replfx.FusionError, match="LBFGS keeps the history"):
         replfx.unroll(model, [AdamW(rest), torch.optim.LBFGS(matrices)])
     assert [name for name, _ in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize(("operator", "start"), OPERATORS)
+def test_what_nothing_trained_is_not_trained_then(operator: str, start: str) -> None:
+    model = _model(operator)
+    head = list(model.get_submodule("blocks.4").parameters())
+    optimizer = AdamW(head, 1e-2)
+    for path in ("blocks.0", "blocks.2"):
+        model.get_submodule(path).requires_grad_(False)
+    _unroll(model, optimizer, start)
+    between, last = (list(model.get_submodule(path).parameters()) for path in ("blocks.1", "blocks.3"))
+    # Both neighbours are frozen; under `block` norms and biases were the block's own all along.
+    assert not any(p.requires_grad for p in between if p.dim() == 2)
+    assert all(p.requires_grad for p in last)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held.isdisjoint(between)
+    assert held >= set(head)
+
+
+class _Unusual(AdamW):
+    """Keeps a list of matrices, or a tensor of a class of its own, of each parameter."""
+
+    def fill(self, value: Any) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["unusual"] = value(p)
+
+
+class _Packed(Tensor):
+    """As torchao's moments in eight bits."""
+
+
+@pytest.mark.parametrize("value", [lambda p: [p.detach().clone()], lambda p: p.detach().clone().as_subclass(_Packed)])
+def test_a_state_that_cannot_be_averaged_begins_anew(value: Any) -> None:
+    model = _model("block")
+    optimizer = _Unusual(model.parameters(), 1e-2)
+    _train(model, [optimizer], range(2))
+    optimizer.fill(value)
+    known = set(model.parameters())
+    _unroll(model, optimizer, "outputs")
+    new = [p for p in model.parameters() if p not in known]
+    assert new
+    assert not any(optimizer.state.get(p) for p in new)
+    _train(model, [optimizer], range(2, 4))

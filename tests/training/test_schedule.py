@@ -245,6 +245,13 @@ def test_a_state_dict_may_unroll_the_model_that_it_is_loaded_into() -> None:
         twin.load_state_dict(plain.state_dict())
 
 
+def test_averages_of_another_model_are_refused() -> None:
+    model, other = replfx.transform(tower(5)), replfx.transform(tower(7))
+    for averages in ([other], [model], [twin := copy.deepcopy(model), twin]):
+        with pytest.raises(replfx.PlanError, match=r"averages\[\d\] is a Tower that has not"):
+            replfx.Schedule(model, unroll_at=2, averages=averages)
+
+
 def test_averages_are_unrolled_too() -> None:
     torch.manual_seed(0)
     model = replfx.transform(tower(5), every=2)
@@ -266,6 +273,11 @@ def test_averages_are_unrolled_too() -> None:
         ({"unroll_at": 1.5, "total_steps": 9}, "unroll_at=1.5: a share"),
         ({"unroll_at": 0}, "unroll_at=0: at least one step"),
         ({"unroll_at": "late"}, "must be a number of steps or a share of them"),
+        ({"unroll_at": None}, "must be a number of steps or a share of them"),
+        ({"unroll_at": 0.5, "total_steps": float("inf")}, "total_steps must be a number of steps from 1 up, not inf"),
+        ({"unroll_at": 0.5, "total_steps": 0}, "total_steps must be a number of steps from 1 up, not 0"),
+        ({"unroll_at": 2, "averages": None}, "averages must be a list of copies of the model"),
+        ({"unroll_at": 2, "averages": [None]}, r"averages\[0\] is a NoneType that has not"),
         ({"unroll_at": []}, "0 times for 2 replaced blocks"),
         ({"unroll_at": [1, 2, 3]}, "3 times for 2 replaced blocks"),
         ({"unroll_at": {1: "blocks.1"}}, r"never unrolls `blocks\.3`"),
@@ -276,6 +288,17 @@ def test_averages_are_unrolled_too() -> None:
 def test_impossible_schedules_are_refused_before_training(options: dict[str, Any], message: str) -> None:
     with pytest.raises(replfx.PlanError, match=message):
         replfx.Schedule(replfx.transform(tower(5), every=2), **options)
+
+
+@pytest.mark.parametrize("given", ["adam", 5, [], [None]])
+def test_what_is_no_optimizer_is_refused_before_training(given: Any) -> None:
+    model = replfx.transform(tower(5))
+    with pytest.raises(replfx.FusionError, match="optimizer"):
+        replfx.Schedule(model, given, unroll_at=2)
+    schedule = replfx.Schedule(model, unroll_at=2)
+    with pytest.raises(replfx.FusionError, match="optimizer"):
+        schedule.optimizer = given
+    assert schedule.optimizer is None
 
 
 def test_what_cannot_be_unrolled_is_said_before_training() -> None:
