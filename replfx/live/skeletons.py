@@ -98,7 +98,7 @@ def _like_theirs(block: nn.Module, neighbours: Sequence[nn.Module]) -> None:
     for name, mine in list(block.named_buffers()):
         if name in theirs:
             owner, leaf = _slot(block, name)
-            statistics = leaf.startswith("running_") and theirs[name].shape == mine.shape
+            statistics = leaf.startswith(("running_", "num_batches_")) and theirs[name].shape == mine.shape
             owner._buffers[leaf] = theirs[name].detach().clone() if statistics else mine.to(theirs[name].dtype)
 
 

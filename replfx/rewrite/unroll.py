@@ -251,8 +251,10 @@ def _is_simple(value: object) -> bool:
 def _complete(placement: Placement, full: nn.Module) -> None:
     """Give a block what it had lost: it remains the object that it was."""
     block, operator = placement.block, placement.synthesis.operator
-    for module in full.modules():
-        module.training = block.training
+    sides = reversed(placement.synthesis.neighbours)
+    modes = {path: module.training for side in sides for path, module in side.named_modules()}
+    for path, module in full.named_modules():  # batch norms may be frozen in the block before
+        module.training = modes.get(path, block.training)
     if isinstance(operator, MixerOperator):
         for path in operator.dropped:
             set_submodule(block, path, full.get_submodule(path))

@@ -189,3 +189,16 @@ def test_another_start_is_refused() -> None:
         with pytest.raises(replfx.PlanError, match="start='zeros': blocks start with the model's \"outputs\", or as"):
             made(model, start="zeros")  # type: ignore[operator]
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("start", ["outputs", "copies"])
+def test_norms_are_frozen_as_those_before_them_and_have_counted_as_far(start: Any) -> None:
+    torch.manual_seed(0)
+    model = replfx.transform(nn.Sequential(*(Block() for _ in range(5))), torch.randn(4, WIDTH), operator="identity")
+    model(torch.randn(4, WIDTH))
+    model.get_submodule("0.norm").eval()
+    replfx.unroll(model, start=start)
+    assert not model.get_submodule("1.norm").training
+    assert model.get_submodule("1.fc1").training
+    assert model.get_submodule("3.norm").training
+    assert model.get_buffer("3.norm.num_batches_tracked") == 1
