@@ -1,12 +1,14 @@
 """For Lightning: a callback that unrolls a model on the way."""
 
-from typing import Any
+from contextlib import nullcontext, suppress
+from typing import Any, cast
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:  # the older name of the same package
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
+from replfx.errors import PlanError
 from replfx.rewrite.unroll import Start
 from replfx.tracing import ExampleInputs
 from replfx.training.schedule import Schedule, UnrollAt
@@ -40,19 +42,22 @@ class Unroll(Callback):
     ) -> None:
         self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None
+        self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before weights are loaded and optimizers are made."""
-        if stage != "fit":
-            return
-        self.schedule = Schedule(
-            pl_module,
-            unroll_at=self.unroll_at,
-            total_steps=lambda: int(trainer.estimated_stepping_batches),
-            example_inputs=self.example_inputs,
-            start=self.start,
-            follow=True,
-        )
+        if self.schedule is not None and self.schedule.is_done and self._module is pl_module:
+            return  # it is trained for longer
+        self._module = pl_module
+        with nullcontext() if stage == "fit" else suppress(PlanError):  # a plain model may be tested
+            self.schedule = Schedule(
+                pl_module,
+                unroll_at=self.unroll_at,
+                total_steps=lambda: cast(int, trainer.estimated_stepping_batches),  # inf is refused
+                example_inputs=self.example_inputs,
+                start=self.start,
+                follow=True,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the optimizers."""

@@ -1,7 +1,7 @@
 """What an optimizer holds, when a model gets parameters on the way."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
 
-__all__ = ["Optimizers", "checked", "hand_over", "in_order"]
+__all__ = ["Optimizers", "checked", "given_names", "hand_over", "in_order", "name_anew"]
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 """What trains a model: often one, or one for matrices (Muon) and another for the rest."""
@@ -83,9 +83,8 @@ def hand_over(
     }
     left = next((home for p, home in homes.items() if p in gone), None)
     first = (optimizers[0], optimizers[0].param_groups[0])
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p not in gone]
+    for group in _groups(optimizers):
+        group["params"] = [p for p in group["params"] if p not in gone]
     for name, parameter in full.items():
         if parameter in old:
             continue
@@ -110,11 +109,30 @@ def in_order(optimizers: Sequence[Optimizer], model: nn.Module, new: set[nn.Para
     An optimizer's state_dict counts parameters: like this it is that of an optimizer which was made for the full model.
     """
     order = {parameter: position for position, parameter in enumerate(model.parameters())}
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in _groups(optimizers):
         positions = [order.get(p, len(order)) for p in group["params"]]
         others = [at for at, p in zip(positions, group["params"], strict=True) if p not in new]
         if others == sorted(others):
             group["params"] = [p for _, p in sorted(zip(positions, group["params"], strict=True), key=lambda x: x[0])]
+
+
+def given_names(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, str]:
+    """The names of parameters in optimizers that were made of `named_parameters()`."""
+    return {
+        p: name for g in _groups(optimizers) for p, name in zip(g["params"], g.get("param_names", ()), strict=False)
+    }
+
+
+def name_anew(optimizers: Sequence[Optimizer], model: nn.Module, known: Mapping[nn.Parameter, str]) -> None:
+    """Let the names go with the parameters: those that were known stay, and the others are the model's."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in _groups(optimizers):
+        if "param_names" in group:
+            group["param_names"] = [known.get(p) or names.get(p, "") for p in group["params"]]
+
+
+def _groups(optimizers: Sequence[Optimizer]) -> Iterator[dict[str, Any]]:
+    return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:

@@ -17,7 +17,7 @@ from replfx.modules.structure import move_hooks, redirect, set_submodule
 from replfx.operators.mixer import MixerOperator
 from replfx.regions.graph_module import Rewritten, restore_region
 from replfx.reports.describe import WAS_NO_MODULE
-from replfx.rewrite.optimizers import Optimizers, checked, hand_over, in_order
+from replfx.rewrite.optimizers import Optimizers, checked, given_names, hand_over, in_order, name_anew
 from replfx.rewrite.state import Placement, forget, placed_blocks
 from replfx.rewrite.wrappers import gather_nothing, tell_of_change
 from replfx.torch_internals import PRESERVED_ATTRIBUTES
@@ -128,7 +128,7 @@ def unroll(
     # Of a window, `block` is the first member alone; it has the coefficients.
     before = {path: {*at.block.parameters(), *_parameters(root, at).values()} for path, at in placed.items()}
     like = {path: at.synthesis.counterparts() for path, at in placed.items()}
-    known = set(root.parameters())
+    known, names = set(root.parameters()), given_names(optimizers)
     with torch.no_grad():
         _unroll(root, placed, seen, next(model.parameters()), copies=copies)
         for path in placed:
@@ -138,6 +138,7 @@ def unroll(
             for path, placement in placed.items():
                 hand_over(optimizers, before[path], _parameters(root, placement), like[path], copies=copies)
             in_order(optimizers, model, set(root.parameters()) - known)
+            name_anew(optimizers, model, names)
     _finish(root, placed)
     return model
 

@@ -155,14 +155,15 @@ def test_lightning_with_two_optimizers() -> None:
             return torch.optim.SGD(matrices, 0.01), torch.optim.AdamW(rest, 1e-3)
 
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", enable_checkpointing=False, callbacks=[Unroll(6)], **silent
-    )
-    trainer.fit(Digits(), loader())
+    callback, module = Unroll(6), Digits()
+    options = {"max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False, "callbacks": [callback], **silent}
+    trainer = lightning.Trainer(**options)
+    trainer.fit(module, loader())
     assert [seen.index(count) for count in sorted(set(seen), key=seen.index)] == [0, 6]
     held = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers]
     assert held[0] == {p for p in model.parameters() if p.dim() > 1}
     assert held[1] == {p for p in model.parameters() if p.dim() <= 1}
+    lightning.Trainer(**options).fit(module, loader())  # for longer
 
 
 def assert_ended_plain(plain: nn.Module, whole: dict[str, Tensor], resumed: dict[str, Tensor]) -> None:

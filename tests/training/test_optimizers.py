@@ -141,3 +141,14 @@ def test_a_state_that_cannot_be_averaged_begins_anew(value: Any) -> None:
     assert new
     assert not any(optimizer.state.get(p) for p in new)
     _train(model, [optimizer], range(2, 4))
+
+
+@pytest.mark.parametrize(("operator", "start"), OPERATORS)
+def test_names_go_with_their_parameters(operator: str, start: str) -> None:
+    model = _model(operator)
+    optimizer = AdamW(model.named_parameters(), 1e-2)
+    _train(model, [optimizer], range(2))
+    _unroll(model, optimizer, start)
+    (group,) = optimizer.param_groups
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(model.named_parameters())
+    AdamW(tower(5).named_parameters()).load_state_dict(optimizer.state_dict())
