@@ -15,6 +15,8 @@ from replfx.training.schedule import Schedule, UnrollAt
 
 __all__ = ["Unroll"]
 
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
 
 class Unroll(Callback):
     """Unrolls the transformed model in a LightningModule after a part of the training.
@@ -29,7 +31,7 @@ class Unroll(Callback):
         start: as for `replfx.unroll`.
 
     Raises:
-        PlanError: when training starts: there is no transformed model.
+        PlanError: when training starts: there is no transformed model, or another callback averages weights.
 
     Example:
         >>> module.model = replfx.transform(module.model, example_inputs, operator="identity")
@@ -48,6 +50,12 @@ class Unroll(Callback):
         """Before weights are loaded and optimizers are made."""
         if self.schedule is not None and self.schedule.is_done and self._module is pl_module:
             return  # it is trained for longer
+        for callback in getattr(trainer, "callbacks"):  # noqa: B009 (its stubs lack it)
+            if any(base.__name__ in _AVERAGING for base in type(callback).__mro__):
+                raise PlanError(
+                    f"{type(callback).__name__} averages parameters by their positions, which change when blocks are "
+                    "unrolled: give an AveragedModel of torch.optim.swa_utils to replfx.Schedule(averages=)"
+                )
         self._module = pl_module
         with nullcontext() if stage == "fit" else suppress(PlanError):  # a plain model may be tested
             self.schedule = Schedule(

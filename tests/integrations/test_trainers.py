@@ -164,6 +164,9 @@ def test_lightning_with_two_optimizers() -> None:
     assert held[0] == {p for p in model.parameters() if p.dim() > 1}
     assert held[1] == {p for p in model.parameters() if p.dim() <= 1}
     lightning.Trainer(**options).fit(module, loader())  # for longer
+    averaging = lightning.pytorch.callbacks.StochasticWeightAveraging(0.1)
+    with pytest.raises(replfx.PlanError, match="StochasticWeightAveraging averages parameters by their positions"):
+        lightning.Trainer(**{**options, "callbacks": [Unroll(6), averaging]}).fit(module, loader())
 
 
 def assert_ended_plain(plain: nn.Module, whole: dict[str, Tensor], resumed: dict[str, Tensor]) -> None:
