@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Unpack
 
 from torch import nn
 
@@ -100,25 +101,24 @@ def transform(
         raise CalibrationError(
             "calibrate= needs the original model's blocks beside the new ones: leave inplace=True out"
         )
-    options: Options = {
-        "every": every,
-        "fraction": fraction,
-        "keep": keep,
-        "select": select,
-        "split_at": split_at,
-        "fusion": fusion,
-        "operator": operator,
-        "neighbour_gradient": neighbour_gradient,
-    }
-    if plan is not None:
-        _refuse_both("plan", {**options, "budget": budget})
-        policy, expected = None, None
+    asked, expected = _asked(
+        model,
+        example_inputs,
+        plan,
+        budget,
+        every=every,
+        fraction=fraction,
+        keep=keep,
+        select=select,
+        split_at=split_at,
+        fusion=fusion,
+        operator=operator,
+        neighbour_gradient=neighbour_gradient,
+    )
+    if isinstance(asked, Policy):
+        made = carry_out(prepare(model, model if inplace else faithful_copy(model), example_inputs, asked))
     else:
-        policy, expected = _resolve(model, example_inputs, options, budget)
-    if policy is None:
-        made = apply(model, Plan(type(model).__name__) if plan is None else plan, example_inputs, inplace=inplace)
-    else:
-        made = carry_out(prepare(model, model if inplace else faithful_copy(model), example_inputs, policy))
+        made = apply(model, asked, example_inputs, inplace=inplace)
     if expected is not None:
         state_of(made).report = replace(state_of(made).report, expected=expected)
     if calibrate is not None:
@@ -207,20 +207,23 @@ def plan(
         >>> plan = replfx.plan(model, every=3)
         >>> replfx.apply(model, plan)
     """
-    options: Options = {
-        "every": every,
-        "fraction": fraction,
-        "keep": keep,
-        "select": select,
-        "split_at": split_at,
-        "fusion": fusion,
-        "operator": operator,
-        "neighbour_gradient": neighbour_gradient,
-    }
-    policy, _ = _resolve(model, example_inputs, options, budget)
-    if policy is None:
-        return Plan(type(model).__name__)  # the model is within its budget as it is
-    selection = select_blocks(find_chains(capture_lazily(model, example_inputs)), policy)
+    asked, _ = _asked(
+        model,
+        example_inputs,
+        None,
+        budget,
+        every=every,
+        fraction=fraction,
+        keep=keep,
+        select=select,
+        split_at=split_at,
+        fusion=fusion,
+        operator=operator,
+        neighbour_gradient=neighbour_gradient,
+    )
+    if not isinstance(asked, Policy):
+        return asked
+    selection = select_blocks(find_chains(capture_lazily(model, example_inputs)), asked)
     if selection.nothing is not None:
         raise NoChainError(*selection.nothing)
     return selection.plan
@@ -269,10 +272,17 @@ def _refuse_both(one: str, others: Mapping[str, object]) -> None:
         raise PlanError(f"give {one}= or {named[0]}=, not both")
 
 
-def _resolve(
-    model: nn.Module, example_inputs: ExampleInputs | None, options: Options, budget: Mapping[str, object] | None
-) -> tuple[Policy | None, Expectation | None]:
-    """The policy that a user's options ask for, None where the model is within its budget as it is; what it costs."""
+def _asked(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None,
+    plan: Plan | None,
+    budget: Mapping[str, object] | None,
+    **options: Unpack[Options],
+) -> tuple[Plan | Policy, Expectation | None]:
+    """What a user's options ask for, and what that costs: a plan is given, or empty for a model within its budget."""
+    if plan is not None:
+        _refuse_both("plan", {**options, "budget": budget})
+        return plan, None
     if budget is None:
         policy = policy_of(**options)
         _refuse_transformed(model)
@@ -284,7 +294,7 @@ def _resolve(
     split_at, fusion, operator = options["split_at"], options["fusion"], options["operator"]
     chosen = choose(model, example_inputs, budget, fusion=fusion, operator=operator, split_at=split_at)
     if not chosen.paths:
-        return None, chosen.expected
+        return Plan(type(model).__name__), chosen.expected
     options = {**options, "select": chosen.paths, "operator": chosen.operator}
     return replace(policy_of(**options), budgeted=True), chosen.expected
 
