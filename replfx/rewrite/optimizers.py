@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from replfx.dtensors import is_dtensor
 from replfx.errors import FusionError
+from replfx.modules.structure import is_wrapped
 
 __all__ = ["Optimizers", "checked", "given_names", "hand_over", "in_order", "name_anew"]
 
@@ -67,8 +67,8 @@ def hand_over(
 
     Each goes to the group of a neighbour's parameter of its name (some groups have no weight decay), and to none if
     these are in none; where neighbours have no such parameter, to the group of what is gone, or else to the first with
-    a parameter of as many dimensions. Its state starts as the mean of the
-    states of the neighbours' parameters of its name and shape (`_state_from`).
+    a parameter of as many dimensions. Its state starts as the mean of the states of the neighbours' parameters of its
+    name and shape (`_state_from`).
 
     Args:
         optimizers: are changed.
@@ -141,10 +141,6 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
     return same and getattr(one, "placements", None) == getattr(other, "placements", None)
 
 
-def _is_plain(value: object) -> bool:
-    return type(value) in (Tensor, nn.Parameter) or is_dtensor(value)
-
-
 def _state_from(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of a parameter that goes on from its neighbours': means of their moments, and their count of steps.
 
@@ -159,7 +155,7 @@ def _state_from(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [state[key] for state in states]
         if first is None or isinstance(first, bool | int | float | str):
             mixed[key] = first
-        elif any(not _is_plain(v) or v.shape != first.shape for v in values):
+        elif any(not isinstance(v, Tensor) or is_wrapped(v) or v.shape != first.shape for v in values):
             return {}
         elif first.dim() == 0:
             mixed[key] = first.clone()

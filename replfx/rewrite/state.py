@@ -243,7 +243,8 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
     if foreign and syntheses:
         expected = {prefix + key for key in module.state_dict()}
         foreign = [key for key in foreign if key not in expected]
-    foreign = [key for key in foreign if _lacks_weights(module, state_dict, prefix, key)]
+    modules = dict(module.named_modules()) if foreign else {}
+    foreign = [key for key in foreign if _lacks_weights(modules, state_dict, prefix, key)]
     if foreign and not syntheses:
         raise StateDictError(
             f"the state_dict has `{min(foreign)}`: it is of a transformed model, and this {type(module).__name__} is "
@@ -256,10 +257,10 @@ def _guard(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *re
         )
 
 
-def _lacks_weights(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, key: str) -> bool:
-    """Whether the module has the replaced block that a key is of, and the block has weights that the state has not."""
+def _lacks_weights(modules: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor], prefix: str, key: str) -> bool:
+    """Whether there is the replaced block that a key is of, and the block has weights that the state has not."""
     path = f".{key.removeprefix(prefix)}".partition(f".{SUBMODULE}.")[0].removeprefix(".")
-    block = dict(module.named_modules()).get(path)
+    block = modules.get(path)
     own = () if block is None else block.state_dict()
     return any(prefix + inner_path(path, name) not in state_dict for name in own)
 

@@ -131,9 +131,11 @@ def unroll(
     known, names = set(root.parameters()), given_names(optimizers)
     with torch.no_grad():
         _unroll(root, placed, seen, next(model.parameters()), copies=copies)
-        for path in placed:
-            _freeze_as(_parameters(root, placed[path]), like[path], known)
-        tell_of_change(root, _new_parameters(root, placed, like, known))
+        new = _new_parameters(root, placed, like, known)
+        for parameter, sides in new.items():
+            if sides and not any(side.requires_grad for side in sides):
+                parameter.requires_grad_(False)
+        tell_of_change(root, {parameter: next(iter(sides), None) for parameter, sides in new.items()})
         if optimizers:
             for path, placement in placed.items():
                 hand_over(optimizers, before[path], _parameters(root, placement), like[path], copies=copies)
@@ -280,25 +282,15 @@ def _parameters(root: nn.Module, placement: Placement) -> dict[str, nn.Parameter
     return found
 
 
-def _freeze_as(
-    parameters: Mapping[str, nn.Parameter], like: Sequence[Mapping[str, Tensor]], known: set[nn.Parameter]
-) -> None:
-    """Freeze new parameters whose counterparts in the neighbours are frozen, all of them."""
-    for name, parameter in parameters.items():
-        sides = [side[name] for side in like if name in side]
-        if parameter not in known and sides and not any(side.requires_grad for side in sides):
-            parameter.requires_grad_(False)
-
-
 def _new_parameters(
     root: nn.Module,
     placed: Mapping[str, Placement],
     like: Mapping[str, Sequence[Mapping[str, Tensor]]],
     known: set[nn.Parameter],
-) -> dict[nn.Parameter, Tensor | None]:
-    """The parameters that plain blocks have and had not before, each with a neighbour's of its name."""
+) -> dict[nn.Parameter, list[Tensor]]:
+    """The parameters that plain blocks have and had not before, each with the neighbours' of its name."""
     return {
-        parameter: next((side[name] for side in like[path] if name in side), None)
+        parameter: [side[name] for side in like[path] if name in side]
         for path, placement in placed.items()
         for name, parameter in _parameters(root, placement).items()
         if parameter not in known
