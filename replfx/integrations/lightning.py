@@ -44,11 +44,10 @@ class Unroll(Callback):
     ) -> None:
         self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None
-        self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before weights are loaded and optimizers are made."""
-        if self.schedule is not None and self.schedule.is_done and self._module is pl_module:
+        if self.schedule is not None and self.schedule.is_done and self.schedule.model is pl_module:
             return  # it is trained for longer
         for callback in getattr(trainer, "callbacks"):  # noqa: B009 (its stubs lack it)
             if any(base.__name__ in _AVERAGING for base in type(callback).__mro__):
@@ -56,7 +55,6 @@ class Unroll(Callback):
                     f"{type(callback).__name__} averages parameters by their positions, which change when blocks are "
                     "unrolled: give an AveragedModel of torch.optim.swa_utils to replfx.Schedule(averages=)"
                 )
-        self._module = pl_module
         with nullcontext() if stage == "fit" else suppress(PlanError):  # a plain model may be tested
             self.schedule = Schedule(
                 pl_module,

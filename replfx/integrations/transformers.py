@@ -38,14 +38,13 @@ class Unroll(TrainerCallback):
     ) -> None:
         self.unroll_at, self.example_inputs, self.start = unroll_at, example_inputs, start
         self.schedule: Schedule | None = None
-        self._model: nn.Module | None = None
         self._max_steps = 0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before weights are loaded and the optimizer is made."""
-        self._model = kwargs["model"]
+        model: nn.Module = kwargs["model"]
         self.schedule = Schedule(
-            self._model,
+            model,
             kwargs.get("optimizer"),
             unroll_at=self.unroll_at,
             total_steps=lambda: self._max_steps,
@@ -58,7 +57,8 @@ class Unroll(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A Trainer with `model_init=` makes a new model for each training."""
-        if all(module is not self._model for module in kwargs["model"].modules()):
+        assert self.schedule is not None
+        if all(module is not self.schedule.model for module in kwargs["model"].modules()):
             self.on_init_end(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

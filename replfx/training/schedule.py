@@ -40,6 +40,7 @@ class Schedule:
             them. For trainers that load a model's weights before anything else; without it that is an error.
 
     Attributes:
+        model: as it was given.
         optimizer: may be set later, where it is made after the model's weights are loaded.
 
     Raises:
@@ -72,7 +73,7 @@ class Schedule:
     ) -> None:
         self._paths = list(placed_blocks(model)[1])
         check_unrolls(model, example_inputs, start)
-        self._model, self._averages = model, self._checked_averages(model, averages)
+        self.model, self._averages = model, self._checked_averages(model, averages)
         self._example_inputs, self._start = example_inputs, start
         self.optimizer = optimizer
         self._unroll_at, self._total = unroll_at, total_steps
@@ -147,7 +148,7 @@ class Schedule:
         return _parts(self._unroll_at, total, self._paths)
 
     def _unroll(self, paths: Sequence[str]) -> None:
-        unroll(self._model, self.optimizer, self._example_inputs, blocks=paths, start=self._start)
+        unroll(self.model, self.optimizer, self._example_inputs, blocks=paths, start=self._start)
         for average in self._averages:
             unroll(average, None, self._example_inputs, blocks=paths, start=self._start)
         self._done.append(list(paths))
