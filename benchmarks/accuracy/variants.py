@@ -272,9 +272,9 @@ def mixed_moments(model: nn.Module, optimizer: Optimizer, blocks: list[str]) -> 
 
     As θ itself is mixed, and as the variance of a sum of independent gradients would be.
     """
-    found = {}
+    found, syntheses = {}, syntheses_of(model)
     for path in blocks:
-        synthesis = syntheses_of(model)[path]
+        synthesis = syntheses[path]
         assert isinstance(synthesis.fusion, LinearFusion)
         a, b = (synthesis.fusion.parts(v.detach()) for v in (synthesis.fusion.previous, synthesis.fusion.next))
         for name in a:

@@ -17,7 +17,7 @@ SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
 def drawn(shape: list[int], dtype: torch.dtype, order: torch.memory_format) -> list[Tensor]:
-    """Neighbours, coefficients and what the result's gradient is; the neighbours in one memory order."""
+    """Neighbours in one memory order, and a coefficient for each."""
     kept = order if len(shape) == 4 else torch.contiguous_format
     sides = [torch.randn(shape, dtype=dtype).to(memory_format=kept).requires_grad_() for _ in range(2)]
     coefficients = [torch.randn([1] * len(shape), dtype=dtype, requires_grad=True) for _ in range(2)]
@@ -56,23 +56,27 @@ def test_derivatives_of_its_derivatives() -> None:
     assert torch.autograd.gradgradcheck(mixed, given)
 
 
-@pytest.mark.parametrize("way", ["forward mode", "vmap", "low precision", "a coefficient a channel"])
-def test_what_else_there_is_goes_through_the_operators(way: str) -> None:
+# ---- what else there is goes through the operators
+
+
+def test_forward_mode() -> None:
     previous, next, a, b = drawn([3, 4], torch.float32, torch.contiguous_format)
+    tangent = torch.randn(3, 4)
     with forward_ad.dual_level():
-        if way == "forward mode":
-            tangent = torch.randn(3, 4)
-            made = mixed(forward_ad.make_dual(previous, tangent), next, a, b)
-            torch.testing.assert_close(forward_ad.unpack_dual(made).tangent, a * tangent)
-            return
-    if way == "vmap":
-        stack = torch.randn(2, 3, 4)
-        assert torch.equal(torch.vmap(lambda each: mixed(each, next, a, b))(stack), a * stack + b * next)
-        return
-    if way == "low precision":
-        previous, next, a, b = (t.bfloat16() for t in (previous, next, a, b))
-    else:
-        a = torch.randn(3, 1)
+        made = mixed(forward_ad.make_dual(previous, tangent), next, a, b)
+        torch.testing.assert_close(forward_ad.unpack_dual(made).tangent, a * tangent)
+
+
+def test_vmap() -> None:
+    _, next, a, b = drawn([3, 4], torch.float32, torch.contiguous_format)
+    stack = torch.randn(2, 3, 4)
+    assert torch.equal(torch.vmap(lambda each: mixed(each, next, a, b))(stack), a * stack + b * next)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 1), (torch.float32, 3)])
+def test_low_precision_and_a_coefficient_a_channel(dtype: torch.dtype, channels: int) -> None:
+    previous, next, _, b = drawn([3, 4], dtype, torch.contiguous_format)
+    a = torch.randn(channels, 1, dtype=dtype)
     made = mixed(previous, next, a, b)
     assert torch.equal(made, a * previous + b * next)
     assert "_Mix" not in type(made.grad_fn).__name__
